@@ -1,0 +1,847 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * drex.h: early exit with dynamic rebatching for a serving engine.
+ *
+ * Generated from src/ffi by cbindgen. To change it, change the Rust source and
+ * run DREX_BLESS=1 cargo test --test header.
+ *
+ *
+ * 1. WHAT IT IS
+ *
+ * A model has exit ramps: points between layers where a head gives logits. A
+ * token that is confident there is emitted at once; one that is not needs the
+ * deeper layers. drex decides, row by row, and regroups the rows that go on, so
+ * that the deep layers always run dense batches: a row that must go on is *held*
+ * until enough of them are (dynamic rebatching). No row is made to exit unless
+ * the policy says so by name.
+ *
+ * The host keeps its model, its kernels and its memory. drex tells it which
+ * layers to run over which rows; it reads the ramp's logits and copies K/V cells
+ * in place, and never allocates or copies tensors of its own.
+ *
+ *
+ * 2. THE HOST'S LOOP
+ *
+ * The host owns an arena of n_slots hidden-state rows. Each iteration:
+ *
+ *   plan      drex_plan() names a window of layers [layer_begin, layer_end) and
+ *             its rows; every row has a request and an arena row (slot).
+ *   window    The host runs these layers over these rows, in this order. A window
+ *             that begins at layer 0 starts from each request's next token, any
+ *             other from the arena rows. A window that ends before the last layer
+ *             leaves its hidden states in the arena rows and also gives logits.
+ *   ramp      If step.ramp is not DREX_NO_RAMP: drex_ramp() reads the logits and
+ *             gives a verdict per row. EXIT: emit the token from these logits.
+ *             HOLD and STAY: leave the arena row alone, the row comes back in a
+ *             later step. GONE: forget it. Otherwise: sample every row.
+ *   fill      drex_fill() fills the K/V that exited rows left out.
+ *   complete  drex_complete() ends the step and says how long the window took.
+ *
+ * For each token that was emitted, drex_request_ready() when the next one can
+ * run, or drex_request_remove() when the request is finished. Prompts are the
+ * host's: run them through all layers, then say ready.
+ *
+ *   drex_config config = DREX_CONFIG_INITIALIZER;
+ *   const uint32_t ramps[1] = { 8 };
+ *   drex_engine *engine = NULL;
+ *   config.n_layers = 32;
+ *   config.n_ramps = 1;
+ *   config.ramp_layers = ramps;
+ *   config.n_slots = config.max_requests = config.max_batch = 64;
+ *   if (drex_create(&config, &engine) != DREX_OK) {
+ *     fprintf(stderr, "%s\n", drex_last_error());
+ *     return 1;
+ *   }
+ *   drex_bind_kv(engine, layers, 32);
+ *
+ *   for (;;) {
+ *     ... new requests: drex_request_add(), prompt, drex_request_ready() ...
+ *     drex_plan_input input = DREX_PLAN_INPUT_INITIALIZER;
+ *     drex_step step = DREX_STEP_INITIALIZER;
+ *     input.now_ns = now();
+ *     drex_plan(engine, &input, rows, 64, &step);
+ *     if (step.n_rows == 0) { wait for work; continue; }
+ *
+ *     run_layers(step.layer_begin, step.layer_end, rows, step.n_rows);
+ *
+ *     if (step.ramp != DREX_NO_RAMP) {
+ *       drex_logits logits = DREX_LOGITS_INITIALIZER;
+ *       logits.data = ramp_logits;
+ *       logits.row_stride_bytes = n_vocab * sizeof(float);
+ *       logits.n_rows = step.n_rows;
+ *       logits.n_vocab = n_vocab;
+ *       drex_ramp(engine, &logits, cells, verdicts, 64);
+ *       ... emit verdicts[i].token where verdicts[i].decision is EXIT ...
+ *       drex_fill(engine);
+ *     } else {
+ *       ... sample and emit every row ...
+ *     }
+ *     drex_completion completion = DREX_COMPLETION_INITIALIZER;
+ *     completion.now_ns = now();
+ *     completion.duration_ns = time_of_the_window;
+ *     drex_complete(engine, &completion);
+ *     ... drex_request_ready() for each request that goes on ...
+ *   }
+ *
+ *   drex_destroy(engine);
+ *
+ * If a window fails, call drex_abandon() instead of what is left of the step.
+ * The same calls with the same arguments always give the same results.
+ *
+ *
+ * 3. THREADS
+ *
+ * An engine may be used from any thread, by one at a time: a second one that
+ * comes while a call runs gets DREX_ERROR_HANDLE_BUSY at once, and nothing
+ * happens. Different engines work from different threads at the same time.
+ * Functions that take no engine may be called from any thread at any time. Each
+ * thread has its own drex_last_error().
+ *
+ * No call waits for anything. drex_request_ready(), drex_plan(), drex_ramp(),
+ * drex_fill(), drex_complete() and drex_abandon() allocate nothing, take no lock
+ * and make no system call. No call starts a thread, opens a file, installs a
+ * signal handler or prints. No panic and no exception leaves a call.
+ *
+ *
+ * 4. STRUCTS THAT BEGIN WITH THEIR SIZE
+ *
+ * Begin every such struct with its INITIALIZER macro, which sets its size and
+ * the defaults, then set fields. So a program built against this header works
+ * with later libraries, where structs may have more fields at their end:
+ *
+ *   input   A size below the first version's is DREX_ERROR_STRUCT_SIZE. What an
+ *           older program does not pass has the value that the macro gives. Bytes
+ *           beyond what the library knows must be 0, else a newer program relies
+ *           on something that this library lacks: DREX_ERROR_STRUCT_SIZE too.
+ *   output  The caller sets size; the library writes no more than that, and not
+ *           the size itself. A size below the first version's is an error.
+ *   arrays  of such structs: the size of the first element is the distance from
+ *           one to the next.
+ *
+ *
+ * 5. CONVENTIONS
+ *
+ * Times are in nanoseconds, sizes and strides in bytes, layers count from 0 and
+ * windows are half open. Pointers may not be NULL unless it says so. What is
+ * passed in stays the caller's and is not kept beyond the call, but for the
+ * tensors bound by drex_bind_kv(). Pointers to static text are the library's.
+ */
+
+#ifndef DREX_H
+#define DREX_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Initializers, for instance: drex_config config = DREX_CONFIG_INITIALIZER;
+ *
+ * Each sets the struct's size and the defaults named here; all else is 0. */
+
+/* policy HOLD, metric GAP, threshold 0.7, art_ratio NaN. n_layers, n_ramps,
+ * ramp_layers, n_slots, max_requests and max_batch must be set. */
+#define DREX_CONFIG_INITIALIZER                                              \
+  { sizeof(drex_config), DREX_ABI_VERSION, 0, 0, NULL, 0, 0, 0,              \
+    DREX_POLICY_HOLD, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
+    0.7f, NULL, 0, 0, 0, 0, NAN, 0 }
+
+#define DREX_KV_LAYER_INITIALIZER                                            \
+  { sizeof(drex_kv_layer), 0, NULL, NULL, 0, 0, 0, 0, 0, 0 }
+
+/* The engine's metric, thresholds and fill mode. id must be set. */
+#define DREX_REQUEST_CONFIG_INITIALIZER                                      \
+  { sizeof(drex_request_config), DREX_METRIC_DEFAULT, 0, NAN,                \
+    DREX_FILL_DEFAULT, 0, 0, 0 }
+
+#define DREX_REQUEST_INFO_INITIALIZER                                        \
+  { sizeof(drex_request_info), 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0 }
+
+#define DREX_PLAN_INPUT_INITIALIZER                                          \
+  { sizeof(drex_plan_input), 0, 0 }
+
+#define DREX_STEP_INITIALIZER                                                \
+  { sizeof(drex_step), 0, 0, 0, DREX_NO_RAMP, DREX_FLUSH_NONE }
+
+#define DREX_LOGITS_INITIALIZER                                              \
+  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL }
+
+#define DREX_COMPLETION_INITIALIZER                                          \
+  { sizeof(drex_completion), 0, 0, 0, 0 }
+
+#define DREX_OBSERVATION_INITIALIZER                                         \
+  { sizeof(drex_observation), 0, 0, 0, 0, 0 }
+
+#define DREX_STATS_INITIALIZER                                               \
+  { sizeof(drex_stats), 0, 0, { 0 }, 0, 0, { 0 }, 0, { 0 }, 0, 0, 0, 0, 0,   \
+    0, 0, 0, 0, { 0 }, 0, 0 }
+
+// The version of this interface. It changes only when something that worked
+// stops working; new functions, constants and fields at the end of structs
+// do not change it.
+#define DREX_ABI_VERSION 1
+
+// Most exit ramps that a model may have.
+#define DREX_MAX_RAMPS 16
+
+// In place of a ramp's index: none.
+#define DREX_NO_RAMP UINT32_MAX
+
+// In place of an arena row: none.
+#define DREX_NO_SLOT UINT32_MAX
+
+// Length of drex_stats.wait_us_buckets.
+#define DREX_WAIT_BUCKETS 32
+
+// One engine: the scheduler of one model instance. Opaque, and not an
+// address: never read through it. Made by drex_create(), ended by
+// drex_destroy(). A destroyed handle gives DREX_ERROR_INVALID_HANDLE.
+typedef struct drex_engine drex_engine;
+
+// How a call went: DREX_OK (0) or one of DREX_ERROR_*. The numbers never
+// change their meaning; a later version may add more, so treat any number
+// but 0 as a failure. A call that fails changes nothing and writes none of
+// its outputs, and leaves a text that names the function, the field and the
+// value: see drex_last_error().
+typedef int32_t drex_status;
+
+// Done.
+#define DREX_OK 0
+// A pointer that may not be NULL is.
+#define DREX_ERROR_NULL_ARGUMENT 1
+// A value is out of range, or clashes with another one.
+#define DREX_ERROR_INVALID_ARGUMENT 2
+// drex_config.abi_version is not the library's.
+#define DREX_ERROR_ABI_MISMATCH 3
+// A struct's size field is too small, or the struct comes from a later
+// version and uses fields that this library does not know.
+#define DREX_ERROR_STRUCT_SIZE 4
+// The engine was never created, or has been destroyed.
+#define DREX_ERROR_INVALID_HANDLE 5
+// Another thread is inside a call on this engine.
+#define DREX_ERROR_HANDLE_BUSY 6
+// No request alive has this id.
+#define DREX_ERROR_UNKNOWN_REQUEST 7
+// A request with this id is alive already.
+#define DREX_ERROR_DUPLICATE_REQUEST 8
+// The call does not fit the calls before it, such as ramp without plan.
+#define DREX_ERROR_CALL_ORDER 9
+// Something of fixed size is full, or an array is too short.
+#define DREX_ERROR_CAPACITY 10
+// The value is known, and this version cannot serve it.
+#define DREX_ERROR_UNSUPPORTED 11
+// The device failed.
+#define DREX_ERROR_DEVICE 12
+// A bug in drex was caught. The engine is poisoned: every call on it but
+// drex_destroy() returns this again.
+#define DREX_ERROR_PANIC 13
+
+// Who leaves at a ramp: DREX_POLICY_*. A row is *confident* when its
+// confidence is at least its threshold. Under every policy, a row whose
+// confidence is NaN and a row whose threshold is above 1 go on.
+//
+// An *involuntary exit* is a row made to exit below its threshold; only
+// EAGER, MEDIAN and MEAN do that. An *involuntary stay* is a confident row
+// that goes on with its batch. Both are counted, and marked in the verdict.
+typedef uint32_t drex_policy;
+
+// Full passes only; no ramp is ever reached.
+#define DREX_POLICY_OFF 0
+// One confident row makes the whole batch exit. Forces rows out.
+#define DREX_POLICY_EAGER 1
+// The batch exits when all of its rows are confident, else all go on at
+// once. Rows with a threshold above 1 have no say.
+#define DREX_POLICY_LAZY 2
+// The batch exits when the median of (confidence - threshold) is at least 0;
+// of an even number of rows, the mean of the middle two. Rows without a
+// number, or with a threshold above 1, have no say. Forces rows out.
+#define DREX_POLICY_MEDIAN 3
+// As MEDIAN, with the mean. Forces rows out.
+#define DREX_POLICY_MEAN 4
+// Confident rows exit, the rest go on at once.
+#define DREX_POLICY_LATENCY 5
+// Confident rows exit, the rest are held in the rebatching buffer until
+// drex_config.flush_rows are held, or fewer than drex_config.min_ready rows
+// are ready, or one has waited too long, or a deadline is near.
+#define DREX_POLICY_HOLD 6
+// DREX's adaptive rebatching threshold: a batch of b rows of which b' are
+// confident is split (confident rows exit, the rest are held) when b' = b or
+// b' > (c/t_d) b, where c = t_s + t_d - t_f is what splitting costs; else
+// all go on at once. The times of the shallow (t_s), deep (t_d) and full
+// (t_f) pass at b rows are learned from drex_complete() and drex_observe();
+// while one is unknown, c/t_d is taken as 0. Full passes are not run by
+// themselves while rows may exit: time a few and report them with
+// drex_observe(). c/t_d is kept within [0, 1].
+#define DREX_POLICY_ART 7
+
+// How sure a row is, from its raw logits (before temperature, penalties and
+// grammar), in [0, 1]: DREX_METRIC_*.
+typedef uint32_t drex_metric;
+
+// p(top 1) - p(top 2)
+#define DREX_METRIC_GAP 0
+// p(top 1)
+#define DREX_METRIC_MAXPROB 1
+// 1 - H / ln(n_vocab), where H is the entropy in nats; 1 for n_vocab = 1
+#define DREX_METRIC_ENTROPY 2
+// In a request: the engine's metric.
+#define DREX_METRIC_DEFAULT UINT32_MAX
+
+// How the K/V entries of the layers that an exited token skipped (its
+// *hole*) are filled: DREX_FILL_*. 1 and 2 are reserved and give
+// DREX_ERROR_UNSUPPORTED.
+typedef uint32_t drex_fill_mode;
+
+// State-copy: K and V of the last computed layer at the token's cell are
+// copied to all skipped layers.
+#define DREX_FILL_COPY 0
+// In a request: the engine's mode.
+#define DREX_FILL_DEFAULT UINT32_MAX
+
+// Where logits and K/V lie: DREX_DEVICE_*. 1 is reserved for CUDA and gives
+// DREX_ERROR_UNSUPPORTED.
+typedef uint32_t drex_device;
+
+// Memory that the calling thread can read and write.
+#define DREX_DEVICE_HOST 0
+
+// What an engine is made from. Everything is copied; no pointer is kept.
+typedef struct drex_config {
+  // sizeof(drex_config)
+  uint32_t size;
+  // DREX_ABI_VERSION
+  uint32_t abi_version;
+  // Layers of the model, 2..65536.
+  uint32_t n_layers;
+  // Exit ramps, 1..DREX_MAX_RAMPS.
+  uint32_t n_ramps;
+  // [n_ramps] strictly increasing, each in 1..n_layers-1; a ramp at L
+  // follows layers [0, L). Not NULL.
+  const uint32_t *ramp_layers;
+  // Rows of the host's hidden-state arena, 1..1048576; at least
+  // max_requests, since every request may hold one.
+  uint32_t n_slots;
+  // Most requests alive at once, 1..1048576.
+  uint32_t max_requests;
+  // B: most rows in one pass, 1..1048576.
+  uint32_t max_batch;
+  drex_policy policy;
+  drex_metric metric;
+  drex_fill_mode fill;
+  drex_device device;
+  // Finite, >= 0. A row exits when its confidence >= threshold; above 1:
+  // never.
+  float threshold;
+  // [n_ramps] one threshold per ramp, or NULL: `threshold` for every ramp.
+  const float *ramp_thresholds;
+  // Rows held at a ramp that force a flush. 0: the policy's own rule (ART:
+  // max_batch; HOLD: 0.6 of the requests that have had a token to run, or
+  // of max_batch if that is less, rounded up).
+  uint32_t flush_rows;
+  // HOLD: flush when fewer rows than this are ready. 0 means 1.
+  uint32_t min_ready;
+  // Flush a row that was held this long, in ns. 0: no limit by time; a row
+  // is still flushed once 256 other steps have passed it by.
+  uint64_t max_hold_ns;
+  // Time between two tokens that a request may take, in ns; 0: none. A
+  // request may name its own.
+  uint64_t token_deadline_ns;
+  // Pins c/t_d of ART, >= 0; NaN: as measured.
+  float art_ratio;
+  // 0
+  uint32_t reserved;
+} drex_config;
+
+// The K/V cache of one layer. The tensors stay the host's, and must stay
+// valid until other ones are bound or the engine is destroyed.
+//
+// K of cell c is k_row_bytes bytes at k + c * k_cell_stride, whatever they
+// mean: quantised rows are copied as they are. V lies the same way (*row
+// layout*) or *transposed*: element j of cell c is v_elem_bytes bytes at
+// v + j * v_elem_stride + c * v_elem_bytes. A side with 0 row bytes does not
+// exist, and its pointer may be NULL.
+typedef struct drex_kv_layer {
+  // sizeof(drex_kv_layer)
+  uint32_t size;
+  // Cells in the cache, at least 1.
+  uint32_t n_cells;
+  void *k;
+  void *v;
+  // Bytes of one cell's K.
+  uint64_t k_row_bytes;
+  // Bytes from one cell's K to the next one's; at least k_row_bytes.
+  uint64_t k_cell_stride;
+  // Bytes of one cell's V; in the transposed layout, a multiple of
+  // v_elem_bytes.
+  uint64_t v_row_bytes;
+  // Row layout: bytes from one cell's V to the next one's, at least
+  // v_row_bytes. Unused in the transposed layout.
+  uint64_t v_cell_stride;
+  // 0: row layout. Else transposed: bytes of one element.
+  uint64_t v_elem_bytes;
+  // Transposed layout: bytes from element j to element j + 1 of one cell,
+  // at least n_cells * v_elem_bytes. Unused in the row layout.
+  uint64_t v_elem_stride;
+} drex_kv_layer;
+
+// What a request is made from.
+typedef struct drex_request_config {
+  // sizeof(drex_request_config)
+  uint32_t size;
+  // Or DREX_METRIC_DEFAULT.
+  drex_metric metric;
+  // Chosen by the host; unique among the requests alive. Any number.
+  uint64_t id;
+  // For every ramp, as drex_config.threshold; NaN: the engine's.
+  float threshold;
+  // Or DREX_FILL_DEFAULT.
+  drex_fill_mode fill;
+  // Time between two tokens, in ns; 0: the engine's.
+  uint64_t token_deadline_ns;
+  // Higher is taken first when more rows wait than fit.
+  int32_t priority;
+  // 0
+  uint32_t reserved;
+} drex_request_config;
+
+// What a request is doing: DREX_REQUEST_*.
+typedef uint32_t drex_request_state;
+
+// It has no token to run: its prompt is being processed, or the host is
+// sampling.
+#define DREX_REQUEST_IDLE 0
+// A token waits for the first window.
+#define DREX_REQUEST_READY 1
+// Its row is in the planned step, or was told to stay and is in the next.
+#define DREX_REQUEST_RUNNING 2
+// Its row waits in the rebatching buffer.
+#define DREX_REQUEST_HELD 3
+
+// What is known of a request.
+typedef struct drex_request_info {
+  // sizeof(drex_request_info), set by the caller
+  uint32_t size;
+  drex_request_state state;
+  // Where its row is held, else DREX_NO_RAMP.
+  uint32_t ramp;
+  // The arena row that its row occupies, else DREX_NO_SLOT.
+  uint32_t slot;
+  // Tokens decoded through drex so far.
+  uint64_t tokens;
+  // Of these, emitted at each ramp.
+  uint64_t exits[DREX_MAX_RAMPS];
+  uint64_t involuntary_exits;
+  uint64_t involuntary_stays;
+  // Total time spent held, in ns; what is held now is not in it.
+  uint64_t held_ns;
+  // Tokens that came later than their deadline.
+  uint64_t deadline_misses;
+  // At the last ramp that its row passed; NaN before the first.
+  float last_confidence;
+  // 0
+  uint32_t reserved;
+} drex_request_info;
+
+// What drex_plan() is told.
+typedef struct drex_plan_input {
+  // sizeof(drex_plan_input)
+  uint32_t size;
+  // Prompt rows that wait beside the decode rows. A hint; the policies of
+  // this version do not use it.
+  uint32_t n_prompt_rows;
+  // Now, in ns of any monotonic clock; the same clock in all calls.
+  uint64_t now_ns;
+} drex_plan_input;
+
+// A row of the planned step.
+typedef struct drex_row {
+  // The request's id.
+  uint64_t request;
+  // The row of the hidden-state arena, below n_slots. A window that begins
+  // above layer 0 reads its input there; a window that ends at a ramp
+  // leaves its last hidden state there.
+  uint32_t slot;
+  // 0
+  uint32_t reserved;
+} drex_row;
+
+// Why a step runs: DREX_FLUSH_*.
+typedef uint32_t drex_flush_reason;
+
+// How many reasons there are.
+#define DREX_FLUSH_REASONS 6
+// It is no flush: ready rows run through the first window.
+#define DREX_FLUSH_NONE 0
+// Enough rows were held.
+#define DREX_FLUSH_FILL 1
+// A row was held for max_hold_ns, or through 256 other steps.
+#define DREX_FLUSH_AGE 2
+// A held row's token would have missed its deadline.
+#define DREX_FLUSH_DEADLINE 3
+// Nothing else is left to run; under HOLD, fewer than min_ready rows.
+#define DREX_FLUSH_IDLE 4
+// Rows that a ramp told to go on at once.
+#define DREX_FLUSH_STAY 5
+
+// What drex_plan() says: run layers [layer_begin, layer_end) over the rows.
+typedef struct drex_step {
+  // sizeof(drex_step), set by the caller
+  uint32_t size;
+  // 0: there is nothing to run, and the other fields mean nothing.
+  uint32_t n_rows;
+  // 0, or a ramp's layer.
+  uint32_t layer_begin;
+  // A ramp's layer, or n_layers. A window may pass ramps where none of its
+  // rows may exit.
+  uint32_t layer_end;
+  // The ramp at the window's end: call drex_ramp(). DREX_NO_RAMP: the
+  // window ends at n_layers; the host samples every row.
+  uint32_t ramp;
+  drex_flush_reason reason;
+} drex_step;
+
+// The element type of logits: DREX_DTYPE_*, in the machine's byte order.
+typedef uint32_t drex_dtype;
+
+// IEEE binary32
+#define DREX_DTYPE_F32 0
+// IEEE binary16
+#define DREX_DTYPE_F16 1
+// The upper half of binary32
+#define DREX_DTYPE_BF16 2
+
+// The logits at a ramp.
+typedef struct drex_logits {
+  // sizeof(drex_logits)
+  uint32_t size;
+  drex_dtype dtype;
+  // [n_rows, n_vocab]; row i, in the order of drex_plan()'s rows, begins
+  // at data + i * row_stride_bytes. Not NULL. Needs no alignment.
+  const void *data;
+  // Bytes from row to row, at least n_vocab elements.
+  uint64_t row_stride_bytes;
+  // drex_step.n_rows
+  uint32_t n_rows;
+  // Logits per row, at least 1, below 2^31.
+  uint32_t n_vocab;
+  // The device stream on which the logits are made; NULL on the host.
+  void *stream;
+} drex_logits;
+
+// What becomes of a row at a ramp: DREX_DECISION_*.
+typedef uint32_t drex_decision;
+
+// Emit the token from the ramp's logits; the row is done.
+#define DREX_DECISION_EXIT 0
+// The row waits in the rebatching buffer for a deeper batch.
+#define DREX_DECISION_HOLD 1
+// The row goes on in the next step.
+#define DREX_DECISION_STAY 2
+// The request was removed while the step ran.
+#define DREX_DECISION_GONE 3
+
+// What a ramp says about a row.
+typedef struct drex_verdict {
+  drex_decision decision;
+  // The greatest logit's index, the lowest on a tie; -1 where confidence
+  // is NaN. For greedy hosts; others sample the row themselves.
+  int32_t token;
+  // In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for a
+  // row that is gone. -Inf beside other logits is a mask, and fine.
+  float confidence;
+  // 1: an involuntary exit or an involuntary stay.
+  uint32_t forced;
+} drex_verdict;
+
+// What drex_complete() is told.
+typedef struct drex_completion {
+  // sizeof(drex_completion)
+  uint32_t size;
+  // 0
+  uint32_t reserved;
+  // Now, in ns; when the step's tokens were emitted.
+  uint64_t now_ns;
+  // Time that the window took on the device, in ns; 0: unknown, and
+  // nothing is learned from it.
+  uint64_t duration_ns;
+  // Attended KV cells, summed over the rows; 0: unknown. The cost model of
+  // this version does not use it.
+  uint64_t n_kv;
+} drex_completion;
+
+// A timing of a pass that drex did not plan: calibration, full passes.
+typedef struct drex_observation {
+  // sizeof(drex_observation)
+  uint32_t size;
+  // At least 1.
+  uint32_t n_rows;
+  uint32_t layer_begin;
+  // Above layer_begin, at most n_layers.
+  uint32_t layer_end;
+  // At least 1.
+  uint64_t duration_ns;
+  // As drex_completion.n_kv.
+  uint64_t n_kv;
+} drex_observation;
+
+// Totals since drex_create(), and some current values.
+typedef struct drex_stats {
+  // sizeof(drex_stats), set by the caller
+  uint32_t size;
+  // The engine's; the entries of the arrays beyond it are 0.
+  uint32_t n_ramps;
+  // Rows that emitted a token, at a ramp or at the end.
+  uint64_t tokens;
+  // Of these, at each ramp.
+  uint64_t exits[DREX_MAX_RAMPS];
+  uint64_t involuntary_exits;
+  uint64_t involuntary_stays;
+  // Completed steps by reason; DREX_FLUSH_NONE counts those that were no
+  // flush, so that all sum to `steps`.
+  uint64_t flushes[DREX_FLUSH_REASONS];
+  // Rows in the rebatching buffer now, without those of the planned step.
+  uint64_t held_rows;
+  uint64_t held_rows_at[DREX_MAX_RAMPS];
+  // The most that there ever were.
+  uint64_t held_rows_max;
+  // Requests alive now.
+  uint64_t requests;
+  // Arena rows free now.
+  uint64_t slots_free;
+  // Cells whose skipped layers drex_fill() filled.
+  uint64_t cells_filled;
+  // Bytes that it wrote for them.
+  uint64_t bytes_filled;
+  uint64_t deadline_misses;
+  // Rows at a ramp whose confidence was NaN.
+  uint64_t nonfinite_rows;
+  // Completed steps.
+  uint64_t steps;
+  // Their rows, those of requests that went away included.
+  uint64_t step_rows;
+  // Held times: bucket 0 counts those under 1 us, bucket i those in
+  // [2^(i-1), 2^i) us, the last one all that are longer.
+  uint64_t wait_us_buckets[DREX_WAIT_BUCKETS];
+  uint64_t wait_us_sum;
+  // c/t_d at the first ramp for the last batch's rows, as pinned or as
+  // measured; NaN when unknown.
+  double art_ratio;
+} drex_stats;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The library's version, such as "0.1.0". Static; never NULL.
+const char *drex_version(void);
+
+// The library's DREX_ABI_VERSION, to compare with the header's.
+uint32_t drex_abi_version(void);
+
+// A status by its name, such as "DREX_ERROR_CAPACITY"; "DREX_ERROR_UNKNOWN"
+// for a number that this version does not know. Static; never NULL.
+const char *drex_status_name(drex_status status);
+
+// The text of the last call that failed on the calling thread, in UTF-8,
+// such as "drex_create: threshold is NaN; expected a finite number >= 0".
+// Empty before the first; a call that succeeds leaves it alone. Valid until
+// the next failure on this thread, or the thread's end. Never NULL; not to
+// be freed.
+const char *drex_last_error(void);
+
+// A policy's name in lower case, such as "hold"; NULL when unknown. Static.
+const char *drex_policy_name(drex_policy policy);
+
+// A metric's name in lower case, such as "gap"; NULL when unknown. Static.
+const char *drex_metric_name(drex_metric metric);
+
+// The policy of a name, exactly as drex_policy_name() writes it.
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+drex_status drex_policy_from_name(const char *name, drex_policy *out);
+
+// The metric of a name, exactly as drex_metric_name() writes it.
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+drex_status drex_metric_from_name(const char *name, drex_metric *out);
+
+// Makes an engine. All its memory is allocated here: no call between
+// drex_request_add() and drex_request_remove() allocates, locks or waits.
+//
+// config  copied, with what it points to
+// out     receives the engine; the caller owns it and ends it with
+//         drex_destroy()
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT;
+// UNSUPPORTED for a reserved fill mode or device; CAPACITY when 256 engines
+// are alive in this process.
+drex_status drex_create(const drex_config *config, drex_engine **out);
+
+// Ends an engine, in any state, and frees what it holds. The host's tensors
+// are not touched. NULL is fine.
+//
+// Errors: INVALID_HANDLE for one that is destroyed already; HANDLE_BUSY
+// while another thread is inside, and then the engine lives on.
+drex_status drex_destroy(drex_engine *engine);
+
+// Names the K/V cache that drex_fill() works on. Binding again replaces it.
+//
+// Without it, filling the holes of exited rows is the host's business.
+//
+// layers    [n_layers] copied; the tensors stay the host's. The size of the
+//           first element is the distance to the next. NULL with n_layers =
+//           0 unbinds.
+// n_layers  drex_config.n_layers
+//
+// Layers before the first ramp's last one are not looked at. The others need
+// K rows of one size and V rows of one size and layout, and tensors of their
+// own.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED, with
+// the layers named, where state-copy cannot work; CALL_ORDER while a step is
+// planned.
+drex_status drex_bind_kv(drex_engine *engine,
+                         const drex_kv_layer *layers,
+                         uint32_t n_layers);
+
+// Makes a request known. It is IDLE: say drex_request_ready() when its
+// prompt is done and its first token can run.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED for a
+// reserved fill mode; DUPLICATE_REQUEST; CAPACITY when max_requests are
+// alive.
+drex_status drex_request_add(drex_engine *engine,
+                             const drex_request_config *request);
+
+// The request's next token can run: IDLE becomes READY.
+//
+// id      of a request alive and IDLE
+// n_kv    KV cells that the row attends over, 0 if unknown; a hint, not used
+//         by the cost model of this version
+// now_ns  now; the first call starts the clock of the request's deadline
+//
+// A row that exited may be made ready again before drex_complete().
+//
+// Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE.
+drex_status drex_request_ready(drex_engine *engine,
+                               uint64_t id,
+                               uint32_t n_kv,
+                               uint64_t now_ns);
+
+// Forgets a request: finished, or cancelled, in any state, also between plan
+// and complete. Its id is free at once. A held row leaves the buffer and its
+// arena row is free at once; the arena row of a row in the planned step is
+// free when the step ends, and drex_ramp() says DREX_DECISION_GONE for it.
+// The hole of a row that exited and was not filled yet is not filled.
+//
+// Errors: UNKNOWN_REQUEST.
+drex_status drex_request_remove(drex_engine *engine, uint64_t id);
+
+// What is known of a request.
+//
+// out  its size is set by the caller
+//
+// Errors: UNKNOWN_REQUEST, NULL_ARGUMENT, STRUCT_SIZE.
+drex_status drex_request_get(const drex_engine *engine,
+                             uint64_t id,
+                             drex_request_info *out);
+
+// Chooses what to run next: a window of layers and its rows.
+//
+// input     the clock
+// rows      [capacity] receives drex_step.n_rows rows, in the order in which
+//           the host must run them; the rest is not written
+// capacity  at least 1; give max_batch. Less cuts the step short.
+// out       its size is set by the caller
+//
+// In this order: rows that a ramp told to stay, together with as many held
+// at the same ramp as fit; a queue of held rows that is due (for a deadline,
+// for age, for its fill, or because nothing else is left), the deepest among
+// equals; ready rows through the first window.
+//
+// When more rows wait than fit, those whose deadline is at stake come first,
+// the nearest before the others; then higher priority; then the older row. A
+// row passed over 8 times goes before all of these, in at most half of the
+// places, so that none starves: with k places, a ready row with q older ones
+// before it runs at the latest in the (9 + q / ceil(k / 2))th step of ready
+// rows.
+//
+// After out->n_rows = 0 there is no step, and nothing to complete. After any
+// other, the next call but drex_request_*() is drex_ramp() (where the window
+// ends at a ramp) or drex_complete(), or drex_abandon().
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0;
+// CALL_ORDER while a step is planned.
+drex_status drex_plan(drex_engine *engine,
+                      const drex_plan_input *input,
+                      drex_row *rows,
+                      uint32_t capacity,
+                      drex_step *out);
+
+// At the end of a window that ends at a ramp: scores every row's logits and
+// decides what becomes of it. The logits must be complete and stay unchanged
+// during the call. A row's confidence and token depend on nothing but its
+// own logits.
+//
+// logits    the window's logits
+// cells     [n_rows] the KV cell of each row, below n_cells of every bound
+//           layer; NULL only when no K/V is bound. Copied.
+// verdicts  [capacity] receives one per row, in their order
+// capacity  at least n_rows
+//
+// A request whose row says EXIT is IDLE from here on.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
+// CALL_ORDER when no step is planned, when it ends at the last layer, when
+// it had its verdicts, or when cells are missing. After a failure, the call
+// may be made again.
+drex_status drex_ramp(drex_engine *engine,
+                      const drex_logits *logits,
+                      const uint32_t *cells,
+                      drex_verdict *verdicts,
+                      uint32_t capacity);
+
+// Fills the holes of the rows that the last drex_ramp() let out: for each,
+// K and V of the window's last layer at the row's cell are copied to all
+// layers from layer_end on. Does nothing when none exited, or when done
+// already. Nothing else may touch these cells during the call.
+//
+// Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
+// called since the last plan; DEVICE.
+drex_status drex_fill(drex_engine *engine);
+
+// The planned step ran, and its tokens are out. Rows of a window that ended
+// at n_layers have emitted theirs, and their requests are IDLE; held rows
+// enter the buffer; the arena rows of those that emitted are free.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
+// step is planned, when its ramp was not called, or when K/V is bound and
+// rows exited and drex_fill() was not called.
+drex_status drex_complete(drex_engine *engine,
+                          const drex_completion *completion);
+
+// The planned step failed. Its rows go back to where they were, in their old
+// order, and may be planned again; the step is not counted. Rows that
+// drex_ramp() let out before have given their token: they stay out, and
+// their holes stay open unless drex_fill() was called.
+//
+// Errors: CALL_ORDER when no step is planned.
+drex_status drex_abandon(drex_engine *engine);
+
+// Tells the cost model of a pass that drex did not plan, at any time.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT.
+drex_status drex_observe(drex_engine *engine,
+                         const drex_observation *observation);
+
+// A snapshot of the engine's totals. Cheap enough for every step.
+//
+// out  its size is set by the caller
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE.
+drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* DREX_H */

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use super::MAX_RAMPS;
+use super::error::{Error, Result};
+use super::metric::Metric;
+use super::policy::Policy;
+
+/// Sizes beyond this are mistakes, and would fail in the allocator, where
+/// nothing can be reported any more.
+pub const MAX_ROWS: u32 = 1 << 20;
+pub const MAX_LAYERS: u32 = 1 << 16;
+
+/// How the K/V entries that an exited token leaves out are filled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    Copy,
+}
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub n_layers: u32,
+    /// A ramp at `l` follows layers `[0, l)`.
+    pub ramp_layers: Vec<u32>,
+    /// One threshold per ramp.
+    pub thresholds: Vec<f32>,
+    pub n_slots: u32,
+    pub max_requests: u32,
+    pub max_batch: u32,
+    pub policy: Policy,
+    pub metric: Metric,
+    pub fill: Fill,
+    /// 0: the policy's own rule.
+    pub flush_rows: u32,
+    pub min_ready: u32,
+    /// 0: no limit by age.
+    pub max_hold_ns: u64,
+    /// 0: none.
+    pub token_deadline_ns: u64,
+    /// Pins c/t_d of `art`.
+    pub art_ratio: Option<f32>,
+}
+
+/// A threshold is any finite number from 0 up; above 1 it means "never".
+pub fn check_threshold(field: &'static str, value: f32) -> Result<()> {
+    if value.is_finite() && value >= 0.0 {
+        Ok(())
+    } else {
+        Err(Error::float(field, value, "a finite number >= 0"))
+    }
+}
+
+fn check_range(
+    field: &'static str,
+    value: u32,
+    low: u32,
+    high: u32,
+    expected: &'static str,
+) -> Result<()> {
+    if (low..=high).contains(&value) {
+        Ok(())
+    } else {
+        Err(Error::int(field, value, expected))
+    }
+}
+
+impl Config {
+    pub fn validate(&self) -> Result<()> {
+        check_range("n_layers", self.n_layers, 2, MAX_LAYERS, "2..65536")?;
+        check_range(
+            "n_ramps",
+            self.ramp_layers.len() as u32,
+            1,
+            MAX_RAMPS as u32,
+            "1..16",
+        )?;
+        let mut before = 0;
+        for (i, &layer) in self.ramp_layers.iter().enumerate() {
+            if layer <= before {
+                let expected = if i == 0 {
+                    "at least 1"
+                } else {
+                    "more than the ramp before it (ramp_layers must be strictly increasing)"
+                };
+                return Err(Error::int("ramp_layers", layer, expected).at(i));
+            }
+            if layer >= self.n_layers {
+                return Err(Error::Conflict {
+                    field: "ramp_layers",
+                    index: Some(i),
+                    value: layer.into(),
+                    other: "n_layers",
+                    other_value: self.n_layers.into(),
+                    why: "a ramp lies before the last layer",
+                });
+            }
+            before = layer;
+        }
+        check_range("n_slots", self.n_slots, 1, MAX_ROWS, "1..1048576")?;
+        check_range("max_requests", self.max_requests, 1, MAX_ROWS, "1..1048576")?;
+        check_range("max_batch", self.max_batch, 1, MAX_ROWS, "1..1048576")?;
+        if self.n_slots < self.max_requests {
+            return Err(Error::Conflict {
+                field: "n_slots",
+                index: None,
+                value: self.n_slots.into(),
+                other: "max_requests",
+                other_value: self.max_requests.into(),
+                why: "every request may hold one row",
+            });
+        }
+        for (i, &t) in self.thresholds.iter().enumerate() {
+            check_threshold("ramp_thresholds", t).map_err(|e| e.at(i))?;
+        }
+        if self.thresholds.len() != self.ramp_layers.len() {
+            return Err(Error::int(
+                "ramp_thresholds",
+                self.thresholds.len() as u64,
+                "one threshold per ramp",
+            ));
+        }
+        if let Some(r) = self.art_ratio {
+            if !(r.is_finite() && r >= 0.0) {
+                return Err(Error::float(
+                    "art_ratio",
+                    r,
+                    "a finite number >= 0, or NaN for the measured one",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn n_ramps(&self) -> usize {
+        self.ramp_layers.len()
+    }
+
+    /// Most rows that one pass can have.
+    pub fn batch(&self) -> usize {
+        self.max_batch.min(self.max_requests) as usize
+    }
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use super::MAX_RAMPS;
+
+pub const WAIT_BUCKETS: usize = 32;
+
+/// Why a step runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// Not a flush: new tokens through the first window.
+    None = 0,
+    Fill = 1,
+    Age = 2,
+    Deadline = 3,
+    Idle = 4,
+    Stay = 5,
+}
+
+pub const REASONS: usize = 6;
+
+/// Totals since the engine was made.
+#[derive(Debug, Clone, Default)]
+pub struct Counters {
+    pub tokens: u64,
+    pub exits: [u64; MAX_RAMPS],
+    pub involuntary_exits: u64,
+    pub involuntary_stays: u64,
+    pub flushes: [u64; REASONS],
+    pub held_rows_max: u64,
+    pub cells_filled: u64,
+    pub bytes_filled: u64,
+    pub deadline_misses: u64,
+    pub nonfinite_rows: u64,
+    pub steps: u64,
+    pub step_rows: u64,
+    pub wait_us_buckets: [u64; WAIT_BUCKETS],
+    pub wait_us_sum: u64,
+}
+
+impl Counters {
+    pub fn wait(&mut self, ns: u64) {
+        let us = ns / 1000;
+        self.wait_us_buckets[bucket(us)] += 1;
+        self.wait_us_sum += us;
+    }
+}
+
+/// Bucket i counts [2^(i-1), 2^i) us; 0 counts what is under 1 us.
+fn bucket(us: u64) -> usize {
+    ((64 - us.leading_zeros()) as usize).min(WAIT_BUCKETS - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_double() {
+        let expect = [
+            (0, 0),
+            (1, 1),
+            (2, 2),
+            (3, 2),
+            (4, 3),
+            (1023, 10),
+            (1024, 11),
+        ];
+        for (us, b) in expect {
+            assert_eq!(bucket(us), b, "{us}");
+        }
+        assert_eq!(bucket(u64::MAX), WAIT_BUCKETS - 1);
+    }
+}

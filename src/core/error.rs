@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! What can go wrong. Errors carry values, not strings, so that failing
+//! allocates nothing; the text is made where it is asked for.
+
+use std::fmt;
+
+/// A number that an error text shows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Value {
+    Int(u64),
+    Float(f32),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::Int(v) => write!(f, "{v}"),
+            Value::Float(v) => write!(f, "{v}"),
+        }
+    }
+}
+
+/// The class of an error: what the caller can do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Invalid,
+    UnknownRequest,
+    DuplicateRequest,
+    CallOrder,
+    Capacity,
+    Unsupported,
+    Device,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Error {
+    /// A field or argument has a value that it may not have.
+    Invalid {
+        field: &'static str,
+        /// Which element, where the field is an array.
+        index: Option<usize>,
+        value: Value,
+        expected: &'static str,
+    },
+    /// A field's value clashes with another field's.
+    Conflict {
+        field: &'static str,
+        index: Option<usize>,
+        value: u64,
+        other: &'static str,
+        other_value: u64,
+        why: &'static str,
+    },
+    UnknownRequest {
+        id: u64,
+    },
+    DuplicateRequest {
+        id: u64,
+    },
+    /// `ready` for a request that already has a token on its way.
+    NotIdle {
+        id: u64,
+        state: &'static str,
+    },
+    /// A call that does not fit what was called before.
+    CallOrder(&'static str),
+    /// Something preallocated is full, or an array is too short.
+    Capacity {
+        field: &'static str,
+        value: u64,
+        need: u64,
+        why: &'static str,
+    },
+    Unsupported {
+        field: &'static str,
+        value: u64,
+        why: &'static str,
+    },
+    /// Two KV layers between which no row can be copied.
+    KvLayers {
+        field: &'static str,
+        source: usize,
+        source_value: u64,
+        target: usize,
+        target_value: u64,
+        why: &'static str,
+    },
+    Device(&'static str),
+}
+
+impl Error {
+    pub fn int(field: &'static str, value: impl Into<u64>, expected: &'static str) -> Self {
+        Error::Invalid {
+            field,
+            index: None,
+            value: Value::Int(value.into()),
+            expected,
+        }
+    }
+
+    pub fn float(field: &'static str, value: f32, expected: &'static str) -> Self {
+        Error::Invalid {
+            field,
+            index: None,
+            value: Value::Float(value),
+            expected,
+        }
+    }
+
+    #[must_use]
+    pub fn at(mut self, i: usize) -> Self {
+        if let Error::Invalid { index, .. } | Error::Conflict { index, .. } = &mut self {
+            *index = Some(i);
+        }
+        self
+    }
+
+    pub fn kind(&self) -> Kind {
+        match self {
+            Error::Invalid { .. } | Error::Conflict { .. } => Kind::Invalid,
+            Error::UnknownRequest { .. } => Kind::UnknownRequest,
+            Error::DuplicateRequest { .. } => Kind::DuplicateRequest,
+            Error::NotIdle { .. } | Error::CallOrder(_) => Kind::CallOrder,
+            Error::Capacity { .. } => Kind::Capacity,
+            Error::Unsupported { .. } | Error::KvLayers { .. } => Kind::Unsupported,
+            Error::Device(_) => Kind::Device,
+        }
+    }
+}
+
+struct Name(&'static str, Option<usize>);
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.1 {
+            Some(i) => write!(f, "{}[{i}]", self.0),
+            None => f.write_str(self.0),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Error::Invalid {
+                field,
+                index,
+                value,
+                expected,
+            } => write!(f, "{} is {value}; expected {expected}", Name(field, index)),
+            Error::Conflict {
+                field,
+                index,
+                value,
+                other,
+                other_value,
+                why,
+            } => write!(
+                f,
+                "{} is {value}, but {other} is {other_value}: {why}",
+                Name(field, index)
+            ),
+            Error::UnknownRequest { id } => write!(f, "no request has id {id}"),
+            Error::DuplicateRequest { id } => {
+                write!(f, "a request with id {id} is alive already")
+            }
+            Error::NotIdle { id, state } => {
+                write!(f, "request {id} is {state}; expected it to be idle")
+            }
+            Error::CallOrder(text) => f.write_str(text),
+            Error::Capacity {
+                field,
+                value,
+                need,
+                why,
+            } => write!(f, "{field} is {value}, but {need} needed: {why}"),
+            Error::Unsupported { field, value, why } => {
+                write!(f, "{field} is {value}, which is not supported: {why}")
+            }
+            Error::KvLayers {
+                field,
+                source,
+                source_value,
+                target,
+                target_value,
+                why,
+            } => write!(
+                f,
+                "layers[{target}].{field} is {target_value}, but layers[{source}].{field} is \
+                 {source_value}: {why}"
+            ),
+            Error::Device(text) => f.write_str(text),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_name_field_and_value() {
+        let e = Error::float("threshold", f32::NAN, "a finite number >= 0");
+        assert_eq!(
+            e.to_string(),
+            "threshold is NaN; expected a finite number >= 0"
+        );
+        let e = Error::int("ramp_layers", 3u32, "more than the one before").at(2);
+        assert_eq!(
+            e.to_string(),
+            "ramp_layers[2] is 3; expected more than the one before"
+        );
+    }
+}

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The requests alive, found by the host's id. Storage and index are made
+//! once; adding, finding and removing touch no allocator.
+
+use super::error::{Error, Result};
+use super::metric::Metric;
+use super::{MAX_RAMPS, NONE};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// No token to run.
+    Idle,
+    /// A token waits for the first window.
+    Ready,
+    /// Its row is in the planned step, or goes on in the next one.
+    Running,
+    /// Its row waits in the rebatching buffer.
+    Held,
+}
+
+impl State {
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Idle => "idle",
+            State::Ready => "ready",
+            State::Running => "running",
+            State::Held => "held",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct RequestConfig {
+    pub id: u64,
+    /// `None`: the engine's.
+    pub metric: Option<Metric>,
+    /// `None`: the engine's, per ramp.
+    pub threshold: Option<f32>,
+    /// 0: the engine's.
+    pub token_deadline_ns: u64,
+    pub priority: i32,
+}
+
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub id: u64,
+    pub metric: Metric,
+    pub threshold: Option<f32>,
+    pub deadline_ns: u64,
+    pub priority: i32,
+    /// Bit r: a row of this request may exit at ramp r.
+    pub may_exit: u32,
+
+    pub state: State,
+    /// Ramp where its row is held, else `NONE`.
+    pub ramp: u32,
+    pub slot: u32,
+    /// Index of its row in the planned step, else `NONE`.
+    pub in_step: u32,
+    /// Has had a token to run: it counts as decoding from then on.
+    pub started: bool,
+    pub last_token_ns: u64,
+
+    /// Place in the list of ready requests.
+    pub ready_pos: u32,
+    pub ready_seq: u64,
+    /// First-window plans made before it became ready.
+    pub ready_mark: u64,
+
+    pub tokens: u64,
+    pub exits: [u64; MAX_RAMPS],
+    pub involuntary_exits: u64,
+    pub involuntary_stays: u64,
+    pub held_ns: u64,
+    pub deadline_misses: u64,
+    pub last_confidence: f32,
+}
+
+impl Request {
+    /// When its next token is due.
+    pub fn due_ns(&self) -> Option<u64> {
+        (self.deadline_ns > 0).then(|| self.last_token_ns.saturating_add(self.deadline_ns))
+    }
+}
+
+pub struct Requests {
+    items: Vec<Request>,
+    free: Vec<u32>,
+    /// Open addressing with linear probing: index + 1, or 0 for empty.
+    table: Vec<u32>,
+    mask: usize,
+}
+
+const VACANT: Request = Request {
+    id: 0,
+    metric: Metric::Gap,
+    threshold: None,
+    deadline_ns: 0,
+    priority: 0,
+    may_exit: 0,
+    state: State::Idle,
+    ramp: NONE,
+    slot: NONE,
+    in_step: NONE,
+    started: false,
+    last_token_ns: 0,
+    ready_pos: NONE,
+    ready_seq: 0,
+    ready_mark: 0,
+    tokens: 0,
+    exits: [0; MAX_RAMPS],
+    involuntary_exits: 0,
+    involuntary_stays: 0,
+    held_ns: 0,
+    deadline_misses: 0,
+    last_confidence: f32::NAN,
+};
+
+impl Requests {
+    pub fn new(max: usize) -> Self {
+        let cells = (max * 2).next_power_of_two();
+        Requests {
+            items: vec![VACANT; max],
+            free: (0..max as u32).rev().collect(),
+            table: vec![0; cells],
+            mask: cells - 1,
+        }
+    }
+
+    pub fn alive(&self) -> usize {
+        self.items.len() - self.free.len()
+    }
+
+    /// Hosts count ids up, or draw them: a mix of all bits serves both.
+    fn home(&self, id: u64) -> usize {
+        let mut z = id.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) as usize & self.mask
+    }
+
+    /// The cell that holds `id`, or the empty one where it would go.
+    fn cell(&self, id: u64) -> usize {
+        let mut c = self.home(id);
+        while self.table[c] != 0 && self.items[self.table[c] as usize - 1].id != id {
+            c = (c + 1) & self.mask;
+        }
+        c
+    }
+
+    pub fn find(&self, id: u64) -> Result<u32> {
+        match self.table[self.cell(id)] {
+            0 => Err(Error::UnknownRequest { id }),
+            i => Ok(i - 1),
+        }
+    }
+
+    pub fn add(&mut self, id: u64) -> Result<u32> {
+        let cell = self.cell(id);
+        if self.table[cell] != 0 {
+            return Err(Error::DuplicateRequest { id });
+        }
+        let max = self.items.len() as u64;
+        let i = self.free.pop().ok_or(Error::Capacity {
+            field: "max_requests",
+            value: max,
+            need: max + 1,
+            why: "every request slot is taken; remove one first",
+        })?;
+        self.items[i as usize] = Request { id, ..VACANT };
+        self.table[cell] = i + 1;
+        Ok(i)
+    }
+
+    pub fn remove(&mut self, i: u32) {
+        let mut hole = self.cell(self.items[i as usize].id);
+        self.free.push(i);
+        // Close the gap, so that no probe sequence breaks and no tombstones
+        // pile up over a server's life.
+        let mut c = hole;
+        loop {
+            c = (c + 1) & self.mask;
+            if self.table[c] == 0 {
+                break;
+            }
+            let home = self.home(self.items[self.table[c] as usize - 1].id);
+            let from_home = c.wrapping_sub(home) & self.mask;
+            let from_hole = c.wrapping_sub(hole) & self.mask;
+            if from_home >= from_hole {
+                self.table[hole] = self.table[c];
+                hole = c;
+            }
+        }
+        self.table[hole] = 0;
+    }
+
+    pub fn get(&self, i: u32) -> &Request {
+        &self.items[i as usize]
+    }
+
+    pub fn get_mut(&mut self, i: u32) -> &mut Request {
+        &mut self.items[i as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn the_table_agrees_with_a_map() {
+        let mut table = Requests::new(13);
+        let mut map: HashMap<u64, u32> = HashMap::new();
+        let mut x = 7u64;
+        for _ in 0..100_000 {
+            x = x
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            let id = (x >> 33) % 40;
+            match map.get(&id) {
+                Some(&i) if x >> 63 == 0 => {
+                    assert_eq!(table.find(id), Ok(i));
+                    table.remove(i);
+                    map.remove(&id);
+                }
+                Some(_) => assert_eq!(table.add(id), Err(Error::DuplicateRequest { id })),
+                None => {
+                    assert_eq!(table.find(id), Err(Error::UnknownRequest { id }));
+                    match table.add(id) {
+                        Ok(i) => assert_eq!(map.insert(id, i), None),
+                        Err(e) => {
+                            assert!(matches!(e, Error::Capacity { .. }));
+                            assert_eq!(map.len(), 13);
+                        }
+                    }
+                }
+            }
+            assert_eq!(table.alive(), map.len());
+        }
+        for (id, i) in map {
+            assert_eq!(table.find(id), Ok(i));
+        }
+    }
+}

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! What every function does on its way in and out: the panic boundary, and
+//! reading and writing of structs that begin with their size.
+
+use std::any::Any;
+use std::mem::size_of;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+
+use super::error::{self, Fault};
+use super::handle;
+use super::types::*;
+use crate::instance::Instance;
+
+/// A size beyond this is garbage, and reading so far would be worse.
+const SIZE_MAX: usize = 4096;
+
+/// Runs a call's body; its fault or panic becomes a status and a text.
+pub fn call(function: &str, body: impl FnOnce() -> Result<(), Fault>) -> drex_status {
+    // A body leaves nothing half done that anyone sees again: an engine in
+    // which it panicked is poisoned by its guard.
+    match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => DREX_OK,
+        Ok(Err(fault)) => {
+            error::set(function, format_args!("{fault}"));
+            fault.status()
+        }
+        Err(payload) => {
+            error::set(
+                function,
+                format_args!("internal error: {}", message(&*payload)),
+            );
+            // A payload's own drop may panic; leaking it cannot.
+            std::mem::forget(payload);
+            DREX_ERROR_PANIC
+        }
+    }
+}
+
+/// `call` on the engine behind a handle.
+pub fn with(
+    function: &str,
+    engine: *const drex_engine,
+    body: impl FnOnce(&mut Instance) -> Result<(), Fault>,
+) -> drex_status {
+    call(function, || body(handle::enter(engine)?.instance()))
+}
+
+fn message(payload: &(dyn Any + Send)) -> &str {
+    match (
+        payload.downcast_ref::<&'static str>(),
+        payload.downcast_ref::<String>(),
+    ) {
+        (Some(s), _) => s,
+        (_, Some(s)) => s,
+        _ => "panic",
+    }
+}
+
+/// Structs of plain numbers and pointers whose first field is their size.
+///
+/// # Safety
+/// `repr(C)`, first field `size: u32`, and every bit pattern is a value.
+pub unsafe trait Sized32: Copy {}
+
+macro_rules! sized {
+    ($($t:ty),*) => { $(
+        // SAFETY: as the trait asks; see types.rs.
+        unsafe impl Sized32 for $t {}
+    )* };
+}
+sized!(
+    drex_config,
+    drex_kv_layer,
+    drex_request_config,
+    drex_request_info,
+    drex_plan_input,
+    drex_step,
+    drex_logits,
+    drex_completion,
+    drex_observation,
+    drex_stats
+);
+
+/// Reads a struct of any version that we can understand.
+///
+/// # Safety
+/// `p` is NULL or points to as many bytes as its `size` says.
+pub unsafe fn read<T: Sized32>(what: &'static str, p: *const T) -> Result<T, Fault> {
+    let known = size_of::<T>();
+    if p.is_null() {
+        return Err(Fault::Null(what));
+    }
+    // SAFETY: every struct begins with its size.
+    let size = unsafe { p.cast::<u32>().read_unaligned() };
+    let len = size as usize;
+    if len < known {
+        return Err(Fault::Small {
+            what,
+            size,
+            least: known,
+        });
+    }
+    // SAFETY: the caller says that there are `size` bytes.
+    let tail_used =
+        len > SIZE_MAX || (known..len).any(|i| unsafe { p.cast::<u8>().add(i).read() } != 0);
+    if tail_used {
+        return Err(Fault::Newer { what, size, known });
+    }
+    // SAFETY: as above; every bit pattern is a value.
+    Ok(unsafe { p.read_unaligned() })
+}
+
+/// Checks that an output struct can be written later.
+///
+/// # Safety
+/// `p` is NULL or points to a struct that begins with its size.
+pub unsafe fn writable<T: Sized32>(what: &'static str, p: *mut T) -> Result<u32, Fault> {
+    if p.is_null() {
+        return Err(Fault::Null(what));
+    }
+    // SAFETY: every struct begins with its size.
+    let size = unsafe { p.cast::<u32>().read_unaligned() };
+    if (size as usize) < size_of::<T>() {
+        return Err(Fault::Small {
+            what,
+            size,
+            least: size_of::<T>(),
+        });
+    }
+    Ok(size)
+}
+
+/// Writes all but the size, which stays the caller's.
+///
+/// # Safety
+/// [`writable`] has accepted `p`.
+pub unsafe fn write<T: Sized32>(p: *mut T, value: &T) {
+    let skip = size_of::<u32>();
+    // SAFETY: `p` has at least `size_of::<T>()` bytes.
+    unsafe {
+        ptr::copy_nonoverlapping(
+            ptr::from_ref(value).cast::<u8>().add(skip),
+            p.cast::<u8>().add(skip),
+            size_of::<T>() - skip,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::config::{Config, Fill};
+    use crate::core::metric::Metric;
+    use crate::core::policy::Policy;
+
+    fn instance() -> Instance {
+        Instance::new(Config {
+            n_layers: 4,
+            ramp_layers: vec![2],
+            thresholds: vec![0.5],
+            n_slots: 1,
+            max_requests: 1,
+            max_batch: 1,
+            policy: Policy::Hold,
+            metric: Metric::Gap,
+            fill: Fill::Copy,
+            flush_rows: 0,
+            min_ready: 0,
+            max_hold_ns: 0,
+            token_deadline_ns: 0,
+            art_ratio: None,
+        })
+        .unwrap()
+    }
+
+    fn text() -> String {
+        // SAFETY: the thread's own text.
+        let text = unsafe { std::ffi::CStr::from_ptr(error::last()) };
+        text.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_panic_poisons_the_engine_and_nothing_else() {
+        let bad = handle::insert(instance()).unwrap();
+        let good = handle::insert(instance()).unwrap();
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(|_| {}));
+        let status = with("drex_test", bad, |_| panic!("number {}", 7));
+        std::panic::set_hook(hook);
+        assert_eq!(status, DREX_ERROR_PANIC);
+        assert_eq!(text(), "drex_test: internal error: number 7");
+        assert_eq!(with("drex_test", bad, |_| Ok(())), DREX_ERROR_PANIC);
+        assert!(text().contains("drex_destroy"));
+        assert_eq!(with("drex_test", good, |_| Ok(())), DREX_OK);
+        assert!(handle::remove(bad).is_ok());
+        assert!(matches!(handle::remove(bad), Err(Fault::Handle)));
+        assert_eq!(
+            with("drex_test", bad, |_| Ok(())),
+            DREX_ERROR_INVALID_HANDLE
+        );
+        handle::remove(good).unwrap();
+    }
+
+    #[test]
+    fn a_handle_admits_one_thread_at_a_time() {
+        let h = handle::insert(instance()).unwrap();
+        let status = with("drex_outer", h, |_| {
+            let addr = h.addr();
+            std::thread::spawn(move || {
+                let h = std::ptr::without_provenance_mut(addr);
+                assert_eq!(with("drex_inner", h, |_| Ok(())), DREX_ERROR_HANDLE_BUSY);
+                assert!(matches!(handle::remove(h), Err(Fault::Busy)));
+            })
+            .join()
+            .unwrap();
+            Ok(())
+        });
+        assert_eq!(status, DREX_OK);
+        assert_eq!(with("drex_test", h, |_| Ok(())), DREX_OK);
+        handle::remove(h).unwrap();
+    }
+
+    #[test]
+    fn garbage_is_no_handle() {
+        for key in [1usize, 5, 8, 0xdead_beef, usize::MAX, 0xd, TAG_OF_NOBODY] {
+            let h = std::ptr::without_provenance_mut(key);
+            assert_eq!(
+                with("drex_test", h, |_| Ok(())),
+                DREX_ERROR_INVALID_HANDLE,
+                "{key:x}"
+            );
+        }
+        let null = std::ptr::null_mut();
+        assert_eq!(
+            with("drex_test", null, |_| Ok(())),
+            DREX_ERROR_NULL_ARGUMENT
+        );
+    }
+
+    const TAG_OF_NOBODY: usize = 77 << 11 | 200 << 3 | 5;
+}

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Why a call failed, and the calling thread's last error text.
+
+use std::cell::UnsafeCell;
+use std::ffi::c_char;
+use std::fmt::{self, Write};
+
+use super::types::*;
+use crate::core::error::{Error, Kind};
+
+/// What a call can fail with.
+#[derive(Debug)]
+pub enum Fault {
+    Core(Error),
+    Null(&'static str),
+    /// A struct is smaller than its first version.
+    Small {
+        what: &'static str,
+        size: u32,
+        least: usize,
+    },
+    /// A struct is larger than ours and says something in the part that we do
+    /// not know.
+    Newer {
+        what: &'static str,
+        size: u32,
+        known: usize,
+    },
+    Abi(u32),
+    Handle,
+    Busy,
+    Poisoned,
+    /// There are as many engines as the process may have.
+    Engines(usize),
+    Name {
+        what: &'static str,
+        got: String,
+        expected: &'static str,
+    },
+    Panic,
+}
+
+impl From<Error> for Fault {
+    fn from(e: Error) -> Self {
+        Fault::Core(e)
+    }
+}
+
+impl Fault {
+    pub fn status(&self) -> drex_status {
+        match self {
+            Fault::Core(e) => match e.kind() {
+                Kind::Invalid => DREX_ERROR_INVALID_ARGUMENT,
+                Kind::UnknownRequest => DREX_ERROR_UNKNOWN_REQUEST,
+                Kind::DuplicateRequest => DREX_ERROR_DUPLICATE_REQUEST,
+                Kind::CallOrder => DREX_ERROR_CALL_ORDER,
+                Kind::Capacity => DREX_ERROR_CAPACITY,
+                Kind::Unsupported => DREX_ERROR_UNSUPPORTED,
+                Kind::Device => DREX_ERROR_DEVICE,
+            },
+            Fault::Null(_) => DREX_ERROR_NULL_ARGUMENT,
+            Fault::Small { .. } | Fault::Newer { .. } => DREX_ERROR_STRUCT_SIZE,
+            Fault::Abi(_) => DREX_ERROR_ABI_MISMATCH,
+            Fault::Handle => DREX_ERROR_INVALID_HANDLE,
+            Fault::Busy => DREX_ERROR_HANDLE_BUSY,
+            Fault::Engines(_) => DREX_ERROR_CAPACITY,
+            Fault::Name { .. } => DREX_ERROR_INVALID_ARGUMENT,
+            Fault::Poisoned | Fault::Panic => DREX_ERROR_PANIC,
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::Core(e) => e.fmt(f),
+            Fault::Null(what) => write!(f, "{what} is NULL"),
+            Fault::Small { what, size, least } => write!(
+                f,
+                "{what}.size is {size}; expected at least {least} (use the struct's INITIALIZER)"
+            ),
+            Fault::Newer { what, size, known } => write!(
+                f,
+                "{what}.size is {size}, from a newer version than this library, which knows \
+                 {known} bytes, and fields unknown here are in use"
+            ),
+            Fault::Abi(got) => write!(
+                f,
+                "config.abi_version is {got}; this library has ABI version {DREX_ABI_VERSION}"
+            ),
+            Fault::Handle => {
+                f.write_str("engine is not a live handle: never created, or destroyed")
+            }
+            Fault::Busy => f.write_str("another thread is inside a call on this engine"),
+            Fault::Poisoned => f.write_str(
+                "an earlier call on this engine panicked; expected drex_destroy and nothing else",
+            ),
+            Fault::Engines(max) => {
+                write!(f, "{max} engines are alive, and there is no room for more")
+            }
+            Fault::Name {
+                what,
+                got,
+                expected,
+            } => write!(f, "{what} is \"{got}\"; expected one of {expected}"),
+            Fault::Panic => f.write_str("internal error"),
+        }
+    }
+}
+
+const CAPACITY: usize = 512;
+
+/// A NUL-terminated text that is cut to its capacity. The bytes come first:
+/// readers get its address.
+#[repr(C)]
+struct Text {
+    bytes: [u8; CAPACITY],
+    len: usize,
+}
+
+impl Write for Text {
+    fn write_str(&mut self, s: &str) -> fmt::Result {
+        let mut n = s.len().min(CAPACITY - 1 - self.len);
+        while !s.is_char_boundary(n) {
+            n -= 1;
+        }
+        // A NUL inside would end the text for its reader.
+        for (to, &from) in self.bytes[self.len..].iter_mut().zip(&s.as_bytes()[..n]) {
+            *to = if from == 0 { b'?' } else { from };
+        }
+        self.len += n;
+        self.bytes[self.len] = 0;
+        Ok(())
+    }
+}
+
+thread_local! {
+    // Constant and without a destructor: neither the first use nor a use
+    // while the thread ends allocates or fails.
+    static LAST: UnsafeCell<Text> = const {
+        UnsafeCell::new(Text { bytes: [0; CAPACITY], len: 0 })
+    };
+}
+
+/// Replaces the thread's text by "function: text".
+pub fn set(function: &str, text: fmt::Arguments<'_>) {
+    LAST.with(|last| {
+        // SAFETY: the cell is this thread's own, and formatting our own types
+        // does not come back here.
+        let last = unsafe { &mut *last.get() };
+        last.len = 0;
+        let _ = last.write_str(function);
+        let _ = last.write_str(": ");
+        let _ = last.write_fmt(text);
+    });
+}
+
+pub fn last() -> *const c_char {
+    LAST.with(|last| last.get().cast_const().cast())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    fn text() -> &'static str {
+        // SAFETY: the text is this thread's, NUL-terminated UTF-8, and not
+        // changed while the test looks at it.
+        unsafe { CStr::from_ptr(last()) }.to_str().unwrap()
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        set("f", format_args!("{}", "é".repeat(1000)));
+        assert!(text().starts_with("f: é"));
+        assert!(text().len() >= CAPACITY - 3);
+        set("g", format_args!("a\0b"));
+        assert_eq!(text(), "g: a?b");
+    }
+
+    #[test]
+    fn threads_have_their_own() {
+        set("here", format_args!("x"));
+        std::thread::spawn(|| assert_eq!(text(), ""))
+            .join()
+            .unwrap();
+        assert_eq!(text(), "here: x");
+    }
+}

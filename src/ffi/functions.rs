@@ -1,0 +1,806 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The functions of the C ABI. Their documentation is the header's.
+
+#![allow(clippy::missing_safety_doc)] // the header states each contract, for C
+
+use std::ffi::{CStr, c_char};
+use std::mem::size_of;
+
+use super::entry::{self, call, with};
+use super::error::{self, Fault};
+use super::handle;
+use super::types::*;
+use crate::core::config::{Config, Fill};
+use crate::core::error::Error;
+use crate::core::metric::Metric;
+use crate::core::policy::{Decision, Policy};
+use crate::core::request::{RequestConfig, State};
+use crate::device::kv::{Layer, Layout, Side};
+use crate::device::{Dtype, Logits};
+use crate::instance::Instance;
+
+const POLICIES: [(&CStr, Policy); 8] = [
+    (c"off", Policy::Off),
+    (c"eager", Policy::Eager),
+    (c"lazy", Policy::Lazy),
+    (c"median", Policy::Median),
+    (c"mean", Policy::Mean),
+    (c"latency", Policy::Latency),
+    (c"hold", Policy::Hold),
+    (c"art", Policy::Art),
+];
+
+const METRICS: [(&CStr, Metric); 3] = [
+    (c"gap", Metric::Gap),
+    (c"maxprob", Metric::MaxProb),
+    (c"entropy", Metric::Entropy),
+];
+
+const STATUS_NAMES: [&CStr; 14] = [
+    c"DREX_OK",
+    c"DREX_ERROR_NULL_ARGUMENT",
+    c"DREX_ERROR_INVALID_ARGUMENT",
+    c"DREX_ERROR_ABI_MISMATCH",
+    c"DREX_ERROR_STRUCT_SIZE",
+    c"DREX_ERROR_INVALID_HANDLE",
+    c"DREX_ERROR_HANDLE_BUSY",
+    c"DREX_ERROR_UNKNOWN_REQUEST",
+    c"DREX_ERROR_DUPLICATE_REQUEST",
+    c"DREX_ERROR_CALL_ORDER",
+    c"DREX_ERROR_CAPACITY",
+    c"DREX_ERROR_UNSUPPORTED",
+    c"DREX_ERROR_DEVICE",
+    c"DREX_ERROR_PANIC",
+];
+
+/// The library's version, such as "0.1.0". Static; never NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_version() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// The library's DREX_ABI_VERSION, to compare with the header's.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_abi_version() -> u32 {
+    DREX_ABI_VERSION
+}
+
+/// A status by its name, such as "DREX_ERROR_CAPACITY"; "DREX_ERROR_UNKNOWN"
+/// for a number that this version does not know. Static; never NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_status_name(status: drex_status) -> *const c_char {
+    usize::try_from(status)
+        .ok()
+        .and_then(|i| STATUS_NAMES.get(i))
+        .unwrap_or(&c"DREX_ERROR_UNKNOWN")
+        .as_ptr()
+}
+
+/// The text of the last call that failed on the calling thread, in UTF-8,
+/// such as "drex_create: threshold is NaN; expected a finite number >= 0".
+/// Empty before the first; a call that succeeds leaves it alone. Valid until
+/// the next failure on this thread, or the thread's end. Never NULL; not to
+/// be freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_last_error() -> *const c_char {
+    error::last()
+}
+
+/// A policy's name in lower case, such as "hold"; NULL when unknown. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_policy_name(policy: drex_policy) -> *const c_char {
+    name(&POLICIES, policy)
+}
+
+/// A metric's name in lower case, such as "gap"; NULL when unknown. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_metric_name(metric: drex_metric) -> *const c_char {
+    name(&METRICS, metric)
+}
+
+fn name<T>(table: &[(&'static CStr, T)], i: u32) -> *const c_char {
+    table
+        .get(i as usize)
+        .map_or(std::ptr::null(), |(name, _)| name.as_ptr())
+}
+
+/// The policy of a name, exactly as drex_policy_name() writes it.
+///
+/// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_policy_from_name(
+    name: *const c_char,
+    out: *mut drex_policy,
+) -> drex_status {
+    call("drex_policy_from_name", || {
+        let expected = "off, eager, lazy, median, mean, latency, hold, art";
+        // SAFETY: the caller's contract.
+        unsafe { from_name(&POLICIES, name, out, expected) }
+    })
+}
+
+/// The metric of a name, exactly as drex_metric_name() writes it.
+///
+/// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_metric_from_name(
+    name: *const c_char,
+    out: *mut drex_metric,
+) -> drex_status {
+    call("drex_metric_from_name", || {
+        // SAFETY: the caller's contract.
+        unsafe { from_name(&METRICS, name, out, "gap, maxprob, entropy") }
+    })
+}
+
+unsafe fn from_name<T>(
+    table: &[(&'static CStr, T)],
+    name: *const c_char,
+    out: *mut u32,
+    expected: &'static str,
+) -> Result<(), Fault> {
+    if name.is_null() {
+        return Err(Fault::Null("name"));
+    }
+    if out.is_null() {
+        return Err(Fault::Null("out"));
+    }
+    // SAFETY: the caller passes a C string.
+    let name = unsafe { CStr::from_ptr(name) };
+    match table.iter().position(|(n, _)| *n == name) {
+        Some(i) => {
+            // SAFETY: not NULL.
+            unsafe { out.write_unaligned(i as u32) };
+            Ok(())
+        }
+        None => Err(Fault::Name {
+            what: "name",
+            got: name.to_string_lossy().chars().take(64).collect(),
+            expected,
+        }),
+    }
+}
+
+fn metric(value: u32, expected: &'static str) -> Result<Metric, Error> {
+    METRICS
+        .get(value as usize)
+        .map(|&(_, m)| m)
+        .ok_or(Error::int("metric", value, expected))
+}
+
+fn fill(value: u32, expected: &'static str) -> Result<Fill, Error> {
+    match value {
+        DREX_FILL_COPY => Ok(Fill::Copy),
+        1 | 2 => Err(Error::Unsupported {
+            field: "fill",
+            value: value.into(),
+            why: "postfill (1) and verify (2) are reserved for a later version",
+        }),
+        _ => Err(Error::int("fill", value, expected)),
+    }
+}
+
+fn reserved(value: u32) -> Result<(), Error> {
+    match value {
+        0 => Ok(()),
+        _ => Err(Error::int("reserved", value, "0")),
+    }
+}
+
+/// Makes an engine. All its memory is allocated here: no call between
+/// drex_request_add() and drex_request_remove() allocates, locks or waits.
+///
+/// config  copied, with what it points to
+/// out     receives the engine; the caller owns it and ends it with
+///         drex_destroy()
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT;
+/// UNSUPPORTED for a reserved fill mode or device; CAPACITY when 256 engines
+/// are alive in this process.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_create(
+    config: *const drex_config,
+    out: *mut *mut drex_engine,
+) -> drex_status {
+    call("drex_create", || {
+        // SAFETY: the caller's contract.
+        let c = unsafe { entry::read("config", config)? };
+        if out.is_null() {
+            return Err(Fault::Null("out"));
+        }
+        if c.abi_version != DREX_ABI_VERSION {
+            return Err(Fault::Abi(c.abi_version));
+        }
+        // SAFETY: the caller's contract.
+        let config = unsafe { convert(&c)? };
+        let instance = Instance::new(config)?;
+        tracing::debug!(
+            n_layers = c.n_layers,
+            n_ramps = c.n_ramps,
+            max_requests = c.max_requests,
+            max_batch = c.max_batch,
+            policy = c.policy,
+            "engine created"
+        );
+        let handle = handle::insert(instance)?;
+        // SAFETY: not NULL.
+        unsafe { out.write_unaligned(handle) };
+        Ok(())
+    })
+}
+
+/// # Safety
+/// The arrays are as long as the fields say.
+unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
+    if c.ramp_layers.is_null() {
+        return Err(Fault::Null("ramp_layers"));
+    }
+    if !(1..=DREX_MAX_RAMPS as u32).contains(&c.n_ramps) {
+        return Err(Error::int("n_ramps", c.n_ramps, "1..16").into());
+    }
+    let n = c.n_ramps as usize;
+    // SAFETY: `n_ramps` numbers, by the caller's contract.
+    let ramp_layers = (0..n).map(|i| unsafe { c.ramp_layers.add(i).read_unaligned() });
+    crate::core::config::check_threshold("threshold", c.threshold)?;
+    let thresholds = if c.ramp_thresholds.is_null() {
+        vec![c.threshold; n]
+    } else {
+        // SAFETY: as above.
+        let at = |i| unsafe { c.ramp_thresholds.add(i).read_unaligned() };
+        (0..n).map(at).collect()
+    };
+    let policy = POLICIES.get(c.policy as usize).map(|&(_, p)| p);
+    match c.device {
+        DREX_DEVICE_HOST => {}
+        1 => {
+            return Err(Error::Unsupported {
+                field: "device",
+                value: 1,
+                why: "CUDA (1) is reserved for a later version",
+            }
+            .into());
+        }
+        other => return Err(Error::int("device", other, "DREX_DEVICE_HOST (0)").into()),
+    }
+    reserved(c.reserved)?;
+    Ok(Config {
+        n_layers: c.n_layers,
+        ramp_layers: ramp_layers.collect(),
+        thresholds,
+        n_slots: c.n_slots,
+        max_requests: c.max_requests,
+        max_batch: c.max_batch,
+        policy: policy.ok_or(Error::int("policy", c.policy, "DREX_POLICY_* (0..7)"))?,
+        metric: metric(c.metric, "DREX_METRIC_* (0..2)")?,
+        fill: fill(c.fill, "DREX_FILL_COPY (0)")?,
+        flush_rows: c.flush_rows,
+        min_ready: c.min_ready,
+        max_hold_ns: c.max_hold_ns,
+        token_deadline_ns: c.token_deadline_ns,
+        art_ratio: (!c.art_ratio.is_nan()).then_some(c.art_ratio),
+    })
+}
+
+/// Ends an engine, in any state, and frees what it holds. The host's tensors
+/// are not touched. NULL is fine.
+///
+/// Errors: INVALID_HANDLE for one that is destroyed already; HANDLE_BUSY
+/// while another thread is inside, and then the engine lives on.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
+    if engine.is_null() {
+        return DREX_OK;
+    }
+    call("drex_destroy", || {
+        drop(handle::remove(engine)?);
+        tracing::debug!("engine destroyed");
+        Ok(())
+    })
+}
+
+/// Names the K/V cache that drex_fill() works on. Binding again replaces it.
+///
+/// Without it, filling the holes of exited rows is the host's business.
+///
+/// layers    [n_layers] copied; the tensors stay the host's. The size of the
+///           first element is the distance to the next. NULL with n_layers =
+///           0 unbinds.
+/// n_layers  drex_config.n_layers
+///
+/// Layers before the first ramp's last one are not looked at. The others need
+/// K rows of one size and V rows of one size and layout, and tensors of their
+/// own.
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED, with
+/// the layers named, where state-copy cannot work; CALL_ORDER while a step is
+/// planned.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_bind_kv(
+    engine: *mut drex_engine,
+    layers: *const drex_kv_layer,
+    n_layers: u32,
+) -> drex_status {
+    with("drex_bind_kv", engine, |instance| {
+        if layers.is_null() {
+            if n_layers != 0 {
+                return Err(Fault::Null("layers"));
+            }
+            return Ok(instance.bind_kv(None)?);
+        }
+        let expected = instance.engine.config().n_layers;
+        if n_layers != expected {
+            return Err(Error::Conflict {
+                field: "n_layers",
+                index: None,
+                value: n_layers.into(),
+                other: "the engine's n_layers",
+                other_value: expected.into(),
+                why: "every layer has one element",
+            }
+            .into());
+        }
+        // SAFETY: there is at least one element, which begins with its size.
+        let stride = unsafe { entry::read("layers[0]", layers)? }.size as usize;
+        let mut converted = Vec::with_capacity(n_layers as usize);
+        for i in 0..n_layers as usize {
+            // SAFETY: `n_layers` elements, `stride` bytes apart.
+            let layer = unsafe { entry::read("layers[i]", layers.byte_add(i * stride))? };
+            converted.push(kv_layer(&layer).map_err(|e| e.at(i))?);
+        }
+        Ok(instance.bind_kv(Some(converted))?)
+    })
+}
+
+fn kv_layer(l: &drex_kv_layer) -> Result<Layer, Error> {
+    let int = |field, value: u64| {
+        usize::try_from(value).map_err(|_| Error::int(field, value, "a number of bytes"))
+    };
+    let v = if l.v_elem_bytes == 0 {
+        Layout::Rows {
+            bytes: int("layers.v_row_bytes", l.v_row_bytes)?,
+            stride: int("layers.v_cell_stride", l.v_cell_stride)?,
+        }
+    } else {
+        if l.v_row_bytes % l.v_elem_bytes != 0 {
+            return Err(Error::Conflict {
+                field: "layers.v_row_bytes",
+                index: None,
+                value: l.v_row_bytes,
+                other: "v_elem_bytes",
+                other_value: l.v_elem_bytes,
+                why: "a row is a whole number of elements",
+            });
+        }
+        Layout::Transposed {
+            n: int("layers.v_row_bytes", l.v_row_bytes / l.v_elem_bytes)?,
+            elem: int("layers.v_elem_bytes", l.v_elem_bytes)?,
+            stride: int("layers.v_elem_stride", l.v_elem_stride)?,
+        }
+    };
+    Ok(Layer {
+        n_cells: l.n_cells,
+        k: Side {
+            data: l.k.cast(),
+            layout: Layout::Rows {
+                bytes: int("layers.k_row_bytes", l.k_row_bytes)?,
+                stride: int("layers.k_cell_stride", l.k_cell_stride)?,
+            },
+        },
+        v: Side {
+            data: l.v.cast(),
+            layout: v,
+        },
+    })
+}
+
+/// Makes a request known. It is IDLE: say drex_request_ready() when its
+/// prompt is done and its first token can run.
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED for a
+/// reserved fill mode; DUPLICATE_REQUEST; CAPACITY when max_requests are
+/// alive.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_request_add(
+    engine: *mut drex_engine,
+    request: *const drex_request_config,
+) -> drex_status {
+    with("drex_request_add", engine, |instance| {
+        // SAFETY: the caller's contract.
+        let c = unsafe { entry::read("request", request)? };
+        let metric = match c.metric {
+            DREX_METRIC_DEFAULT => None,
+            m => Some(metric(m, "DREX_METRIC_* (0..2) or DREX_METRIC_DEFAULT")?),
+        };
+        if c.fill != DREX_FILL_DEFAULT {
+            fill(c.fill, "DREX_FILL_COPY (0) or DREX_FILL_DEFAULT")?;
+        }
+        reserved(c.reserved)?;
+        Ok(instance.engine.add(RequestConfig {
+            id: c.id,
+            metric,
+            threshold: (!c.threshold.is_nan()).then_some(c.threshold),
+            token_deadline_ns: c.token_deadline_ns,
+            priority: c.priority,
+        })?)
+    })
+}
+
+/// The request's next token can run: IDLE becomes READY.
+///
+/// id      of a request alive and IDLE
+/// n_kv    KV cells that the row attends over, 0 if unknown; a hint, not used
+///         by the cost model of this version
+/// now_ns  now; the first call starts the clock of the request's deadline
+///
+/// A row that exited may be made ready again before drex_complete().
+///
+/// Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_request_ready(
+    engine: *mut drex_engine,
+    id: u64,
+    n_kv: u32,
+    now_ns: u64,
+) -> drex_status {
+    with("drex_request_ready", engine, |instance| {
+        let _ = n_kv;
+        Ok(instance.engine.ready(id, now_ns)?)
+    })
+}
+
+/// Forgets a request: finished, or cancelled, in any state, also between plan
+/// and complete. Its id is free at once. A held row leaves the buffer and its
+/// arena row is free at once; the arena row of a row in the planned step is
+/// free when the step ends, and drex_ramp() says DREX_DECISION_GONE for it.
+/// The hole of a row that exited and was not filled yet is not filled.
+///
+/// Errors: UNKNOWN_REQUEST.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_request_remove(engine: *mut drex_engine, id: u64) -> drex_status {
+    with("drex_request_remove", engine, |instance| {
+        Ok(instance.engine.remove(id)?)
+    })
+}
+
+/// What is known of a request.
+///
+/// out  its size is set by the caller
+///
+/// Errors: UNKNOWN_REQUEST, NULL_ARGUMENT, STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_request_get(
+    engine: *const drex_engine,
+    id: u64,
+    out: *mut drex_request_info,
+) -> drex_status {
+    with("drex_request_get", engine, |instance| {
+        // SAFETY: the caller's contract.
+        let size = unsafe { entry::writable("out", out)? };
+        let r = instance.engine.request(id)?;
+        let info = drex_request_info {
+            size,
+            state: match r.state {
+                State::Idle => DREX_REQUEST_IDLE,
+                State::Ready => DREX_REQUEST_READY,
+                State::Running => DREX_REQUEST_RUNNING,
+                State::Held => DREX_REQUEST_HELD,
+            },
+            ramp: if r.state == State::Held {
+                r.ramp
+            } else {
+                DREX_NO_RAMP
+            },
+            slot: r.slot,
+            tokens: r.tokens,
+            exits: r.exits,
+            involuntary_exits: r.involuntary_exits,
+            involuntary_stays: r.involuntary_stays,
+            held_ns: r.held_ns,
+            deadline_misses: r.deadline_misses,
+            last_confidence: r.last_confidence,
+            reserved: 0,
+        };
+        // SAFETY: checked above.
+        unsafe { entry::write(out, &info) };
+        Ok(())
+    })
+}
+
+/// Chooses what to run next: a window of layers and its rows.
+///
+/// input     the clock
+/// rows      [capacity] receives drex_step.n_rows rows, in the order in which
+///           the host must run them; the rest is not written
+/// capacity  at least 1; give max_batch. Less cuts the step short.
+/// out       its size is set by the caller
+///
+/// In this order: rows that a ramp told to stay, together with as many held
+/// at the same ramp as fit; a queue of held rows that is due (for a deadline,
+/// for age, for its fill, or because nothing else is left), the deepest among
+/// equals; ready rows through the first window.
+///
+/// When more rows wait than fit, those whose deadline is at stake come first,
+/// the nearest before the others; then higher priority; then the older row. A
+/// row passed over 8 times goes before all of these, in at most half of the
+/// places, so that none starves: with k places, a ready row with q older ones
+/// before it runs at the latest in the (9 + q / ceil(k / 2))th step of ready
+/// rows.
+///
+/// After out->n_rows = 0 there is no step, and nothing to complete. After any
+/// other, the next call but drex_request_*() is drex_ramp() (where the window
+/// ends at a ramp) or drex_complete(), or drex_abandon().
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0;
+/// CALL_ORDER while a step is planned.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_plan(
+    engine: *mut drex_engine,
+    input: *const drex_plan_input,
+    rows: *mut drex_row,
+    capacity: u32,
+    out: *mut drex_step,
+) -> drex_status {
+    with("drex_plan", engine, |instance| {
+        // SAFETY: the caller's contract.
+        let (input, size) = unsafe { (entry::read("input", input)?, entry::writable("out", out)?) };
+        if rows.is_null() {
+            return Err(Fault::Null("rows"));
+        }
+        let mut step = drex_step {
+            size,
+            n_rows: 0,
+            layer_begin: 0,
+            layer_end: 0,
+            ramp: DREX_NO_RAMP,
+            reason: DREX_FLUSH_NONE,
+        };
+        if let Some(s) = instance.plan(input.now_ns, capacity as usize)? {
+            let planned = instance.engine.step_rows();
+            step.n_rows = planned.len() as u32;
+            step.layer_begin = s.layer_begin;
+            step.layer_end = s.layer_end;
+            step.ramp = s.ramp.map_or(DREX_NO_RAMP, |r| r as u32);
+            step.reason = s.reason as u32;
+            for (i, row) in planned.iter().enumerate() {
+                let row = drex_row {
+                    request: row.id,
+                    slot: row.slot,
+                    reserved: 0,
+                };
+                // SAFETY: at most `capacity` rows are planned.
+                unsafe { rows.add(i).write_unaligned(row) };
+            }
+        }
+        // SAFETY: checked above.
+        unsafe { entry::write(out, &step) };
+        Ok(())
+    })
+}
+
+/// At the end of a window that ends at a ramp: scores every row's logits and
+/// decides what becomes of it. The logits must be complete and stay unchanged
+/// during the call. A row's confidence and token depend on nothing but its
+/// own logits.
+///
+/// logits    the window's logits
+/// cells     [n_rows] the KV cell of each row, below n_cells of every bound
+///           layer; NULL only when no K/V is bound. Copied.
+/// verdicts  [capacity] receives one per row, in their order
+/// capacity  at least n_rows
+///
+/// A request whose row says EXIT is IDLE from here on.
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
+/// CALL_ORDER when no step is planned, when it ends at the last layer, when
+/// it had its verdicts, or when cells are missing. After a failure, the call
+/// may be made again.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_ramp(
+    engine: *mut drex_engine,
+    logits: *const drex_logits,
+    cells: *const u32,
+    verdicts: *mut drex_verdict,
+    capacity: u32,
+) -> drex_status {
+    with("drex_ramp", engine, |instance| {
+        // SAFETY: the caller's contract.
+        let l = unsafe { entry::read("logits", logits)? };
+        if verdicts.is_null() {
+            return Err(Fault::Null("verdicts"));
+        }
+        instance.engine.expect_ramp()?;
+        let n = instance.engine.step_rows().len() as u32;
+        if l.n_rows != n {
+            return Err(Error::Conflict {
+                field: "logits.n_rows",
+                index: None,
+                value: l.n_rows.into(),
+                other: "the planned step's n_rows",
+                other_value: n.into(),
+                why: "every planned row has one row of logits",
+            }
+            .into());
+        }
+        if capacity < n {
+            return Err(Error::Capacity {
+                field: "capacity",
+                value: capacity.into(),
+                need: n.into(),
+                why: "every row has a verdict",
+            }
+            .into());
+        }
+        let logits = convert_logits(&l)?;
+        // SAFETY: checked above, and the caller's contract.
+        unsafe { instance.ramp(&logits, cells)? };
+        for (i, row) in instance.engine.step_rows().iter().enumerate() {
+            let verdict = drex_verdict {
+                decision: match row.decision {
+                    Decision::Exit => DREX_DECISION_EXIT,
+                    Decision::Hold => DREX_DECISION_HOLD,
+                    Decision::Stay => DREX_DECISION_STAY,
+                    Decision::Gone => DREX_DECISION_GONE,
+                },
+                token: row.score.token,
+                confidence: row.score.confidence,
+                forced: row.forced.into(),
+            };
+            // SAFETY: `capacity` is at least the number of rows.
+            unsafe { verdicts.add(i).write_unaligned(verdict) };
+        }
+        Ok(())
+    })
+}
+
+fn convert_logits(l: &drex_logits) -> Result<Logits, Fault> {
+    let dtype = match l.dtype {
+        DREX_DTYPE_F32 => Dtype::F32,
+        DREX_DTYPE_F16 => Dtype::F16,
+        DREX_DTYPE_BF16 => Dtype::Bf16,
+        other => return Err(Error::int("logits.dtype", other, "DREX_DTYPE_* (0..2)").into()),
+    };
+    if l.data.is_null() {
+        return Err(Fault::Null("logits.data"));
+    }
+    if l.n_vocab == 0 || i32::try_from(l.n_vocab).is_err() {
+        return Err(Error::int("logits.n_vocab", l.n_vocab, "1..2147483647").into());
+    }
+    let row = l.n_vocab as usize * dtype.bytes();
+    if l.row_stride_bytes < row as u64 {
+        return Err(Error::Conflict {
+            field: "logits.row_stride_bytes",
+            index: None,
+            value: l.row_stride_bytes,
+            other: "n_vocab",
+            other_value: l.n_vocab.into(),
+            why: "rows would overlap",
+        }
+        .into());
+    }
+    let span = l.row_stride_bytes.checked_mul(l.n_rows.into());
+    if span.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+        return Err(Error::int(
+            "logits.row_stride_bytes",
+            l.row_stride_bytes,
+            "a stride that keeps the rows within the address space",
+        )
+        .into());
+    }
+    Ok(Logits {
+        data: l.data.cast(),
+        dtype,
+        row_stride: l.row_stride_bytes as usize,
+        n_vocab: l.n_vocab as usize,
+        stream: l.stream,
+    })
+}
+
+/// Fills the holes of the rows that the last drex_ramp() let out: for each,
+/// K and V of the window's last layer at the row's cell are copied to all
+/// layers from layer_end on. Does nothing when none exited, or when done
+/// already. Nothing else may touch these cells during the call.
+///
+/// Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
+/// called since the last plan; DEVICE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_fill(engine: *mut drex_engine) -> drex_status {
+    with("drex_fill", engine, |instance| Ok(instance.fill()?))
+}
+
+/// The planned step ran, and its tokens are out. Rows of a window that ended
+/// at n_layers have emitted theirs, and their requests are IDLE; held rows
+/// enter the buffer; the arena rows of those that emitted are free.
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
+/// step is planned, when its ramp was not called, or when K/V is bound and
+/// rows exited and drex_fill() was not called.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_complete(
+    engine: *mut drex_engine,
+    completion: *const drex_completion,
+) -> drex_status {
+    with("drex_complete", engine, |instance| {
+        // SAFETY: the caller's contract.
+        let c = unsafe { entry::read("completion", completion)? };
+        reserved(c.reserved)?;
+        Ok(instance.complete(c.now_ns, c.duration_ns)?)
+    })
+}
+
+/// The planned step failed. Its rows go back to where they were, in their old
+/// order, and may be planned again; the step is not counted. Rows that
+/// drex_ramp() let out before have given their token: they stay out, and
+/// their holes stay open unless drex_fill() was called.
+///
+/// Errors: CALL_ORDER when no step is planned.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_abandon(engine: *mut drex_engine) -> drex_status {
+    with("drex_abandon", engine, |instance| {
+        Ok(instance.engine.abandon()?)
+    })
+}
+
+/// Tells the cost model of a pass that drex did not plan, at any time.
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_observe(
+    engine: *mut drex_engine,
+    observation: *const drex_observation,
+) -> drex_status {
+    with("drex_observe", engine, |instance| {
+        // SAFETY: the caller's contract.
+        let o = unsafe { entry::read("observation", observation)? };
+        Ok(instance
+            .engine
+            .observe(o.layer_begin, o.layer_end, o.n_rows, o.duration_ns)?)
+    })
+}
+
+/// A snapshot of the engine's totals. Cheap enough for every step.
+///
+/// out  its size is set by the caller
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_stats_get(
+    engine: *const drex_engine,
+    out: *mut drex_stats,
+) -> drex_status {
+    with("drex_stats_get", engine, |instance| {
+        // SAFETY: the caller's contract.
+        let size = unsafe { entry::writable("out", out)? };
+        let engine = &instance.engine;
+        let c = engine.counters();
+        let stats = drex_stats {
+            size,
+            n_ramps: engine.config().n_ramps() as u32,
+            tokens: c.tokens,
+            exits: c.exits,
+            involuntary_exits: c.involuntary_exits,
+            involuntary_stays: c.involuntary_stays,
+            flushes: c.flushes,
+            held_rows: engine.buffer().held().into(),
+            held_rows_at: engine.held_rows_at(),
+            held_rows_max: c.held_rows_max,
+            requests: engine.requests() as u64,
+            slots_free: engine.buffer().free_slots() as u64,
+            cells_filled: c.cells_filled,
+            bytes_filled: c.bytes_filled,
+            deadline_misses: c.deadline_misses,
+            nonfinite_rows: c.nonfinite_rows,
+            steps: c.steps,
+            step_rows: c.step_rows,
+            wait_us_buckets: c.wait_us_buckets,
+            wait_us_sum: c.wait_us_sum,
+            art_ratio: engine.art_ratio().unwrap_or(f64::NAN),
+        };
+        // SAFETY: checked above.
+        unsafe { entry::write(out, &stats) };
+        Ok(())
+    })
+}
+
+// Padding would hand the caller whatever was on our stack.
+const _: () = assert!(size_of::<drex_stats>() % 8 == 0);

@@ -1,0 +1,494 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The types of the C ABI. Their documentation is the header's.
+
+#![allow(non_camel_case_types)]
+
+use std::ffi::c_void;
+
+use crate::core::counters::{REASONS, WAIT_BUCKETS};
+
+/// The version of this interface. It changes only when something that worked
+/// stops working; new functions, constants and fields at the end of structs
+/// do not change it.
+pub const DREX_ABI_VERSION: u32 = 1;
+
+/// Most exit ramps that a model may have.
+pub const DREX_MAX_RAMPS: usize = 16;
+
+/// In place of a ramp's index: none.
+pub const DREX_NO_RAMP: u32 = u32::MAX;
+
+/// In place of an arena row: none.
+pub const DREX_NO_SLOT: u32 = u32::MAX;
+
+/// Length of drex_stats.wait_us_buckets.
+pub const DREX_WAIT_BUCKETS: usize = 32;
+
+/// How a call went: DREX_OK (0) or one of DREX_ERROR_*. The numbers never
+/// change their meaning; a later version may add more, so treat any number
+/// but 0 as a failure. A call that fails changes nothing and writes none of
+/// its outputs, and leaves a text that names the function, the field and the
+/// value: see drex_last_error().
+pub type drex_status = i32;
+
+/// Done.
+pub const DREX_OK: drex_status = 0;
+/// A pointer that may not be NULL is.
+pub const DREX_ERROR_NULL_ARGUMENT: drex_status = 1;
+/// A value is out of range, or clashes with another one.
+pub const DREX_ERROR_INVALID_ARGUMENT: drex_status = 2;
+/// drex_config.abi_version is not the library's.
+pub const DREX_ERROR_ABI_MISMATCH: drex_status = 3;
+/// A struct's size field is too small, or the struct comes from a later
+/// version and uses fields that this library does not know.
+pub const DREX_ERROR_STRUCT_SIZE: drex_status = 4;
+/// The engine was never created, or has been destroyed.
+pub const DREX_ERROR_INVALID_HANDLE: drex_status = 5;
+/// Another thread is inside a call on this engine.
+pub const DREX_ERROR_HANDLE_BUSY: drex_status = 6;
+/// No request alive has this id.
+pub const DREX_ERROR_UNKNOWN_REQUEST: drex_status = 7;
+/// A request with this id is alive already.
+pub const DREX_ERROR_DUPLICATE_REQUEST: drex_status = 8;
+/// The call does not fit the calls before it, such as ramp without plan.
+pub const DREX_ERROR_CALL_ORDER: drex_status = 9;
+/// Something of fixed size is full, or an array is too short.
+pub const DREX_ERROR_CAPACITY: drex_status = 10;
+/// The value is known, and this version cannot serve it.
+pub const DREX_ERROR_UNSUPPORTED: drex_status = 11;
+/// The device failed.
+pub const DREX_ERROR_DEVICE: drex_status = 12;
+/// A bug in drex was caught. The engine is poisoned: every call on it but
+/// drex_destroy() returns this again.
+pub const DREX_ERROR_PANIC: drex_status = 13;
+
+/// Who leaves at a ramp: DREX_POLICY_*. A row is *confident* when its
+/// confidence is at least its threshold. Under every policy, a row whose
+/// confidence is NaN and a row whose threshold is above 1 go on.
+///
+/// An *involuntary exit* is a row made to exit below its threshold; only
+/// EAGER, MEDIAN and MEAN do that. An *involuntary stay* is a confident row
+/// that goes on with its batch. Both are counted, and marked in the verdict.
+pub type drex_policy = u32;
+
+/// Full passes only; no ramp is ever reached.
+pub const DREX_POLICY_OFF: drex_policy = 0;
+/// One confident row makes the whole batch exit. Forces rows out.
+pub const DREX_POLICY_EAGER: drex_policy = 1;
+/// The batch exits when all of its rows are confident, else all go on at
+/// once. Rows with a threshold above 1 have no say.
+pub const DREX_POLICY_LAZY: drex_policy = 2;
+/// The batch exits when the median of (confidence - threshold) is at least 0;
+/// of an even number of rows, the mean of the middle two. Rows without a
+/// number, or with a threshold above 1, have no say. Forces rows out.
+pub const DREX_POLICY_MEDIAN: drex_policy = 3;
+/// As MEDIAN, with the mean. Forces rows out.
+pub const DREX_POLICY_MEAN: drex_policy = 4;
+/// Confident rows exit, the rest go on at once.
+pub const DREX_POLICY_LATENCY: drex_policy = 5;
+/// Confident rows exit, the rest are held in the rebatching buffer until
+/// drex_config.flush_rows are held, or fewer than drex_config.min_ready rows
+/// are ready, or one has waited too long, or a deadline is near.
+pub const DREX_POLICY_HOLD: drex_policy = 6;
+/// DREX's adaptive rebatching threshold: a batch of b rows of which b' are
+/// confident is split (confident rows exit, the rest are held) when b' = b or
+/// b' > (c/t_d) b, where c = t_s + t_d - t_f is what splitting costs; else
+/// all go on at once. The times of the shallow (t_s), deep (t_d) and full
+/// (t_f) pass at b rows are learned from drex_complete() and drex_observe();
+/// while one is unknown, c/t_d is taken as 0. Full passes are not run by
+/// themselves while rows may exit: time a few and report them with
+/// drex_observe(). c/t_d is kept within [0, 1].
+pub const DREX_POLICY_ART: drex_policy = 7;
+
+/// How sure a row is, from its raw logits (before temperature, penalties and
+/// grammar), in [0, 1]: DREX_METRIC_*.
+pub type drex_metric = u32;
+
+/// p(top 1) - p(top 2)
+pub const DREX_METRIC_GAP: drex_metric = 0;
+/// p(top 1)
+pub const DREX_METRIC_MAXPROB: drex_metric = 1;
+/// 1 - H / ln(n_vocab), where H is the entropy in nats; 1 for n_vocab = 1
+pub const DREX_METRIC_ENTROPY: drex_metric = 2;
+/// In a request: the engine's metric.
+pub const DREX_METRIC_DEFAULT: drex_metric = u32::MAX;
+
+/// How the K/V entries of the layers that an exited token skipped (its
+/// *hole*) are filled: DREX_FILL_*. 1 and 2 are reserved and give
+/// DREX_ERROR_UNSUPPORTED.
+pub type drex_fill_mode = u32;
+
+/// State-copy: K and V of the last computed layer at the token's cell are
+/// copied to all skipped layers.
+pub const DREX_FILL_COPY: drex_fill_mode = 0;
+/// In a request: the engine's mode.
+pub const DREX_FILL_DEFAULT: drex_fill_mode = u32::MAX;
+
+/// The element type of logits: DREX_DTYPE_*, in the machine's byte order.
+pub type drex_dtype = u32;
+
+/// IEEE binary32
+pub const DREX_DTYPE_F32: drex_dtype = 0;
+/// IEEE binary16
+pub const DREX_DTYPE_F16: drex_dtype = 1;
+/// The upper half of binary32
+pub const DREX_DTYPE_BF16: drex_dtype = 2;
+
+/// Where logits and K/V lie: DREX_DEVICE_*. 1 is reserved for CUDA and gives
+/// DREX_ERROR_UNSUPPORTED.
+pub type drex_device = u32;
+
+/// Memory that the calling thread can read and write.
+pub const DREX_DEVICE_HOST: drex_device = 0;
+
+/// What a request is doing: DREX_REQUEST_*.
+pub type drex_request_state = u32;
+
+/// It has no token to run: its prompt is being processed, or the host is
+/// sampling.
+pub const DREX_REQUEST_IDLE: drex_request_state = 0;
+/// A token waits for the first window.
+pub const DREX_REQUEST_READY: drex_request_state = 1;
+/// Its row is in the planned step, or was told to stay and is in the next.
+pub const DREX_REQUEST_RUNNING: drex_request_state = 2;
+/// Its row waits in the rebatching buffer.
+pub const DREX_REQUEST_HELD: drex_request_state = 3;
+
+/// Why a step runs: DREX_FLUSH_*.
+pub type drex_flush_reason = u32;
+
+/// It is no flush: ready rows run through the first window.
+pub const DREX_FLUSH_NONE: drex_flush_reason = 0;
+/// Enough rows were held.
+pub const DREX_FLUSH_FILL: drex_flush_reason = 1;
+/// A row was held for max_hold_ns, or through 256 other steps.
+pub const DREX_FLUSH_AGE: drex_flush_reason = 2;
+/// A held row's token would have missed its deadline.
+pub const DREX_FLUSH_DEADLINE: drex_flush_reason = 3;
+/// Nothing else is left to run; under HOLD, fewer than min_ready rows.
+pub const DREX_FLUSH_IDLE: drex_flush_reason = 4;
+/// Rows that a ramp told to go on at once.
+pub const DREX_FLUSH_STAY: drex_flush_reason = 5;
+/// How many reasons there are.
+pub const DREX_FLUSH_REASONS: usize = 6;
+
+/// What becomes of a row at a ramp: DREX_DECISION_*.
+pub type drex_decision = u32;
+
+/// Emit the token from the ramp's logits; the row is done.
+pub const DREX_DECISION_EXIT: drex_decision = 0;
+/// The row waits in the rebatching buffer for a deeper batch.
+pub const DREX_DECISION_HOLD: drex_decision = 1;
+/// The row goes on in the next step.
+pub const DREX_DECISION_STAY: drex_decision = 2;
+/// The request was removed while the step ran.
+pub const DREX_DECISION_GONE: drex_decision = 3;
+
+/// One engine: the scheduler of one model instance. Opaque, and not an
+/// address: never read through it. Made by drex_create(), ended by
+/// drex_destroy(). A destroyed handle gives DREX_ERROR_INVALID_HANDLE.
+pub struct drex_engine {
+    _opaque: [u8; 0],
+}
+
+/// What an engine is made from. Everything is copied; no pointer is kept.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_config {
+    /// sizeof(drex_config)
+    pub size: u32,
+    /// DREX_ABI_VERSION
+    pub abi_version: u32,
+    /// Layers of the model, 2..65536.
+    pub n_layers: u32,
+    /// Exit ramps, 1..DREX_MAX_RAMPS.
+    pub n_ramps: u32,
+    /// [n_ramps] strictly increasing, each in 1..n_layers-1; a ramp at L
+    /// follows layers [0, L). Not NULL.
+    pub ramp_layers: *const u32,
+    /// Rows of the host's hidden-state arena, 1..1048576; at least
+    /// max_requests, since every request may hold one.
+    pub n_slots: u32,
+    /// Most requests alive at once, 1..1048576.
+    pub max_requests: u32,
+    /// B: most rows in one pass, 1..1048576.
+    pub max_batch: u32,
+    pub policy: drex_policy,
+    pub metric: drex_metric,
+    pub fill: drex_fill_mode,
+    pub device: drex_device,
+    /// Finite, >= 0. A row exits when its confidence >= threshold; above 1:
+    /// never.
+    pub threshold: f32,
+    /// [n_ramps] one threshold per ramp, or NULL: `threshold` for every ramp.
+    pub ramp_thresholds: *const f32,
+    /// Rows held at a ramp that force a flush. 0: the policy's own rule (ART:
+    /// max_batch; HOLD: 0.6 of the requests that have had a token to run, or
+    /// of max_batch if that is less, rounded up).
+    pub flush_rows: u32,
+    /// HOLD: flush when fewer rows than this are ready. 0 means 1.
+    pub min_ready: u32,
+    /// Flush a row that was held this long, in ns. 0: no limit by time; a row
+    /// is still flushed once 256 other steps have passed it by.
+    pub max_hold_ns: u64,
+    /// Time between two tokens that a request may take, in ns; 0: none. A
+    /// request may name its own.
+    pub token_deadline_ns: u64,
+    /// Pins c/t_d of ART, >= 0; NaN: as measured.
+    pub art_ratio: f32,
+    /// 0
+    pub reserved: u32,
+}
+
+/// The K/V cache of one layer. The tensors stay the host's, and must stay
+/// valid until other ones are bound or the engine is destroyed.
+///
+/// K of cell c is k_row_bytes bytes at k + c * k_cell_stride, whatever they
+/// mean: quantised rows are copied as they are. V lies the same way (*row
+/// layout*) or *transposed*: element j of cell c is v_elem_bytes bytes at
+/// v + j * v_elem_stride + c * v_elem_bytes. A side with 0 row bytes does not
+/// exist, and its pointer may be NULL.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_kv_layer {
+    /// sizeof(drex_kv_layer)
+    pub size: u32,
+    /// Cells in the cache, at least 1.
+    pub n_cells: u32,
+    pub k: *mut c_void,
+    pub v: *mut c_void,
+    /// Bytes of one cell's K.
+    pub k_row_bytes: u64,
+    /// Bytes from one cell's K to the next one's; at least k_row_bytes.
+    pub k_cell_stride: u64,
+    /// Bytes of one cell's V; in the transposed layout, a multiple of
+    /// v_elem_bytes.
+    pub v_row_bytes: u64,
+    /// Row layout: bytes from one cell's V to the next one's, at least
+    /// v_row_bytes. Unused in the transposed layout.
+    pub v_cell_stride: u64,
+    /// 0: row layout. Else transposed: bytes of one element.
+    pub v_elem_bytes: u64,
+    /// Transposed layout: bytes from element j to element j + 1 of one cell,
+    /// at least n_cells * v_elem_bytes. Unused in the row layout.
+    pub v_elem_stride: u64,
+}
+
+/// What a request is made from.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_request_config {
+    /// sizeof(drex_request_config)
+    pub size: u32,
+    /// Or DREX_METRIC_DEFAULT.
+    pub metric: drex_metric,
+    /// Chosen by the host; unique among the requests alive. Any number.
+    pub id: u64,
+    /// For every ramp, as drex_config.threshold; NaN: the engine's.
+    pub threshold: f32,
+    /// Or DREX_FILL_DEFAULT.
+    pub fill: drex_fill_mode,
+    /// Time between two tokens, in ns; 0: the engine's.
+    pub token_deadline_ns: u64,
+    /// Higher is taken first when more rows wait than fit.
+    pub priority: i32,
+    /// 0
+    pub reserved: u32,
+}
+
+/// What is known of a request.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_request_info {
+    /// sizeof(drex_request_info), set by the caller
+    pub size: u32,
+    pub state: drex_request_state,
+    /// Where its row is held, else DREX_NO_RAMP.
+    pub ramp: u32,
+    /// The arena row that its row occupies, else DREX_NO_SLOT.
+    pub slot: u32,
+    /// Tokens decoded through drex so far.
+    pub tokens: u64,
+    /// Of these, emitted at each ramp.
+    pub exits: [u64; DREX_MAX_RAMPS],
+    pub involuntary_exits: u64,
+    pub involuntary_stays: u64,
+    /// Total time spent held, in ns; what is held now is not in it.
+    pub held_ns: u64,
+    /// Tokens that came later than their deadline.
+    pub deadline_misses: u64,
+    /// At the last ramp that its row passed; NaN before the first.
+    pub last_confidence: f32,
+    /// 0
+    pub reserved: u32,
+}
+
+/// What drex_plan() is told.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_plan_input {
+    /// sizeof(drex_plan_input)
+    pub size: u32,
+    /// Prompt rows that wait beside the decode rows. A hint; the policies of
+    /// this version do not use it.
+    pub n_prompt_rows: u32,
+    /// Now, in ns of any monotonic clock; the same clock in all calls.
+    pub now_ns: u64,
+}
+
+/// A row of the planned step.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_row {
+    /// The request's id.
+    pub request: u64,
+    /// The row of the hidden-state arena, below n_slots. A window that begins
+    /// above layer 0 reads its input there; a window that ends at a ramp
+    /// leaves its last hidden state there.
+    pub slot: u32,
+    /// 0
+    pub reserved: u32,
+}
+
+/// What drex_plan() says: run layers [layer_begin, layer_end) over the rows.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_step {
+    /// sizeof(drex_step), set by the caller
+    pub size: u32,
+    /// 0: there is nothing to run, and the other fields mean nothing.
+    pub n_rows: u32,
+    /// 0, or a ramp's layer.
+    pub layer_begin: u32,
+    /// A ramp's layer, or n_layers. A window may pass ramps where none of its
+    /// rows may exit.
+    pub layer_end: u32,
+    /// The ramp at the window's end: call drex_ramp(). DREX_NO_RAMP: the
+    /// window ends at n_layers; the host samples every row.
+    pub ramp: u32,
+    pub reason: drex_flush_reason,
+}
+
+/// The logits at a ramp.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_logits {
+    /// sizeof(drex_logits)
+    pub size: u32,
+    pub dtype: drex_dtype,
+    /// [n_rows, n_vocab]; row i, in the order of drex_plan()'s rows, begins
+    /// at data + i * row_stride_bytes. Not NULL. Needs no alignment.
+    pub data: *const c_void,
+    /// Bytes from row to row, at least n_vocab elements.
+    pub row_stride_bytes: u64,
+    /// drex_step.n_rows
+    pub n_rows: u32,
+    /// Logits per row, at least 1, below 2^31.
+    pub n_vocab: u32,
+    /// The device stream on which the logits are made; NULL on the host.
+    pub stream: *mut c_void,
+}
+
+/// What a ramp says about a row.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_verdict {
+    pub decision: drex_decision,
+    /// The greatest logit's index, the lowest on a tie; -1 where confidence
+    /// is NaN. For greedy hosts; others sample the row themselves.
+    pub token: i32,
+    /// In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for a
+    /// row that is gone. -Inf beside other logits is a mask, and fine.
+    pub confidence: f32,
+    /// 1: an involuntary exit or an involuntary stay.
+    pub forced: u32,
+}
+
+/// What drex_complete() is told.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_completion {
+    /// sizeof(drex_completion)
+    pub size: u32,
+    /// 0
+    pub reserved: u32,
+    /// Now, in ns; when the step's tokens were emitted.
+    pub now_ns: u64,
+    /// Time that the window took on the device, in ns; 0: unknown, and
+    /// nothing is learned from it.
+    pub duration_ns: u64,
+    /// Attended KV cells, summed over the rows; 0: unknown. The cost model of
+    /// this version does not use it.
+    pub n_kv: u64,
+}
+
+/// A timing of a pass that drex did not plan: calibration, full passes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_observation {
+    /// sizeof(drex_observation)
+    pub size: u32,
+    /// At least 1.
+    pub n_rows: u32,
+    pub layer_begin: u32,
+    /// Above layer_begin, at most n_layers.
+    pub layer_end: u32,
+    /// At least 1.
+    pub duration_ns: u64,
+    /// As drex_completion.n_kv.
+    pub n_kv: u64,
+}
+
+/// Totals since drex_create(), and some current values.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_stats {
+    /// sizeof(drex_stats), set by the caller
+    pub size: u32,
+    /// The engine's; the entries of the arrays beyond it are 0.
+    pub n_ramps: u32,
+    /// Rows that emitted a token, at a ramp or at the end.
+    pub tokens: u64,
+    /// Of these, at each ramp.
+    pub exits: [u64; DREX_MAX_RAMPS],
+    pub involuntary_exits: u64,
+    pub involuntary_stays: u64,
+    /// Completed steps by reason; DREX_FLUSH_NONE counts those that were no
+    /// flush, so that all sum to `steps`.
+    pub flushes: [u64; DREX_FLUSH_REASONS],
+    /// Rows in the rebatching buffer now, without those of the planned step.
+    pub held_rows: u64,
+    pub held_rows_at: [u64; DREX_MAX_RAMPS],
+    /// The most that there ever were.
+    pub held_rows_max: u64,
+    /// Requests alive now.
+    pub requests: u64,
+    /// Arena rows free now.
+    pub slots_free: u64,
+    /// Cells whose skipped layers drex_fill() filled.
+    pub cells_filled: u64,
+    /// Bytes that it wrote for them.
+    pub bytes_filled: u64,
+    pub deadline_misses: u64,
+    /// Rows at a ramp whose confidence was NaN.
+    pub nonfinite_rows: u64,
+    /// Completed steps.
+    pub steps: u64,
+    /// Their rows, those of requests that went away included.
+    pub step_rows: u64,
+    /// Held times: bucket 0 counts those under 1 us, bucket i those in
+    /// [2^(i-1), 2^i) us, the last one all that are longer.
+    pub wait_us_buckets: [u64; DREX_WAIT_BUCKETS],
+    pub wait_us_sum: u64,
+    /// c/t_d at the first ramp for the last batch's rows, as pinned or as
+    /// measured; NaN when unknown.
+    pub art_ratio: f64,
+}
+
+const _: () = {
+    assert!(DREX_MAX_RAMPS == crate::core::MAX_RAMPS);
+    assert!(DREX_WAIT_BUCKETS == WAIT_BUCKETS);
+    assert!(DREX_FLUSH_REASONS == REASONS);
+    assert!(DREX_NO_RAMP == crate::core::NONE && DREX_NO_SLOT == crate::core::NONE);
+};

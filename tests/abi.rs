@@ -1,0 +1,689 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The C functions called as wrongly as C can call them.
+
+mod common;
+
+use std::ffi::CStr;
+use std::mem::{offset_of, size_of};
+use std::ptr::{null, null_mut};
+
+use common::*;
+
+const RAMPS: [u32; 2] = [4, 8];
+
+fn engine() -> Engine {
+    Engine::new(&config(&RAMPS, 4, 4, DREX_POLICY_HOLD))
+}
+
+fn fails<T>(result: Result<T, Failed>, status: drex_status, words: &str) {
+    match result {
+        Ok(_) => panic!("succeeded; expected status {status}: {words}"),
+        Err(Failed(got)) => assert_eq!(got, status, "{}", text()),
+    }
+    for word in words.split('|') {
+        assert!(text().contains(word), "no '{word}' in: {}", text());
+    }
+}
+
+fn string(p: *const std::ffi::c_char) -> &'static str {
+    assert!(!p.is_null());
+    // SAFETY: static text.
+    unsafe { CStr::from_ptr(p) }.to_str().unwrap()
+}
+
+#[test]
+fn names() {
+    assert_eq!(string(drex_version()), env!("CARGO_PKG_VERSION"));
+    assert_eq!(drex_abi_version(), DREX_ABI_VERSION);
+    assert_eq!(string(drex_status_name(DREX_OK)), "DREX_OK");
+    assert_eq!(
+        string(drex_status_name(DREX_ERROR_PANIC)),
+        "DREX_ERROR_PANIC"
+    );
+    for unknown in [-1, 14, i32::MIN, i32::MAX] {
+        assert_eq!(string(drex_status_name(unknown)), "DREX_ERROR_UNKNOWN");
+    }
+    let policies = [
+        "off", "eager", "lazy", "median", "mean", "latency", "hold", "art",
+    ];
+    for (i, name) in policies.iter().enumerate() {
+        assert_eq!(string(drex_policy_name(i as u32)), *name);
+        let c = std::ffi::CString::new(*name).unwrap();
+        let mut out = 99;
+        // SAFETY: valid pointers.
+        assert_eq!(
+            unsafe { drex_policy_from_name(c.as_ptr(), &mut out) },
+            DREX_OK
+        );
+        assert_eq!(out, i as u32);
+    }
+    for (i, name) in ["gap", "maxprob", "entropy"].iter().enumerate() {
+        assert_eq!(string(drex_metric_name(i as u32)), *name);
+        let c = std::ffi::CString::new(*name).unwrap();
+        let mut out = 99;
+        // SAFETY: valid pointers.
+        assert_eq!(
+            unsafe { drex_metric_from_name(c.as_ptr(), &mut out) },
+            DREX_OK
+        );
+        assert_eq!(out, i as u32);
+    }
+    assert!(drex_policy_name(8).is_null());
+    assert!(drex_metric_name(3).is_null());
+    assert!(drex_metric_name(DREX_METRIC_DEFAULT).is_null());
+    let mut out = 99;
+    for wrong in [c"", c"Hold", c"holds", c"\xff"] {
+        // SAFETY: valid pointers.
+        let status = unsafe { drex_policy_from_name(wrong.as_ptr(), &mut out) };
+        fails(
+            ok(status),
+            DREX_ERROR_INVALID_ARGUMENT,
+            "drex_policy_from_name: name|hold, art",
+        );
+    }
+    // SAFETY: NULL is found.
+    unsafe {
+        let null_argument = DREX_ERROR_NULL_ARGUMENT;
+        fails(
+            ok(drex_policy_from_name(null(), &mut out)),
+            null_argument,
+            "name is NULL",
+        );
+        fails(
+            ok(drex_metric_from_name(c"gap".as_ptr(), null_mut())),
+            null_argument,
+            "out",
+        );
+    }
+    assert_eq!(out, 99);
+}
+
+#[test]
+fn null_everywhere() {
+    let e = engine();
+    let h = e.raw;
+    e.add(1).unwrap();
+    e.ready(1, 0).unwrap();
+    let c = config(&RAMPS, 4, 4, DREX_POLICY_HOLD);
+    let mut raw = null_mut();
+    let input = sized!(drex_plan_input);
+    let mut step = sized!(drex_step);
+    let mut info = sized!(drex_request_info);
+    let mut stats = sized!(drex_stats);
+    let mut rows = [const { std::mem::MaybeUninit::<drex_row>::uninit() }; 4];
+    let rows = rows.as_mut_ptr().cast::<drex_row>();
+    let z: *mut drex_engine = null_mut();
+    let n = DREX_ERROR_NULL_ARGUMENT;
+    // SAFETY: NULL is what is tested.
+    unsafe {
+        fails(
+            ok(drex_create(null(), &mut raw)),
+            n,
+            "drex_create: config is NULL",
+        );
+        fails(
+            ok(drex_create(&c, null_mut())),
+            n,
+            "drex_create: out is NULL",
+        );
+        assert_eq!(drex_destroy(z), DREX_OK);
+        fails(
+            ok(drex_bind_kv(z, null(), 0)),
+            n,
+            "drex_bind_kv: engine is NULL",
+        );
+        fails(
+            ok(drex_bind_kv(h, null(), 12)),
+            n,
+            "drex_bind_kv: layers is NULL",
+        );
+        fails(ok(drex_request_add(z, null())), n, "engine");
+        fails(
+            ok(drex_request_add(h, null())),
+            n,
+            "drex_request_add: request is NULL",
+        );
+        fails(ok(drex_request_ready(z, 1, 0, 0)), n, "engine");
+        fails(ok(drex_request_remove(z, 1)), n, "engine");
+        fails(ok(drex_request_get(z, 1, &mut info)), n, "engine");
+        fails(
+            ok(drex_request_get(h, 1, null_mut())),
+            n,
+            "drex_request_get: out is NULL",
+        );
+        fails(ok(drex_plan(z, &input, rows, 4, &mut step)), n, "engine");
+        fails(ok(drex_plan(h, null(), rows, 4, &mut step)), n, "input");
+        fails(
+            ok(drex_plan(h, &input, null_mut(), 4, &mut step)),
+            n,
+            "rows",
+        );
+        fails(ok(drex_plan(h, &input, rows, 4, null_mut())), n, "out");
+        fails(ok(drex_fill(z)), n, "engine");
+        fails(ok(drex_complete(z, null())), n, "engine");
+        fails(ok(drex_abandon(z)), n, "engine");
+        fails(ok(drex_observe(z, null())), n, "engine");
+        fails(ok(drex_observe(h, null())), n, "observation");
+        fails(ok(drex_stats_get(z, &mut stats)), n, "engine");
+        fails(ok(drex_stats_get(h, null_mut())), n, "out");
+
+        // None of these planned anything.
+        assert_eq!(e.plan(0, 4).unwrap().ids(), [1]);
+        let mut logits = sized!(drex_logits);
+        let mut verdict = std::mem::MaybeUninit::<drex_verdict>::uninit();
+        let v = verdict.as_mut_ptr();
+        logits.n_rows = 1;
+        logits.n_vocab = 4;
+        logits.row_stride_bytes = 16;
+        fails(ok(drex_ramp(z, &logits, null(), v, 1)), n, "engine");
+        fails(ok(drex_ramp(h, null(), null(), v, 1)), n, "logits is NULL");
+        fails(
+            ok(drex_ramp(h, &logits, null(), null_mut(), 1)),
+            n,
+            "verdicts is NULL",
+        );
+        fails(
+            ok(drex_ramp(h, &logits, null(), v, 1)),
+            n,
+            "logits.data is NULL",
+        );
+        fails(ok(drex_complete(h, null())), n, "completion is NULL");
+    }
+    assert!(raw.is_null());
+    e.ramp(&[0.9]).unwrap();
+    e.complete(0, 0).unwrap();
+}
+
+#[test]
+fn every_wrong_config_is_named() {
+    type Change = fn(&mut drex_config);
+    let invalid: &[(Change, &str)] = &[
+        (|c| c.n_layers = 0, "n_layers is 0"),
+        (|c| c.n_layers = 1, "n_layers is 1"),
+        (|c| c.n_layers = u32::MAX, "n_layers is 4294967295"),
+        (|c| c.n_layers = 8, "ramp_layers[1] is 8, but n_layers is 8"),
+        (|c| c.n_ramps = 0, "n_ramps is 0; expected 1..16"),
+        (|c| c.n_ramps = 17, "n_ramps is 17; expected 1..16"),
+        (|c| c.ramp_layers = [0, 4].as_ptr(), "ramp_layers[0] is 0"),
+        (
+            |c| c.ramp_layers = [4, 4].as_ptr(),
+            "ramp_layers[1] is 4|strictly increasing",
+        ),
+        (
+            |c| c.ramp_layers = [5, 4].as_ptr(),
+            "ramp_layers[1] is 4|strictly increasing",
+        ),
+        (|c| c.n_slots = 0, "n_slots is 0"),
+        (|c| c.max_requests = 0, "max_requests is 0"),
+        (|c| c.max_batch = 0, "max_batch is 0"),
+        (|c| c.max_requests = u32::MAX, "max_requests is 4294967295"),
+        (
+            |c| c.max_requests = 8,
+            "n_slots is 4, but max_requests is 8: every request may hold one row",
+        ),
+        (|c| c.policy = 8, "policy is 8"),
+        (|c| c.metric = 3, "metric is 3"),
+        (|c| c.metric = DREX_METRIC_DEFAULT, "metric is 4294967295"),
+        (|c| c.fill = 3, "fill is 3"),
+        (|c| c.device = 2, "device is 2"),
+        (
+            |c| c.threshold = f32::NAN,
+            "threshold is NaN; expected a finite number >= 0",
+        ),
+        (|c| c.threshold = -0.1, "threshold is -0.1"),
+        (|c| c.threshold = f32::INFINITY, "threshold is inf"),
+        (
+            |c| c.ramp_thresholds = [0.5, f32::NAN].as_ptr(),
+            "ramp_thresholds[1] is NaN",
+        ),
+        (
+            |c| c.ramp_thresholds = [-1.0, 0.5].as_ptr(),
+            "ramp_thresholds[0] is -1",
+        ),
+        (|c| c.art_ratio = -0.5, "art_ratio is -0.5"),
+        (|c| c.art_ratio = f32::INFINITY, "art_ratio is inf"),
+        (|c| c.reserved = 7, "reserved is 7"),
+    ];
+    let others: &[(Change, drex_status, &str)] = &[
+        (|c| c.size = 0, DREX_ERROR_STRUCT_SIZE, "config.size is 0"),
+        (
+            |c| c.abi_version = 2,
+            DREX_ERROR_ABI_MISMATCH,
+            "abi_version is 2",
+        ),
+        (
+            |c| c.abi_version = 0,
+            DREX_ERROR_ABI_MISMATCH,
+            "abi_version is 0",
+        ),
+        (
+            |c| c.ramp_layers = null(),
+            DREX_ERROR_NULL_ARGUMENT,
+            "ramp_layers is NULL",
+        ),
+        (|c| c.fill = 1, DREX_ERROR_UNSUPPORTED, "fill is 1|postfill"),
+        (|c| c.fill = 2, DREX_ERROR_UNSUPPORTED, "fill is 2|verify"),
+        (|c| c.device = 1, DREX_ERROR_UNSUPPORTED, "device is 1|CUDA"),
+    ];
+    let invalid = invalid
+        .iter()
+        .map(|&(change, words)| (change, DREX_ERROR_INVALID_ARGUMENT, words));
+    for (change, status, words) in invalid.chain(others.iter().copied()) {
+        let mut c = config(&RAMPS, 4, 4, DREX_POLICY_HOLD);
+        change(&mut c);
+        let poison = std::ptr::without_provenance_mut(0x5555);
+        let mut raw = poison;
+        // SAFETY: the arrays have two elements.
+        let status_got = unsafe { drex_create(&c, &mut raw) };
+        fails(ok(status_got), status, &format!("drex_create: |{words}"));
+        assert_eq!(raw, poison, "an output was written");
+    }
+    // What looks odd and is right.
+    for change in [
+        (|c| c.threshold = 2.0) as Change,
+        |c| c.threshold = 0.0,
+        |c| c.max_batch = 1000,
+        |c| c.n_slots = 1000,
+        |c| c.flush_rows = 1000,
+        |c| c.art_ratio = 3.0,
+        |c| c.ramp_thresholds = [0.5, 2.0].as_ptr(),
+    ] {
+        let mut c = config(&RAMPS, 4, 4, DREX_POLICY_HOLD);
+        change(&mut c);
+        drop(Engine::new(&c));
+    }
+}
+
+/// A struct with bytes behind it.
+#[repr(C)]
+struct Longer<T> {
+    inner: T,
+    tail: [u8; 24],
+}
+
+#[test]
+fn sizes_from_the_past_and_the_future() {
+    let e = engine();
+    let status = DREX_ERROR_STRUCT_SIZE;
+    let longer = |size: usize| (size + 24) as u32;
+
+    let mut c = Longer {
+        inner: config(&RAMPS, 4, 4, DREX_POLICY_HOLD),
+        tail: [0; 24],
+    };
+    let mut raw = null_mut();
+    // SAFETY: `size` bytes are there, except where only the size is looked at.
+    unsafe {
+        for size in [0, 4, size_of::<drex_config>() as u32 - 1] {
+            c.inner.size = size;
+            fails(
+                ok(drex_create(&c.inner, &mut raw)),
+                status,
+                "config.size is|at least",
+            );
+        }
+        c.inner.size = longer(size_of::<drex_config>());
+        ok(drex_create((&raw const c).cast(), &mut raw)).unwrap();
+        ok(drex_destroy(raw)).unwrap();
+        for i in [0, 23] {
+            c.tail[i] = 1;
+            let got = drex_create((&raw const c).cast(), &mut raw);
+            fails(ok(got), status, "newer version|unknown here");
+            c.tail[i] = 0;
+        }
+        c.inner.size = u32::MAX;
+        fails(
+            ok(drex_create((&raw const c).cast(), &mut raw)),
+            status,
+            "4294967295",
+        );
+
+        // An output of a newer program: the part that we know is written, the
+        // size and the rest are not.
+        let mut stats = Longer {
+            inner: sized!(drex_stats),
+            tail: [0xaa; 24],
+        };
+        stats.inner.size = longer(size_of::<drex_stats>());
+        ok(drex_stats_get(e.raw, (&raw mut stats).cast())).unwrap();
+        assert_eq!(stats.inner.size, longer(size_of::<drex_stats>()));
+        assert_eq!(stats.inner.slots_free, 4);
+        assert_eq!(stats.tail, [0xaa; 24]);
+        stats.inner.size = size_of::<drex_stats>() as u32 - 1;
+        stats.inner.slots_free = 77;
+        fails(
+            ok(drex_stats_get(e.raw, &mut stats.inner)),
+            status,
+            "out.size",
+        );
+        assert_eq!(stats.inner.slots_free, 77);
+
+        let mut request = sized!(drex_request_config);
+        request.size -= 1;
+        fails(
+            ok(drex_request_add(e.raw, &request)),
+            status,
+            "request.size is 39",
+        );
+        e.add(1).unwrap();
+        e.ready(1, 0).unwrap();
+        let mut info = sized!(drex_request_info);
+        info.size = 4;
+        fails(
+            ok(drex_request_get(e.raw, 1, &mut info)),
+            status,
+            "out.size is 4",
+        );
+
+        // A plan that cannot be written must not happen.
+        let mut row = std::mem::MaybeUninit::<drex_row>::uninit();
+        let mut input = sized!(drex_plan_input);
+        let mut step = sized!(drex_step);
+        step.size = 8;
+        let got = drex_plan(e.raw, &input, row.as_mut_ptr(), 1, &mut step);
+        fails(ok(got), status, "drex_plan: out.size is 8");
+        step.size = size_of::<drex_step>() as u32;
+        input.size = 1;
+        let got = drex_plan(e.raw, &input, row.as_mut_ptr(), 1, &mut step);
+        fails(ok(got), status, "drex_plan: input.size is 1");
+        assert_eq!(e.info(1).unwrap().state, DREX_REQUEST_READY);
+    }
+
+    // Arrays go by the first element's size.
+    let mut store = vec![0u8; 12 * 4];
+    let layers: Vec<Longer<drex_kv_layer>> = (0..12)
+        .map(|i| {
+            let mut l = sized!(drex_kv_layer);
+            l.size = longer(size_of::<drex_kv_layer>());
+            l.n_cells = 1;
+            l.k = store[i * 4..].as_mut_ptr().cast();
+            l.k_row_bytes = 4;
+            l.k_cell_stride = 4;
+            Longer {
+                inner: l,
+                tail: [0; 24],
+            }
+        })
+        .collect();
+    // SAFETY: twelve elements.
+    ok(unsafe { drex_bind_kv(e.raw, layers.as_ptr().cast(), 12) }).unwrap();
+}
+
+#[test]
+fn the_layout_of_version_one_is_frozen() {
+    assert_eq!(size_of::<drex_config>(), 96);
+    assert_eq!(size_of::<drex_kv_layer>(), 72);
+    assert_eq!(size_of::<drex_request_config>(), 40);
+    assert_eq!(size_of::<drex_request_info>(), 192);
+    assert_eq!(size_of::<drex_plan_input>(), 16);
+    assert_eq!(size_of::<drex_row>(), 16);
+    assert_eq!(size_of::<drex_step>(), 24);
+    assert_eq!(size_of::<drex_logits>(), 40);
+    assert_eq!(size_of::<drex_verdict>(), 16);
+    assert_eq!(size_of::<drex_completion>(), 32);
+    assert_eq!(size_of::<drex_observation>(), 32);
+    assert_eq!(offset_of!(drex_config, ramp_thresholds), 56);
+    assert_eq!(offset_of!(drex_config, art_ratio), 88);
+    assert_eq!(offset_of!(drex_stats, wait_us_buckets), 416);
+    assert_eq!(size_of::<drex_stats>(), 688);
+}
+
+#[test]
+fn handles_that_are_none() {
+    let mut raw = null_mut();
+    let c = config(&RAMPS, 4, 4, DREX_POLICY_HOLD);
+    let status = DREX_ERROR_INVALID_HANDLE;
+    let mut stats = sized!(drex_stats);
+    // SAFETY: stale handles are what is tested.
+    unsafe {
+        ok(drex_create(&c, &mut raw)).unwrap();
+        ok(drex_destroy(raw)).unwrap();
+        fails(
+            ok(drex_destroy(raw)),
+            status,
+            "drex_destroy: engine is not a live handle",
+        );
+        fails(
+            ok(drex_stats_get(raw, &mut stats)),
+            status,
+            "drex_stats_get",
+        );
+        fails(
+            ok(drex_request_ready(raw, 1, 0, 0)),
+            status,
+            "drex_request_ready",
+        );
+        fails(ok(drex_fill(raw)), status, "drex_fill");
+        // The place is used again; the old handle is still dead.
+        for _ in 0..1000 {
+            let e = Engine::new(&c);
+            assert_ne!(e.raw, raw);
+            assert_eq!(drex_stats_get(raw, &mut stats), status);
+        }
+        let garbage = [1usize, 0xfff8, &raw const stats as usize, usize::MAX];
+        for g in garbage.map(std::ptr::without_provenance_mut) {
+            fails(ok(drex_abandon(g)), status, "drex_abandon");
+            fails(ok(drex_destroy(g)), status, "drex_destroy");
+        }
+    }
+}
+
+#[test]
+fn two_threads_on_one_handle() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let e = engine();
+    e.add(1).unwrap();
+    let (served, busy) = (AtomicU64::new(0), AtomicU64::new(0));
+    let addr = e.raw.addr();
+    std::thread::scope(|s| {
+        for _ in 0..4 {
+            s.spawn(|| {
+                let raw = std::ptr::without_provenance_mut(addr);
+                for _ in 0..20_000 {
+                    let mut info = sized!(drex_request_info);
+                    // SAFETY: a handle; one thread at a time is let in.
+                    match unsafe { drex_request_get(raw, 1, &mut info) } {
+                        DREX_OK => served.fetch_add(1, Ordering::Relaxed),
+                        DREX_ERROR_HANDLE_BUSY => busy.fetch_add(1, Ordering::Relaxed),
+                        other => panic!("{other}"),
+                    };
+                }
+            });
+        }
+    });
+    assert!(served.into_inner() > 0);
+    // And engines of their own never are in each other's way.
+    std::thread::scope(|s| {
+        for t in 0..4u64 {
+            s.spawn(move || {
+                let e = engine();
+                for i in 0..500 {
+                    e.add(t).unwrap();
+                    e.ready(t, i).unwrap();
+                    assert_eq!(e.plan(i, 4).unwrap().ids(), [t]);
+                    e.ramp(&[0.9]).unwrap();
+                    e.complete(i, 10).unwrap();
+                    e.remove(t).unwrap();
+                }
+                assert_eq!(e.stats().tokens, 500);
+            });
+        }
+    });
+}
+
+#[test]
+fn requests_that_do_not_fit() {
+    let e = engine();
+    e.add(u64::MAX).unwrap();
+    fails(
+        e.add(u64::MAX),
+        DREX_ERROR_DUPLICATE_REQUEST,
+        "drex_request_add: |18446744073709551615",
+    );
+    for id in 0..3 {
+        e.add(id).unwrap();
+    }
+    fails(e.add(9), DREX_ERROR_CAPACITY, "max_requests is 4");
+    e.remove(0).unwrap();
+    fails(
+        e.remove(0),
+        DREX_ERROR_UNKNOWN_REQUEST,
+        "drex_request_remove: no request has id 0",
+    );
+    fails(e.ready(0, 0), DREX_ERROR_UNKNOWN_REQUEST, "id 0");
+    fails(e.info(0), DREX_ERROR_UNKNOWN_REQUEST, "id 0");
+    let invalid = DREX_ERROR_INVALID_ARGUMENT;
+    let wrong = |set: fn(&mut drex_request_config)| e.add_with(0, set);
+    fails(wrong(|c| c.metric = 3), invalid, "metric is 3");
+    fails(wrong(|c| c.threshold = -1.0), invalid, "threshold is -1");
+    fails(
+        wrong(|c| c.threshold = f32::INFINITY),
+        invalid,
+        "threshold is inf",
+    );
+    fails(wrong(|c| c.fill = 9), invalid, "fill is 9");
+    fails(wrong(|c| c.reserved = 1), invalid, "reserved is 1");
+    fails(wrong(|c| c.fill = 1), DREX_ERROR_UNSUPPORTED, "postfill");
+    e.add(0).unwrap();
+    e.ready(0, 0).unwrap();
+    fails(e.ready(0, 0), DREX_ERROR_CALL_ORDER, "request 0 is ready");
+    e.plan(0, 4).unwrap();
+    fails(e.ready(0, 0), DREX_ERROR_CALL_ORDER, "request 0 is running");
+    e.ramp(&[0.1]).unwrap();
+    e.complete(0, 0).unwrap();
+    fails(e.ready(0, 0), DREX_ERROR_CALL_ORDER, "request 0 is held");
+}
+
+#[test]
+fn calls_out_of_order() {
+    let e = engine();
+    let order = DREX_ERROR_CALL_ORDER;
+    fails(e.ramp(&[]), order, "drex_ramp: no step is planned");
+    fails(e.complete(0, 0), order, "drex_complete: no step is planned");
+    fails(e.abandon(), order, "drex_abandon: no step is planned");
+    // Nothing to run is no step.
+    assert_eq!(e.plan(0, 4).unwrap().step.n_rows, 0);
+    fails(e.complete(0, 0), order, "no step");
+    e.add(1).unwrap();
+    e.ready(1, 0).unwrap();
+    fails(
+        e.plan(0, 0),
+        DREX_ERROR_CAPACITY,
+        "drex_plan: capacity is 0",
+    );
+    e.plan(0, 4).unwrap();
+    fails(e.plan(0, 4), order, "drex_plan: a step is planned already");
+    fails(e.complete(0, 0), order, "drex_ramp first");
+    e.ramp(&[0.1]).unwrap();
+    fails(e.ramp(&[0.1]), order, "has had its verdicts");
+    e.complete(0, 0).unwrap();
+    // The held row goes on, to the next ramp and to the end.
+    for _ in 0..2 {
+        let plan = e.plan(0, 4).unwrap();
+        if plan.step.ramp == DREX_NO_RAMP {
+            fails(e.ramp(&[0.1]), order, "last layer");
+        } else {
+            e.ramp(&[0.1]).unwrap();
+        }
+        e.complete(0, 0).unwrap();
+    }
+    assert_eq!(e.info(1).unwrap().tokens, 1);
+}
+
+#[test]
+fn logits_that_do_not_fit() {
+    let e = engine();
+    for id in 0..2 {
+        e.add(id).unwrap();
+        e.ready(id, 0).unwrap();
+    }
+    e.plan(0, 4).unwrap();
+    let data = [0f32; 16];
+    let mut good = sized!(drex_logits);
+    good.data = data.as_ptr().cast();
+    good.n_rows = 2;
+    good.n_vocab = 8;
+    good.row_stride_bytes = 32;
+    let mut verdicts = [const { std::mem::MaybeUninit::<drex_verdict>::uninit() }; 2];
+    let mut ramp = |change: fn(&mut drex_logits), capacity: u32| {
+        let mut l = good;
+        change(&mut l);
+        let v = verdicts.as_mut_ptr().cast();
+        // SAFETY: room for two verdicts, and two rows.
+        ok(unsafe { drex_ramp(e.raw, &l, null(), v, capacity) })
+    };
+    let invalid = DREX_ERROR_INVALID_ARGUMENT;
+    fails(
+        ramp(|l| l.n_rows = 1, 2),
+        invalid,
+        "logits.n_rows is 1|n_rows is 2",
+    );
+    fails(ramp(|l| l.n_rows = 3, 3), invalid, "logits.n_rows is 3");
+    fails(ramp(|l| l.dtype = 3, 2), invalid, "logits.dtype is 3");
+    fails(ramp(|l| l.n_vocab = 0, 2), invalid, "logits.n_vocab is 0");
+    fails(
+        ramp(|l| l.n_vocab = 1 << 31, 2),
+        invalid,
+        "logits.n_vocab is 2147483648",
+    );
+    fails(
+        ramp(|l| l.row_stride_bytes = 31, 2),
+        invalid,
+        "logits.row_stride_bytes is 31",
+    );
+    fails(
+        ramp(|l| l.row_stride_bytes = u64::MAX, 2),
+        invalid,
+        "row_stride_bytes",
+    );
+    fails(
+        ramp(|_| {}, 1),
+        DREX_ERROR_CAPACITY,
+        "capacity is 1, but 2 needed",
+    );
+    assert!(e.info(0).unwrap().last_confidence.is_nan());
+    ramp(|l| l.row_stride_bytes = 32, 2).unwrap();
+    assert_eq!(e.info(0).unwrap().last_confidence, 0.125);
+    e.complete(0, 0).unwrap();
+}
+
+#[test]
+fn observations_and_completions_that_do_not_fit() {
+    let e = engine();
+    let invalid = DREX_ERROR_INVALID_ARGUMENT;
+    fails(
+        e.observe(0, 13, 1, 1),
+        invalid,
+        "layer_end is 13, but n_layers is 12",
+    );
+    fails(
+        e.observe(4, 4, 1, 1),
+        invalid,
+        "layer_begin is 4, but layer_end is 4",
+    );
+    fails(e.observe(0, 4, 0, 1), invalid, "n_rows is 0");
+    fails(e.observe(0, 4, 1, 0), invalid, "duration_ns is 0");
+    e.observe(1, 3, 1, 1).unwrap();
+    e.add(1).unwrap();
+    e.ready(1, 0).unwrap();
+    e.plan(0, 1).unwrap();
+    e.ramp(&[0.9]).unwrap();
+    let mut c = sized!(drex_completion);
+    c.reserved = 1;
+    // SAFETY: valid pointers.
+    fails(
+        ok(unsafe { drex_complete(e.raw, &c) }),
+        invalid,
+        "reserved is 1",
+    );
+    e.complete(0, 0).unwrap();
+}
+
+#[test]
+fn a_success_leaves_the_text_alone() {
+    let e = engine();
+    fails(e.remove(7), DREX_ERROR_UNKNOWN_REQUEST, "id 7");
+    e.add(7).unwrap();
+    assert_eq!(text(), "drex_request_remove: no request has id 7");
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The libraries as a C program meets them: linked, loaded, and showing
+//! nothing but drex.
+
+#![cfg(target_os = "linux")]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// What cargo built along with this test.
+fn library(name: &str) -> PathBuf {
+    let exe = std::env::current_exe().unwrap();
+    let deps = exe.parent().unwrap();
+    [deps.join(name), deps.parent().unwrap().join(name)]
+        .into_iter()
+        .find(|p| p.exists())
+        .unwrap_or_else(|| panic!("no {name} beside {}", exe.display()))
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+fn run(command: &mut Command) -> String {
+    let out = command.output().unwrap();
+    assert!(
+        out.status.success(),
+        "{command:?}\n{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn compile(out: &Path, link: &[&str]) {
+    run(Command::new("cc")
+        .args([
+            "-std=c99",
+            "-Wall",
+            "-Wextra",
+            "-Wpedantic",
+            "-Werror",
+            "-O1",
+        ])
+        .arg("-I")
+        .arg(root().join("include"))
+        .arg(root().join("tests/c/smoke.c"))
+        .args(link)
+        .arg("-o")
+        .arg(out));
+}
+
+fn check(line: &str) {
+    let expect = format!("drex {}: 32 tokens in ", env!("CARGO_PKG_VERSION"));
+    assert!(line.starts_with(&expect), "{line}");
+    print!("{line}");
+}
+
+#[test]
+fn shared() {
+    let dir = scratch("smoke-shared");
+    // As an installation would lay it out: the name for linking, and the one
+    // that the loader looks for.
+    std::os::unix::fs::symlink(library("libdrex.so"), dir.join("libdrex.so")).unwrap();
+    std::os::unix::fs::symlink(library("libdrex.so"), dir.join("libdrex.so.0")).unwrap();
+    let exe = dir.join("smoke");
+    compile(&exe, &["-L", dir.to_str().unwrap(), "-ldrex"]);
+    check(&run(Command::new(&exe).env("LD_LIBRARY_PATH", &dir)));
+}
+
+#[test]
+fn static_library() {
+    let dir = scratch("smoke-static");
+    let exe = dir.join("smoke");
+    let lib = library("libdrex.a");
+    let system = ["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl"];
+    let mut link = vec![lib.to_str().unwrap()];
+    link.extend(system);
+    compile(&exe, &link);
+    check(&run(&mut Command::new(&exe)));
+}
+
+#[test]
+fn the_shared_library_exports_drex_and_nothing_else() {
+    let out = run(Command::new("nm")
+        .args(["-D", "--defined-only", "--format=posix"])
+        .arg(library("libdrex.so")));
+    let exported: BTreeSet<&str> = out.lines().filter_map(|l| l.split(' ').next()).collect();
+    let header = std::fs::read_to_string(root().join("include/drex.h")).unwrap();
+    let declared: BTreeSet<&str> = header
+        .lines()
+        .filter(|l| !l.starts_with("//") && !l.starts_with(" *") && !l.starts_with("typedef"))
+        .filter_map(|l| l.split_once('(')?.0.split([' ', '*']).next_back())
+        .filter(|name| name.starts_with("drex_"))
+        .collect();
+    assert_eq!(exported, declared);
+    assert!(declared.len() >= 20);
+}
+
+#[test]
+fn the_shared_library_has_a_soname() {
+    let out = run(Command::new("readelf").arg("-d").arg(library("libdrex.so")));
+    assert!(out.contains("[libdrex.so.0]"), "{out}");
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! A host in a few lines: the C functions with Rust manners.
+
+#![allow(dead_code)] // every test file uses its own part
+
+use std::ffi::{CStr, c_void};
+use std::ptr;
+
+pub use drex::ffi::functions::*;
+pub use drex::ffi::types::*;
+
+macro_rules! sized {
+    ($t:ty) => {{
+        // SAFETY: a struct of numbers and pointers, for which 0 is a value.
+        let mut v: $t = unsafe { std::mem::zeroed() };
+        v.size = std::mem::size_of::<$t>() as u32;
+        v
+    }};
+}
+#[allow(unused_imports)]
+pub(crate) use sized;
+
+/// Four layers per segment, the threshold 0.5.
+pub fn config(ramps: &[u32], requests: u32, batch: u32, policy: drex_policy) -> drex_config {
+    let mut c = sized!(drex_config);
+    c.abi_version = DREX_ABI_VERSION;
+    c.n_layers = ramps[ramps.len() - 1] + 4;
+    c.n_ramps = ramps.len() as u32;
+    c.ramp_layers = ramps.as_ptr();
+    c.n_slots = requests;
+    c.max_requests = requests;
+    c.max_batch = batch;
+    c.policy = policy;
+    c.metric = DREX_METRIC_MAXPROB;
+    c.threshold = 0.5;
+    c.art_ratio = f32::NAN;
+    c
+}
+
+pub fn text() -> String {
+    // SAFETY: the thread's own text.
+    let text = unsafe { CStr::from_ptr(drex_last_error()) };
+    text.to_str().unwrap().to_owned()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failed(pub drex_status);
+
+pub fn ok(status: drex_status) -> Result<(), Failed> {
+    match status {
+        DREX_OK => Ok(()),
+        _ => Err(Failed(status)),
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Planned {
+    pub step: drex_step,
+    pub rows: Vec<drex_row>,
+}
+
+impl Planned {
+    pub fn ids(&self) -> Vec<u64> {
+        self.rows.iter().map(|r| r.request).collect()
+    }
+}
+
+pub struct Engine {
+    pub raw: *mut drex_engine,
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // SAFETY: a handle.
+        unsafe { drex_destroy(self.raw) };
+    }
+}
+
+impl Engine {
+    pub fn try_new(config: &drex_config) -> Result<Engine, Failed> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: valid pointers.
+        ok(unsafe { drex_create(config, &mut raw) })?;
+        Ok(Engine { raw })
+    }
+
+    pub fn new(config: &drex_config) -> Engine {
+        Engine::try_new(config).unwrap_or_else(|e| panic!("{e:?}: {}", text()))
+    }
+
+    pub fn add(&self, id: u64) -> Result<(), Failed> {
+        self.add_with(id, |_| {})
+    }
+
+    pub fn add_with(
+        &self,
+        id: u64,
+        set: impl FnOnce(&mut drex_request_config),
+    ) -> Result<(), Failed> {
+        let mut c = sized!(drex_request_config);
+        c.metric = DREX_METRIC_DEFAULT;
+        c.id = id;
+        c.threshold = f32::NAN;
+        c.fill = DREX_FILL_DEFAULT;
+        set(&mut c);
+        // SAFETY: valid pointers.
+        ok(unsafe { drex_request_add(self.raw, &c) })
+    }
+
+    pub fn ready(&self, id: u64, now: u64) -> Result<(), Failed> {
+        // SAFETY: a handle.
+        ok(unsafe { drex_request_ready(self.raw, id, 1, now) })
+    }
+
+    pub fn remove(&self, id: u64) -> Result<(), Failed> {
+        // SAFETY: a handle.
+        ok(unsafe { drex_request_remove(self.raw, id) })
+    }
+
+    pub fn info(&self, id: u64) -> Result<drex_request_info, Failed> {
+        let mut info = sized!(drex_request_info);
+        // SAFETY: valid pointers.
+        ok(unsafe { drex_request_get(self.raw, id, &mut info) })?;
+        Ok(info)
+    }
+
+    pub fn stats(&self) -> drex_stats {
+        let mut stats = sized!(drex_stats);
+        // SAFETY: valid pointers.
+        ok(unsafe { drex_stats_get(self.raw, &mut stats) }).unwrap();
+        stats
+    }
+
+    pub fn plan(&self, now: u64, capacity: u32) -> Result<Planned, Failed> {
+        let mut input = sized!(drex_plan_input);
+        input.now_ns = now;
+        let mut step = sized!(drex_step);
+        let mut rows = Vec::with_capacity(capacity as usize + 1);
+        // SAFETY: room for `capacity` rows.
+        ok(unsafe { drex_plan(self.raw, &input, rows.as_mut_ptr(), capacity, &mut step) })?;
+        // SAFETY: the engine wrote that many.
+        unsafe { rows.set_len(step.n_rows as usize) };
+        Ok(Planned { step, rows })
+    }
+
+    /// One row of logits per confidence, under the metric MAXPROB.
+    pub fn ramp(&self, confidences: &[f32]) -> Result<Vec<drex_verdict>, Failed> {
+        self.ramp_at(confidences, ptr::null())
+    }
+
+    pub fn ramp_at(
+        &self,
+        confidences: &[f32],
+        cells: *const u32,
+    ) -> Result<Vec<drex_verdict>, Failed> {
+        let data: Vec<[f32; VOCAB]> = confidences.iter().map(|&c| row_of(c)).collect();
+        let mut logits = sized!(drex_logits);
+        logits.data = data.as_ptr().cast::<c_void>();
+        logits.row_stride_bytes = size_of::<[f32; VOCAB]>() as u64;
+        logits.n_rows = confidences.len() as u32;
+        logits.n_vocab = VOCAB as u32;
+        let mut verdicts = Vec::with_capacity(confidences.len());
+        // SAFETY: room for a verdict per row; the rows are in `data`.
+        ok(unsafe {
+            drex_ramp(
+                self.raw,
+                &logits,
+                cells,
+                verdicts.as_mut_ptr(),
+                confidences.len() as u32,
+            )
+        })?;
+        // SAFETY: the engine wrote one per row.
+        unsafe { verdicts.set_len(confidences.len()) };
+        Ok(verdicts)
+    }
+
+    pub fn fill(&self) -> Result<(), Failed> {
+        // SAFETY: a handle.
+        ok(unsafe { drex_fill(self.raw) })
+    }
+
+    pub fn complete(&self, now: u64, duration: u64) -> Result<(), Failed> {
+        let mut c = sized!(drex_completion);
+        c.now_ns = now;
+        c.duration_ns = duration;
+        // SAFETY: valid pointers.
+        ok(unsafe { drex_complete(self.raw, &c) })
+    }
+
+    pub fn abandon(&self) -> Result<(), Failed> {
+        // SAFETY: a handle.
+        ok(unsafe { drex_abandon(self.raw) })
+    }
+
+    pub fn observe(&self, begin: u32, end: u32, rows: u32, ns: u64) -> Result<(), Failed> {
+        let mut o = sized!(drex_observation);
+        o.layer_begin = begin;
+        o.layer_end = end;
+        o.n_rows = rows;
+        o.duration_ns = ns;
+        // SAFETY: valid pointers.
+        ok(unsafe { drex_observe(self.raw, &o) })
+    }
+}
+
+pub const VOCAB: usize = 1001;
+
+/// Logits with this greatest probability (1/VOCAB at least), at index 3; NaN
+/// gives a row with a NaN.
+pub fn row_of(confidence: f32) -> [f32; VOCAB] {
+    let mut row = [0.0; VOCAB];
+    let p = f64::from(confidence).min(1.0 - 1e-9);
+    row[3] = if confidence.is_nan() {
+        f32::NAN
+    } else {
+        (p * (VOCAB as f64 - 1.0) / (1.0 - p)).ln() as f32
+    };
+    row
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The committed header is the one that the source gives, and every language
+//! that we promise compiles it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn generate() -> String {
+    let mut config = cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap();
+    config.header = config.header.map(|h| h.trim().to_owned());
+    let sources = ["types", "functions"];
+    let mut builder = cbindgen::Builder::new().with_config(config);
+    for name in sources {
+        builder = builder.with_src(root().join(format!("src/ffi/{name}.rs")));
+    }
+    let mut out = Vec::new();
+    builder.generate().unwrap().write(&mut out);
+    arrange(&String::from_utf8(out).unwrap())
+}
+
+/// Prefixes of the constants that a type's values are.
+const VALUES: [(&str, &[&str]); 9] = [
+    ("drex_status", &["DREX_OK", "DREX_ERROR_"]),
+    ("drex_policy", &["DREX_POLICY_"]),
+    ("drex_metric", &["DREX_METRIC_"]),
+    ("drex_fill_mode", &["DREX_FILL_"]),
+    ("drex_dtype", &["DREX_DTYPE_"]),
+    ("drex_device", &["DREX_DEVICE_"]),
+    ("drex_request_state", &["DREX_REQUEST_"]),
+    ("drex_flush_reason", &["DREX_FLUSH_"]),
+    ("drex_decision", &["DREX_DECISION_"]),
+];
+
+/// cbindgen puts all types before all constants. A reader wants a type's
+/// values right below it.
+fn arrange(header: &str) -> String {
+    let blocks: Vec<&str> = header.split("\n\n").collect();
+    let constant = |block: &str| {
+        let last = block.lines().last().unwrap_or("");
+        let name = last.strip_prefix("#define ")?.split(' ').next()?;
+        let initializer = name.contains("INITIALIZER") || name == "DREX_H";
+        (!initializer).then(|| name.to_owned())
+    };
+    let owner = |name: &str| {
+        let matching = |t: &&(&str, &[&str])| t.1.iter().any(|p| name.starts_with(p));
+        // Two types share a prefix; the fill modes are COPY and DEFAULT.
+        let fill = matches!(name, "DREX_FILL_COPY" | "DREX_FILL_DEFAULT");
+        VALUES
+            .iter()
+            .filter(matching)
+            .find(|t| (t.0 == "drex_fill_mode") == fill)
+            .map(|t| t.0)
+    };
+    let mut out = String::new();
+    for block in &blocks {
+        // The types have names of their own; "struct" is noise in the uses.
+        let plain: Vec<String> = block
+            .lines()
+            .map(|l| match l.starts_with("typedef") || l.starts_with("//") {
+                true => l.to_owned(),
+                false => l.replace("struct drex_", "drex_"),
+            })
+            .collect();
+        let block = &plain.join("\n");
+        if constant(block).is_some_and(|name| owner(&name).is_some()) {
+            continue;
+        }
+        out.push_str(block.trim_start_matches('\n'));
+        out.push_str("\n\n");
+        let alias = block
+            .lines()
+            .last()
+            .and_then(|l| l.strip_prefix("typedef "))
+            .and_then(|l| l.strip_suffix(';'))
+            .and_then(|l| l.split(' ').next_back());
+        let mut any = false;
+        for value in &blocks {
+            let Some(name) = constant(value) else {
+                continue;
+            };
+            if alias.is_some() && owner(&name) == alias {
+                out.push_str(value.trim_start_matches('\n'));
+                out.push('\n');
+                any = true;
+            }
+        }
+        if any {
+            out.push('\n');
+        }
+    }
+    out.truncate(out.trim_end().len());
+    out.push('\n');
+    out
+}
+
+#[test]
+fn the_committed_header_is_current() {
+    let path = root().join("include/drex.h");
+    let fresh = generate();
+    if std::env::var_os("DREX_BLESS").is_some() {
+        std::fs::write(&path, &fresh).unwrap();
+    }
+    let committed = std::fs::read_to_string(&path).unwrap();
+    if let Some((n, (a, b))) = committed
+        .lines()
+        .zip(fresh.lines())
+        .enumerate()
+        .find(|(_, (a, b))| a != b)
+    {
+        panic!(
+            "include/drex.h is stale from line {} on:\n  committed: {a}\n  generated: {b}\n\
+             refresh it with: DREX_BLESS=1 cargo test --test header",
+            n + 1
+        );
+    }
+    assert!(
+        committed == fresh,
+        "include/drex.h is stale: refresh it with: DREX_BLESS=1 cargo test --test header"
+    );
+}
+
+/// What the draft of the interface promised, and hosts were written against.
+#[test]
+fn the_numbers_stay() {
+    let header = generate();
+    for line in [
+        "#define DREX_OK 0",
+        "#define DREX_ERROR_NULL_ARGUMENT 1",
+        "#define DREX_ERROR_PANIC 13",
+        "#define DREX_POLICY_ART 7",
+        "#define DREX_METRIC_DEFAULT UINT32_MAX",
+        "#define DREX_DTYPE_BF16 2",
+        "#define DREX_REQUEST_HELD 3",
+        "#define DREX_FLUSH_STAY 5",
+        "#define DREX_DECISION_GONE 3",
+    ] {
+        assert_eq!(header.lines().filter(|l| *l == line).count(), 1, "{line}");
+    }
+}
+
+#[test]
+fn every_name_in_the_header_is_drex() {
+    for line in generate().lines() {
+        if let Some(name) = line.strip_prefix("#define ") {
+            assert!(name.starts_with("DREX_"), "{line}");
+        }
+    }
+}
+
+const USE: &str = r#"
+#include "drex.h"
+
+int use_it(void);
+int use_it(void) {
+  drex_config config = DREX_CONFIG_INITIALIZER;
+  drex_kv_layer layer = DREX_KV_LAYER_INITIALIZER;
+  drex_request_config request = DREX_REQUEST_CONFIG_INITIALIZER;
+  drex_request_info info = DREX_REQUEST_INFO_INITIALIZER;
+  drex_plan_input input = DREX_PLAN_INPUT_INITIALIZER;
+  drex_step step = DREX_STEP_INITIALIZER;
+  drex_logits logits = DREX_LOGITS_INITIALIZER;
+  drex_completion completion = DREX_COMPLETION_INITIALIZER;
+  drex_observation observation = DREX_OBSERVATION_INITIALIZER;
+  drex_stats stats = DREX_STATS_INITIALIZER;
+  drex_engine *engine = NULL;
+  drex_status status = drex_create(&config, &engine);
+  return (int)(status + (drex_status)(layer.size + request.size + info.size +
+               input.size + step.size + logits.size + completion.size +
+               observation.size + stats.size));
+}
+"#;
+
+fn compile(compiler: &str, standard: &str, extension: &str) {
+    let dir = tempdir(&format!("header-{standard}"));
+    let source = dir.join(format!("use.{extension}"));
+    std::fs::write(&source, USE).unwrap();
+    let out = Command::new(compiler)
+        .arg(format!("-std={standard}"))
+        .args(["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"])
+        .arg("-I")
+        .arg(root().join("include"))
+        .arg(&source)
+        .output()
+        .expect("a C and C++ compiler is needed");
+    assert!(
+        out.status.success(),
+        "{compiler} -std={standard}:\n{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+fn tempdir(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+#[test]
+fn compiles_as_c99() {
+    compile("cc", "c99", "c");
+}
+
+#[test]
+fn compiles_as_c11() {
+    compile("cc", "c11", "c");
+}
+
+#[test]
+fn compiles_as_cpp11() {
+    compile("c++", "c++11", "cpp");
+}
+
+#[test]
+fn compiles_as_cpp17() {
+    compile("c++", "c++17", "cpp");
+}

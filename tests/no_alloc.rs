@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The decode path allocates nothing: counted, not assumed.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use common::*;
+
+struct Counting;
+
+thread_local! {
+    static COUNT: Cell<u64> = const { Cell::new(0) };
+}
+
+fn count() -> u64 {
+    COUNT.with(Cell::get)
+}
+
+fn bump() {
+    COUNT.with(|c| c.set(c.get() + 1));
+}
+
+// SAFETY: hands everything on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        bump();
+        // SAFETY: the caller's contract.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, p: *mut u8, layout: Layout) {
+        bump();
+        // SAFETY: the caller's contract.
+        unsafe { System.dealloc(p, layout) }
+    }
+    unsafe fn realloc(&self, p: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        bump();
+        // SAFETY: the caller's contract.
+        unsafe { System.realloc(p, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const N: usize = 24;
+const LAYERS: usize = 12;
+const CELLS: usize = 32;
+const ROW: usize = 16;
+
+/// A host's loop with all of its buffers made beforehand. Returns how often
+/// the allocator was called.
+fn serve(policy: drex_policy, iterations: u64) -> u64 {
+    let ramps = [4, 8];
+    let mut config = config(&ramps, N as u32, 8, policy);
+    config.max_hold_ns = 5000;
+    config.token_deadline_ns = 20_000;
+    let engine = Engine::new(&config);
+    let mut k = vec![[0u8; CELLS * ROW]; LAYERS];
+    let mut v = vec![[0u8; CELLS * ROW]; LAYERS];
+    let layers: Vec<drex_kv_layer> = (0..LAYERS)
+        .map(|i| {
+            let mut l = sized!(drex_kv_layer);
+            l.n_cells = CELLS as u32;
+            l.k = k[i].as_mut_ptr().cast();
+            l.v = v[i].as_mut_ptr().cast();
+            l.k_row_bytes = ROW as u64;
+            l.k_cell_stride = ROW as u64;
+            l.v_row_bytes = ROW as u64;
+            l.v_elem_bytes = 2;
+            l.v_elem_stride = 2 * CELLS as u64;
+            l
+        })
+        .collect();
+    // SAFETY: the tensors outlive the engine's use of them.
+    ok(unsafe { drex_bind_kv(engine.raw, layers.as_ptr(), LAYERS as u32) }).unwrap();
+    for id in 0..N as u64 {
+        engine.add(id).unwrap();
+    }
+
+    let mut logits_data = vec![[0f32; VOCAB]; 8];
+    let levels: Vec<[f32; VOCAB]> = [0.1, 0.4, 0.6, 0.9, f32::NAN].map(row_of).to_vec();
+    let mut rows = Vec::with_capacity(8);
+    let mut verdicts = Vec::with_capacity(8);
+    let mut cells = [0u32; 8];
+    let (mut now, mut x, mut idle_error) = (0u64, 1u64, 0);
+    let mut steps = 0;
+
+    let before = count();
+    for i in 0..iterations {
+        now += 1000;
+        x = x
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        for id in 0..N as u64 {
+            // Those that are not idle fail, which must not allocate either.
+            // SAFETY: a handle.
+            let status = unsafe { drex_request_ready(engine.raw, id, 5, now) };
+            idle_error += u64::from(status == DREX_ERROR_CALL_ORDER);
+        }
+        let mut input = sized!(drex_plan_input);
+        input.now_ns = now;
+        let mut step = sized!(drex_step);
+        // SAFETY: room for 8 rows.
+        let status = unsafe { drex_plan(engine.raw, &input, rows.as_mut_ptr(), 8, &mut step) };
+        assert_eq!(status, DREX_OK);
+        // SAFETY: written by the engine.
+        unsafe { rows.set_len(step.n_rows as usize) };
+        steps += 1;
+        if i % 17 == 3 {
+            // SAFETY: a handle.
+            assert_eq!(unsafe { drex_abandon(engine.raw) }, DREX_OK);
+            continue;
+        }
+        if step.ramp != DREX_NO_RAMP {
+            for (j, row) in rows.iter().enumerate() {
+                let row: &drex_row = row;
+                let level = (x >> (8 + 3 * j)) as usize % 23;
+                logits_data[j] = levels[if level == 22 { 4 } else { level % 4 }];
+                cells[j] = row.request as u32;
+            }
+            let mut logits = sized!(drex_logits);
+            logits.data = logits_data.as_ptr().cast();
+            logits.row_stride_bytes = 4 * VOCAB as u64;
+            logits.n_rows = step.n_rows;
+            logits.n_vocab = VOCAB as u32;
+            // SAFETY: room for 8 verdicts.
+            let status = unsafe {
+                drex_ramp(
+                    engine.raw,
+                    &logits,
+                    cells.as_ptr(),
+                    verdicts.as_mut_ptr(),
+                    8,
+                )
+            };
+            assert_eq!(status, DREX_OK);
+            // SAFETY: a handle.
+            assert_eq!(unsafe { drex_fill(engine.raw) }, DREX_OK);
+        }
+        let mut c = sized!(drex_completion);
+        c.now_ns = now + 500;
+        c.duration_ns = 100 + (x >> 50) % 100;
+        // SAFETY: a handle.
+        assert_eq!(unsafe { drex_complete(engine.raw, &c) }, DREX_OK);
+        let mut stats = sized!(drex_stats);
+        // SAFETY: a handle.
+        assert_eq!(unsafe { drex_stats_get(engine.raw, &mut stats) }, DREX_OK);
+        // Requests come and go too.
+        let id = x % N as u64;
+        if i % 5 == 0 {
+            let mut c = sized!(drex_request_config);
+            c.metric = DREX_METRIC_MAXPROB;
+            c.id = id;
+            c.threshold = f32::NAN;
+            // SAFETY: a handle.
+            unsafe {
+                assert_eq!(drex_request_remove(engine.raw, id), DREX_OK);
+                assert_eq!(drex_request_add(engine.raw, &c), DREX_OK);
+            }
+        }
+    }
+    let calls = count() - before;
+    // It did serve.
+    let _: Vec<drex_verdict> = verdicts;
+    assert!(steps > 0 && idle_error > 0);
+    assert!(engine.stats().tokens > iterations / 4);
+    if policy != DREX_POLICY_OFF {
+        assert!(engine.stats().cells_filled > 0);
+    }
+    calls
+}
+
+#[test]
+fn the_decode_path_does_not_allocate() {
+    for policy in DREX_POLICY_OFF..=DREX_POLICY_ART {
+        assert_eq!(serve(policy, 3000), 0, "policy {policy}");
+    }
+}
+
+#[test]
+fn the_counter_counts() {
+    let before = count();
+    drop(std::hint::black_box(Box::new(5)));
+    assert_eq!(count() - before, 2);
+    let ramps = [4];
+    let before = count();
+    drop(Engine::new(&config(&ramps, 4, 4, DREX_POLICY_HOLD)));
+    assert!(count() - before > 10);
+}

@@ -1,0 +1,501 @@
+//! `cargo xtask demo`: the exit policies against each other, on the bundled model.
+//!
+//! The client talks to the native `/completion` endpoint, not to `/v1/completions`: only the former can return token
+//! ids in its stream (`return_tokens`), and agreement with the full model is counted over ids. Both run the same code in
+//! the server.
+
+mod plot;
+mod report;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::{
+    Source,
+    cache::{self, Cache},
+    llama::{Kind, Llama, Runtime},
+    load, process,
+    score::{self, Score},
+    server::Server,
+};
+
+use report::Report;
+
+/// The unpatched server, as one more policy.
+const REFERENCE: &str = "reference";
+/// What the ratios are relative to.
+const OFF: &str = "off";
+
+/// Rounds end here even if some are still to come: the whole demo should take three minutes at most.
+const BUDGET: Duration = Duration::from_secs(150);
+
+/// A measurement takes two seconds on a quiet machine. On a busy one the server's threads wait for each other across
+/// time slices and it can be a hundred times that: then less is measured, and the report says so.
+const LIMITS: load::Limits = load::Limits {
+    silence: Duration::from_secs(60),
+    send: Duration::from_secs(5),
+    total: Duration::from_secs(10),
+};
+
+#[derive(Args)]
+pub struct Options {
+    /// Print only the results, as one line of JSON
+    #[arg(long)]
+    json: bool,
+    /// How the skipped layers' K/V of an exited token is filled
+    #[arg(long, default_value = "copy", value_parser = ["copy"])]
+    fill: String,
+    /// Policies to compare; `reference` is the unpatched server
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "off,eager,art,latency,hold"
+    )]
+    policies: Vec<String>,
+    /// Requests in flight
+    #[arg(long, value_delimiter = ',', default_value = "1,4,8,16,32", value_parser = clap::value_parser!(u16).range(1..=256))]
+    concurrency: Vec<u16>,
+    /// Tokens to generate per request
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=400))]
+    tokens: u32,
+    /// Confidence (gap between the two most likely tokens) from which a row may exit
+    #[arg(long, default_value_t = 0.7)]
+    threshold: f64,
+    /// How often everything is measured; medians are reported [default: 3, fewer if they would take too long]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=20))]
+    rounds: Option<u32>,
+    /// Threads of the server
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Where the report goes
+    #[arg(long, value_name = "DIR", default_value = "target/demo")]
+    out: PathBuf,
+    #[command(flatten)]
+    source: Source,
+}
+
+/// One measurement: one policy at one concurrency in one round.
+pub struct Sample {
+    pub tokens_per_s: f64,
+    /// Those that ended.
+    pub requests: u64,
+    /// Those that were given up because they took too long.
+    pub cut: u64,
+    pub tokens: u64,
+    pub gaps_ms: (f64, f64),
+    pub completion_ms: f64,
+    /// Tokens that left at each ramp, by the layer after which it sits.
+    pub exits: BTreeMap<u32, u64>,
+    pub involuntary_exits: u64,
+    pub involuntary_stays: u64,
+    pub held_ms: f64,
+    pub flushes: BTreeMap<String, u64>,
+    pub client_cpu: f64,
+    /// Prompts and outputs, for scoring.
+    pub streams: Vec<(Vec<i64>, Vec<i64>)>,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    let prompts = prompts()?;
+    let model = cache::bundled_model()?;
+    let cache = Cache::open()?;
+    let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
+    let patched = options.policies.iter().any(|p| p != REFERENCE);
+    let runtimes = llama.ensure(if patched {
+        &[Kind::Reference, Kind::Patched]
+    } else {
+        &[Kind::Reference]
+    })?;
+    let scorer = llama
+        .tools(&runtimes[0])?
+        .into_iter()
+        .find(|tool| tool.ends_with("drex-score"))
+        .context("integration/llama.cpp/tools/score.cpp is missing")?;
+
+    if let Some(busy) = busy().filter(|busy| *busy > 0.15) {
+        eprintln!(
+            "warning: other programs keep {:.0} % of this machine busy; nothing measured now means much",
+            busy * 100.0
+        );
+    }
+    let start = Instant::now();
+    let mut samples: BTreeMap<(String, u16), Vec<Sample>> = BTreeMap::new();
+    let rounds = options.rounds.unwrap_or(3);
+    let mut done = 0;
+    let mut progress = process::Progress::new("measuring");
+    for round in 0..rounds {
+        let so_far = start.elapsed();
+        let next = if round > 0 {
+            so_far / round
+        } else {
+            Duration::ZERO
+        };
+        if options.rounds.is_none() && so_far + next > BUDGET {
+            break;
+        }
+        for &concurrency in &options.concurrency {
+            // Side by side in time, and in turn first: what the machine does meanwhile hits all policies alike.
+            let count = options.policies.len();
+            for policy in (0..count).map(|i| &options.policies[(i + round as usize) % count]) {
+                progress.update(&format!(
+                    "round {} of {rounds}  {policy} with {concurrency} in flight",
+                    round + 1
+                ));
+                let runtime = if policy == REFERENCE {
+                    &runtimes[0]
+                } else {
+                    &runtimes[1]
+                };
+                let sample = measure(runtime, options, policy, concurrency, &model, &prompts)
+                    .with_context(|| format!("policy {policy}, {concurrency} in flight"))?;
+                samples
+                    .entry((policy.clone(), concurrency))
+                    .or_default()
+                    .push(sample);
+            }
+        }
+        done += 1;
+    }
+    progress.finish("done");
+
+    let cut: u64 = samples.values().flatten().map(|s| s.cut).sum();
+    if cut > 0 {
+        eprintln!("warning: {cut} requests were given up because they took too long");
+    }
+
+    let mut progress = process::Progress::new("scoring with the full model");
+    progress.update("");
+    let scores = score_all(&scorer, &model, options.threads, &samples)?;
+    progress.finish("done");
+
+    let report = Report {
+        cells: report::cells(options, &samples, &scores),
+        model: model
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+        machine: report::machine(),
+        threshold: options.threshold,
+        rounds: done,
+        tokens_per_request: options.tokens,
+        threads: options.threads,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    // Relative to the clone, wherever it is called from.
+    let out = cache::repo().join(&options.out);
+    fs::create_dir_all(&out)?;
+    let json = report.json();
+    fs::write(
+        out.join("report.json"),
+        serde_json::to_string_pretty(&json)? + "\n",
+    )?;
+    fs::write(out.join("report.html"), report.html())?;
+    if options.json {
+        println!("{json}");
+    } else {
+        print!("{}", report.table());
+        println!(
+            "\nreport: {}\n        {}",
+            out.join("report.html").display(),
+            out.join("report.json").display()
+        );
+    }
+    Ok(())
+}
+
+/// One per line, with `\n` for a line's end in the prompt.
+fn prompts() -> Result<Vec<String>> {
+    let path = cache::repo().join("demo/prompts.txt");
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let prompts: Vec<_> = text
+        .lines()
+        .filter(|line| !line.is_empty())
+        .map(|line| line.replace("\\n", "\n"))
+        .collect();
+    if prompts.is_empty() {
+        bail!("{} is empty", path.display());
+    }
+    Ok(prompts)
+}
+
+/// Enough for a steady state, and about the same time for each.
+fn requests(concurrency: u16) -> usize {
+    let c = usize::from(concurrency);
+    match c {
+        1..=2 => 8,
+        3..=8 => 3 * c,
+        _ => (2 * c).max(40),
+    }
+}
+
+fn server_args(
+    options: &Options,
+    policy: &str,
+    concurrency: u16,
+    model: &Path,
+    ctx: usize,
+) -> Vec<String> {
+    let mut args: Vec<String> = vec!["-m".into(), model.display().to_string()];
+    let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
+    add("-np", concurrency.to_string());
+    add("-c", ctx.to_string());
+    add("-t", options.threads.to_string());
+    add("--cache-ram", "0".into());
+    add("-fa", "on".into());
+    if policy != REFERENCE {
+        add("--drex-policy", policy.into());
+        if policy != OFF {
+            add("--drex-threshold", options.threshold.to_string());
+            add("--drex-metric", "gap".into());
+        }
+    }
+    args.extend(["--kv-unified", "--metrics", "--slots", "--no-webui"].map(Into::into));
+    args
+}
+
+fn measure(
+    runtime: &Runtime,
+    options: &Options,
+    policy: &str,
+    concurrency: u16,
+    model: &Path,
+    prompts: &[String],
+) -> Result<Sample> {
+    // Each request gets a prompt and an output; the room that is left over costs nothing, since only used cells are
+    // attended to.
+    let ctx = (usize::from(concurrency) * (options.tokens as usize + 128))
+        .max(512)
+        .next_multiple_of(256);
+    let server = Server::start(
+        runtime,
+        server_args(options, policy, concurrency, model, ctx),
+    )?;
+    let result = drive(&server, options, concurrency, prompts);
+    match result {
+        Ok(sample) => {
+            server.stop(Duration::from_secs(10))?;
+            Ok(sample)
+        }
+        Err(error) => {
+            let last = process::tail(server.log_path(), 12)?.join("\n  ");
+            Err(error.context(format!("the server's last lines:\n  {last}\n")))
+        }
+    }
+}
+
+fn drive(
+    server: &Server,
+    options: &Options,
+    concurrency: u16,
+    prompts: &[String],
+) -> Result<Sample> {
+    let client = server.client;
+    let body = |tokens: &[i64], n: u32| {
+        let body = json!({
+            "prompt": tokens,
+            "stream": true,
+            "n_predict": n,
+            "temperature": 0,
+            "ignore_eos": true,
+            "return_tokens": true,
+            // Each request pays for its own prompt, whichever slot it comes to.
+            "cache_prompt": false,
+            // The rest repeats the settings and the prompt, for every request.
+            "response_fields": ["stop", "timings", "tokens_predicted"],
+        });
+        body.to_string().into_bytes()
+    };
+    let in_flight = usize::from(concurrency);
+    let ids = prompts
+        .iter()
+        .map(|text| client.tokenize(text))
+        .collect::<Result<Vec<_>>>()?;
+    let warm_up: Vec<_> = (0..in_flight)
+        .map(|i| body(&ids[i % ids.len()], 8))
+        .collect();
+    load::closed_loop(client.addr, "/completion", &warm_up, in_flight, LIMITS)?;
+
+    let before = client.metrics().unwrap_or_default();
+    let total = requests(concurrency);
+    let bodies: Vec<_> = (0..total)
+        .map(|i| body(&ids[i % ids.len()], options.tokens))
+        .collect();
+    let outcome = load::closed_loop(client.addr, "/completion", &bodies, in_flight, LIMITS)?;
+    let after = client.metrics().unwrap_or_default();
+
+    let mut sample = Sample {
+        tokens_per_s: 0.0,
+        requests: outcome.finished.len() as u64,
+        cut: outcome.cut.len() as u64,
+        tokens: 0,
+        gaps_ms: (0.0, 0.0),
+        completion_ms: 0.0,
+        exits: BTreeMap::new(),
+        involuntary_exits: 0,
+        involuntary_stays: 0,
+        held_ms: 0.0,
+        flushes: BTreeMap::new(),
+        client_cpu: outcome.client_cpu,
+        streams: Vec::new(),
+    };
+    // Ramps are numbered in responses; the metrics know after which layers they are.
+    let mut layers: Vec<(u32, u32)> = after
+        .labels("drex_exits_total", ["ramp", "layer"])
+        .into_iter()
+        .filter_map(|[ramp, layer]| Some((ramp.parse().ok()?, layer.parse().ok()?)))
+        .collect();
+    layers.sort_unstable();
+    let mut in_window = 0_u64;
+    let mut gaps = Vec::new();
+    let mut ramps: Vec<u64> = Vec::new();
+    for finished in &outcome.finished {
+        let generation = finished
+            .generation()
+            .with_context(|| format!("request {}", finished.job))?;
+        let predicted = generation.last["tokens_predicted"]
+            .as_u64()
+            .unwrap_or(generation.tokens.len() as u64);
+        sample.tokens += predicted;
+        in_window += generation
+            .times
+            .iter()
+            .filter(|time| **time <= outcome.drain)
+            .count() as u64;
+        // While a character is incomplete, the server holds its bytes back and their tokens' ids are lost.
+        in_window += predicted.saturating_sub(generation.tokens.len() as u64);
+        gaps.extend(gaps_ms(&generation.times));
+        sample.completion_ms +=
+            (finished.ended - finished.sent).as_secs_f64() * 1e3 / outcome.finished.len() as f64;
+        let timings = &generation.last["timings"];
+        for (ramp, count) in timings["drex_exits"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .enumerate()
+        {
+            ramps.resize(ramps.len().max(ramp + 1), 0);
+            ramps[ramp] += count.as_u64().unwrap_or(0);
+        }
+        sample.involuntary_exits += timings["drex_involuntary_exits"].as_u64().unwrap_or(0);
+        sample.involuntary_stays += timings["drex_involuntary_stays"].as_u64().unwrap_or(0);
+        sample.held_ms += timings["drex_held_ms"].as_f64().unwrap_or(0.0);
+        if generation.tokens.len() as u64 == predicted {
+            sample
+                .streams
+                .push((ids[finished.job % ids.len()].clone(), generation.tokens));
+        }
+    }
+    for cut in &outcome.cut {
+        let times = cut.partial()?.times;
+        in_window += times.iter().filter(|time| **time <= outcome.drain).count() as u64;
+        gaps.extend(gaps_ms(&times));
+    }
+    let window = (outcome.drain - outcome.start).as_secs_f64();
+    sample.tokens_per_s = in_window as f64 / window.max(1e-9);
+    sample.gaps_ms = (quantile(&mut gaps, 0.5), quantile(&mut gaps, 0.99));
+    for (ramp, count) in ramps.iter().enumerate() {
+        let layer = layers
+            .iter()
+            .find(|(r, _)| *r as usize == ramp)
+            .map_or(4 * (ramp as u32 + 1), |(_, layer)| *layer);
+        sample.exits.insert(layer, *count);
+    }
+    for (reason, count) in after.by_label("drex_flushes_total", "reason") {
+        let old = before
+            .by_label("drex_flushes_total", "reason")
+            .into_iter()
+            .find(|(r, _)| *r == reason);
+        sample.flushes.insert(
+            reason,
+            (count - old.map_or(0.0, |(_, n)| n)).max(0.0) as u64,
+        );
+    }
+    Ok(sample)
+}
+
+fn gaps_ms(times: &[Instant]) -> impl Iterator<Item = f64> {
+    times
+        .windows(2)
+        .map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3)
+}
+
+/// The share of all cores that something is running on.
+fn busy() -> Option<f64> {
+    let read = || -> Option<(u64, u64)> {
+        let stat = fs::read_to_string("/proc/stat").ok()?;
+        let times: Vec<u64> = stat
+            .lines()
+            .next()?
+            .split_whitespace()
+            .skip(1)
+            .filter_map(|t| t.parse().ok())
+            .collect();
+        Some((times.iter().take(8).sum(), times.get(3)? + times.get(4)?))
+    };
+    let (total, idle) = read()?;
+    std::thread::sleep(Duration::from_millis(500));
+    let (total2, idle2) = read()?;
+    Some(1.0 - idle2.saturating_sub(idle) as f64 / (total2 - total).max(1) as f64)
+}
+
+fn quantile(values: &mut [f64], q: f64) -> f64 {
+    if values.is_empty() {
+        return 0.0;
+    }
+    values.sort_by(f64::total_cmp);
+    values[((values.len() - 1) as f64 * q).round() as usize]
+}
+
+type Scores = BTreeMap<(String, u16), Vec<Score>>;
+
+/// The first round's streams: the later ones are mostly the same again.
+fn score_all(
+    tool: &Path,
+    model: &Path,
+    threads: usize,
+    samples: &BTreeMap<(String, u16), Vec<Sample>>,
+) -> Result<Scores> {
+    let first = |list: &Vec<Sample>| list.first().map(|s| s.streams.clone()).unwrap_or_default();
+    let streams: Vec<_> = samples.values().flat_map(first).collect();
+    let mut scores = score::score(tool, model, threads, &streams)?.into_iter();
+    let take = |(key, list): (&(String, u16), &Vec<Sample>)| {
+        let n = list.first().map_or(0, |s| s.streams.len());
+        (key.clone(), scores.by_ref().take(n).collect())
+    };
+    Ok(samples.iter().map(take).collect())
+}
+
+/// As it goes into the JSON: no more digits than mean something.
+pub fn rounded(value: f64, digits: i32) -> Value {
+    let scale = 10_f64.powi(digits);
+    json!((value * scale).round() / scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles() {
+        let mut values: Vec<f64> = (0..=100).rev().map(f64::from).collect();
+        assert_eq!(quantile(&mut values, 0.5), 50.0);
+        assert_eq!(quantile(&mut values, 0.99), 99.0);
+        assert_eq!(quantile(&mut [], 0.5), 0.0);
+    }
+
+    #[test]
+    fn the_bundled_prompts_are_there() -> Result<()> {
+        assert_eq!(prompts()?.len(), 40);
+        Ok(())
+    }
+}

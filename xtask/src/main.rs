@@ -1,0 +1,160 @@
+//! `cargo xtask`: fetches and builds llama.cpp with the drex patches, serves, measures and tests it.
+//!
+//! Needs Rust, a C++ compiler and Python 3; everything else is fetched into a cache folder outside of the clone.
+
+mod cache;
+mod cargo;
+mod client;
+mod demo;
+mod fetch;
+mod gguf;
+mod http;
+mod llama;
+mod load;
+mod process;
+mod score;
+mod server;
+mod server_tests;
+mod test;
+mod tools;
+
+use std::{ffi::OsString, os::unix::process::CommandExt, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    cache::Cache,
+    llama::{Kind, Llama},
+};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Builds, serves, measures and tests drex in llama.cpp",
+    after_help = "Sources and builds of llama.cpp live in ${XDG_CACHE_HOME:-~/.cache}/drex (DREX_CACHE overrides), \
+                  never in the clone. The first build fetches 77 MB and takes about ten minutes on two cores; \
+                  later ones rebuild only what changed.\n\n\
+                  Exit status: 0 success, 1 something failed, 2 wrong usage."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Args, Clone)]
+pub struct Source {
+    /// A checkout of llama.cpp to use instead of the pinned source.
+    ///
+    /// It is copied into the cache and patched there; the checkout itself is never changed.
+    #[arg(long, value_name = "DIR")]
+    llama_src: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// Fetch llama.cpp, apply the patches, build both the unpatched and the patched llama-server
+    Build {
+        /// Also make the variants whose results do not depend on the batch size
+        #[arg(long)]
+        exact: bool,
+        /// Build the unpatched server only
+        #[arg(long)]
+        reference_only: bool,
+        #[command(flatten)]
+        source: Source,
+    },
+    /// Run the patched llama-server in the foreground
+    ///
+    /// Without -m/--model the bundled early-exit model is served; without any --drex flag the policy is `hold`.
+    #[command(
+        after_help = "Example: cargo xtask serve -- --port 8080 -np 8 -c 4096 --drex-threshold 0.8"
+    )]
+    Serve {
+        #[command(flatten)]
+        source: Source,
+        /// Arguments for llama-server
+        #[arg(last = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
+    /// Compare the exit policies on the bundled model and write a report
+    Demo(demo::Options),
+    /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
+    Test(test::Options),
+}
+
+fn main() -> ExitCode {
+    // A reader that goes away (`cargo xtask demo | head`) should end us quietly, as it does any other filter.
+    // SAFETY: sets a signal's disposition to its default before any thread exists.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let result = match Cli::parse().command {
+        Cmd::Build {
+            exact,
+            reference_only,
+            source,
+        } => build(exact, reference_only, &source).map(|()| true),
+        Cmd::Serve { source, args } => serve(&source, args).map(|()| true),
+        Cmd::Demo(options) => demo::run(&options).map(|()| true),
+        Cmd::Test(options) => test::run(&options),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build(exact: bool, reference_only: bool, source: &Source) -> Result<()> {
+    let cache = Cache::open()?;
+    let llama = Llama::open(&cache, source.llama_src.as_deref())?;
+    let mut kinds = vec![Kind::Reference, Kind::Patched];
+    if exact {
+        kinds.extend([Kind::ReferenceExact, Kind::PatchedExact]);
+    }
+    kinds.retain(|kind| !(reference_only && kind.is_patched()));
+    for runtime in llama.ensure(&kinds)? {
+        println!("{:16} {}", runtime.kind.name(), runtime.server().display());
+        for tool in llama.tools(&runtime)? {
+            println!("{:16} {}", "", tool.display());
+        }
+    }
+    Ok(())
+}
+
+fn serve(source: &Source, mut args: Vec<OsString>) -> Result<()> {
+    let cache = Cache::open()?;
+    let llama = Llama::open(&cache, source.llama_src.as_deref())?;
+    let runtime = llama.ensure_one(Kind::Patched)?;
+    let has = |test: &dyn Fn(&str) -> bool| args.iter().any(|a| test(&a.to_string_lossy()));
+    let names_model = has(&|a| {
+        let name = a.split('=').next().unwrap_or(a);
+        matches!(
+            name,
+            "-m" | "--model"
+                | "-mu"
+                | "--model-url"
+                | "-hf"
+                | "-hfr"
+                | "--hf-repo"
+                | "--models-dir"
+                | "--models-preset"
+        )
+    });
+    let names_drex = has(&|a| a.starts_with("--drex"));
+    let only_asks = has(&|a| matches!(a, "-h" | "--help" | "--usage" | "--version"));
+    if !names_model && !only_asks {
+        args.extend(["-m".into(), cache::bundled_model()?.into()]);
+    }
+    if !names_drex && !only_asks {
+        args.extend(["--drex-policy".into(), "hold".into()]);
+    }
+    // exec, so that signals and the exit status are the server's own.
+    let error = std::process::Command::new(runtime.server())
+        .args(args)
+        .exec();
+    Err(error).with_context(|| format!("cannot run {}", runtime.server().display()))
+}

@@ -1,0 +1,76 @@
+//! That the servers start, answer and end; and that the patched one without early exit is the unpatched one.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+use super::{Build, Suite, Test, generate, greedy};
+
+pub const TESTS: fn() -> Vec<Test> = || {
+    vec![
+        Test::new("reference server answers", |suite| {
+            answers(suite, &suite.reference, &[])
+        }),
+        Test::new("patched server answers, policy off", |suite| {
+            answers(suite, &suite.patched, &["--drex-policy", "off"])
+        }),
+    ]
+};
+
+fn answers(suite: &Suite, build: &Build, args: &[&str]) -> Result<()> {
+    let mut server = suite.start(build, 2, args)?;
+    let client = server.client;
+    ensure!(client.get("/health")?.ok()?.json()?["status"] == "ok");
+
+    // The same request in every way that it can be made says the same.
+    let streamed = generate(client, &[greedy("Returns the number of elements", 12)], 1)?.remove(0);
+    ensure!(
+        streamed.tokens.len() == 12,
+        "{} tokens instead of 12",
+        streamed.tokens.len()
+    );
+    let request = json!({
+        "prompt": "Returns the number of elements", "max_tokens": 12, "temperature": 0, "ignore_eos": true,
+        "cache_prompt": false,
+    });
+    let whole = client.post("/v1/completions", &request)?.ok()?.json()?;
+    ensure!(
+        whole["choices"][0]["text"] == streamed.text,
+        "{} instead of {:?}",
+        whole["choices"][0],
+        streamed.text
+    );
+    let mut request = request;
+    request["stream"] = json!(true);
+    let mut text = String::new();
+    for event in client.stream("/v1/completions", &request)? {
+        text.push_str(event?["choices"][0]["text"].as_str().unwrap_or_default());
+    }
+    ensure!(
+        text == streamed.text,
+        "{text:?} instead of {:?}",
+        streamed.text
+    );
+
+    // A client that goes away in the middle leaves a free slot behind.
+    let mut endless = client.stream(
+        "/completion",
+        &json!({"prompt": "fn", "n_predict": 400, "stream": true}),
+    )?;
+    ensure!(endless.next().is_some_and(|event| event.is_ok()));
+    drop(endless);
+    generate(client, &vec![greedy("let mut", 4); 4], 4)?;
+
+    ensure!(
+        client
+            .metrics()?
+            .get("tokens_predicted_total")
+            .is_some_and(|n| n >= 40.0)
+    );
+    ensure!(client.get("/no-such-page")?.status == 404);
+    ensure!(server.is_running());
+    let status = server.stop(Duration::from_secs(5))?;
+    ensure!(status.success(), "the server ended with {status}");
+    Ok(())
+}

@@ -1,0 +1,223 @@
+//! `cargo xtask test`: every check, in order. CI runs this and nothing else.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use crate::{
+    Source, cache,
+    cache::Cache,
+    cargo::cargo,
+    llama::{Kind, Llama},
+    server_tests::{self, Suite},
+};
+
+#[derive(Args)]
+pub struct Options {
+    /// Only the bit-exact comparison of the patched server with the unpatched one
+    #[arg(long)]
+    exact: bool,
+    /// Leave out the slow server tests and the exact builds
+    #[arg(long)]
+    quick: bool,
+    /// Only the server tests whose names contain this
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    #[command(flatten)]
+    source: Source,
+}
+
+#[derive(Default)]
+struct Count {
+    passed: u64,
+    failed: u64,
+}
+
+impl Count {
+    fn one(&mut self, name: &str, result: Result<()>, start: Instant) {
+        let seconds = start.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => {
+                self.passed += 1;
+                println!("ok      {name} ({seconds:.1} s)");
+            }
+            Err(error) => {
+                self.failed += 1;
+                println!("FAILED  {name} ({seconds:.1} s)");
+                for line in format!("{error:#}").lines() {
+                    println!("        {line}");
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, other: Count) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
+/// Whether everything passed.
+pub fn run(options: &Options) -> Result<bool> {
+    let mut count = Count::default();
+    if !options.exact && options.only.is_none() {
+        rust(&mut count);
+    }
+    server(options, &mut count);
+    println!("{} passed, {} failed", count.passed, count.failed);
+    Ok(count.failed == 0)
+}
+
+fn rust(count: &mut Count) {
+    let steps: [(&str, &[&str]); 2] = [
+        ("cargo fmt --check", &["fmt", "--all", "--check"]),
+        (
+            "cargo clippy",
+            &[
+                "clippy",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        ),
+    ];
+    for (name, args) in steps {
+        println!("== {name}");
+        let start = Instant::now();
+        count.one(name, succeed(cargo().args(args)), start);
+    }
+    // The library is tested the way it is used, and built once for that; xtask as it is built already.
+    let tests: [(&str, &[&str]); 2] = [
+        (
+            "cargo test, the library",
+            &[
+                "test",
+                "--workspace",
+                "--exclude",
+                "xtask",
+                "--release",
+                "--no-fail-fast",
+            ],
+        ),
+        ("cargo test, xtask", &["test", "--package", "xtask"]),
+    ];
+    for (name, args) in tests {
+        println!("== {name}");
+        let start = Instant::now();
+        let mut command = cargo();
+        match counted(command.args(args)) {
+            // What does not even build reports no test, but has failed all the same.
+            Ok((tests, false)) if tests.failed == 0 => {
+                count.add(tests);
+                count.one(name, Err(anyhow::anyhow!("{name} failed")), start);
+            }
+            Ok((tests, _)) => count.add(tests),
+            Err(error) => count.one(name, Err(error), start),
+        }
+    }
+}
+
+fn succeed(command: &mut Command) -> Result<()> {
+    let status = command.status().context("cannot run cargo")?;
+    anyhow::ensure!(status.success(), "{status}");
+    Ok(())
+}
+
+/// Runs a `cargo test`, shows what it prints, and adds up its results.
+fn counted(command: &mut Command) -> Result<(Count, bool)> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let mut count = Count::default();
+    for line in BufReader::new(child.stdout.take().context("no stdout")?).lines() {
+        let line = line?;
+        println!("{line}");
+        if let Some((passed, failed)) = result_line(&line) {
+            count.passed += passed;
+            count.failed += failed;
+        }
+    }
+    Ok((count, child.wait()?.success()))
+}
+
+/// `test result: ok. 12 passed; 0 failed; ...`
+fn result_line(line: &str) -> Option<(u64, u64)> {
+    let (_, counts) = line
+        .trim()
+        .strip_prefix("test result: ")?
+        .split_once(". ")?;
+    let number = |what: &str| {
+        counts
+            .split(';')
+            .find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok())
+            .unwrap_or(0)
+    };
+    Some((number("passed"), number("failed")))
+}
+
+fn server(options: &Options, count: &mut Count) {
+    let start = Instant::now();
+    println!("== llama.cpp");
+    let suite = match suite(options) {
+        Ok(suite) => suite,
+        Err(error) => return count.one("build llama.cpp", Err(error), start),
+    };
+    if options.only.is_none() {
+        count.one("build llama.cpp", Ok(()), start);
+    }
+    println!("== server tests");
+    for test in server_tests::all() {
+        let wanted = match (&options.only, options.exact) {
+            (Some(text), _) => test.name.contains(text.as_str()),
+            (None, true) => test.exact,
+            (None, false) => !(options.quick && (test.slow || test.exact)),
+        };
+        if wanted && (suite.exact.is_some() || !test.exact) {
+            let start = Instant::now();
+            count.one(test.name, server_tests::guarded(&test, &suite), start);
+        }
+    }
+}
+
+fn suite(options: &Options) -> Result<Suite> {
+    let cache = Cache::open()?;
+    let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
+    let mut kinds = vec![Kind::Reference, Kind::Patched];
+    if !options.quick {
+        kinds.extend([Kind::ReferenceExact, Kind::PatchedExact]);
+    }
+    let mut runtimes = Vec::new();
+    for runtime in llama.ensure(&kinds)? {
+        let tools = llama.tools(&runtime)?;
+        runtimes.push((runtime, tools));
+    }
+    let mut runtimes = runtimes.into_iter();
+    let mut next = || runtimes.next();
+    Ok(Suite {
+        reference: next().context("no reference build")?,
+        patched: next().context("no patched build")?,
+        exact: next().zip(next()),
+        model: cache::bundled_model()?,
+        quick: options.quick,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_result_lines() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s";
+        assert_eq!(result_line(line), Some((12, 3)));
+        assert_eq!(result_line("test a ... ok"), None);
+    }
+}
