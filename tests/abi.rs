@@ -391,7 +391,7 @@ fn sizes_from_the_past_and_the_future() {
     }
 
     // Arrays go by the first element's size.
-    let mut store = vec![0u8; 12 * 4];
+    let mut store = [0u8; 12 * 4];
     let layers: Vec<Longer<drex_kv_layer>> = (0..12)
         .map(|i| {
             let mut l = sized!(drex_kv_layer);

@@ -13,6 +13,7 @@ pub use drex::ffi::types::*;
 macro_rules! sized {
     ($t:ty) => {{
         // SAFETY: a struct of numbers and pointers, for which 0 is a value.
+        #[allow(unused_unsafe)] // also used inside unsafe blocks
         let mut v: $t = unsafe { std::mem::zeroed() };
         v.size = std::mem::size_of::<$t>() as u32;
         v
