@@ -16,7 +16,7 @@ pub struct Cache {
     root: PathBuf,
 }
 
-/// Held while anything is fetched or built. The kernel drops it with the process, so it is never stale.
+/// Held while there must be only one xtask at something. The kernel drops it with the process, so it is never stale.
 pub struct Lock {
     _file: File,
 }
@@ -44,8 +44,19 @@ impl Cache {
         self.root.join(relative)
     }
 
+    /// For fetching and building.
     pub fn lock(&self) -> Result<Lock> {
-        let path = self.path("lock");
+        self.lock_file("lock", "fetches or builds")
+    }
+
+    /// For running servers that want the whole machine. Two at once do not just share it: their threads spin while they
+    /// wait for others that have no core to run on, and both become a hundred times slower.
+    pub fn lock_machine(&self) -> Result<Lock> {
+        self.lock_file("machine-lock", "measures or tests servers")
+    }
+
+    fn lock_file(&self, name: &str, what: &str) -> Result<Lock> {
+        let path = self.path(name);
         let file = File::options()
             .create(true)
             .truncate(false)
@@ -55,10 +66,7 @@ impl Cache {
         if !FileExt::try_lock_exclusive(&file)
             .with_context(|| format!("cannot lock {}", path.display()))?
         {
-            eprintln!(
-                "waiting for another xtask that fetches or builds ({})",
-                path.display()
-            );
+            eprintln!("waiting for another xtask that {what} ({})", path.display());
             FileExt::lock_exclusive(&file)?;
         }
         Ok(Lock { _file: file })

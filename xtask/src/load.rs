@@ -215,6 +215,13 @@ fn cpu_seconds() -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
+impl Generation {
+    /// Whether every token is there: the server leaves those out of a stream that end in the middle of a character.
+    pub fn is_complete(&self) -> bool {
+        self.last["timings"]["predicted_n"] == self.tokens.len()
+    }
+}
+
 impl Finished {
     pub fn generation(&self) -> Result<Generation> {
         let out = self.partial()?;

@@ -20,7 +20,7 @@ use crate::{
 #[derive(Args)]
 pub struct Options {
     /// Only the bit-exact comparison of the patched server with the unpatched one
-    #[arg(long)]
+    #[arg(long, conflicts_with = "quick")]
     exact: bool,
     /// Leave out the slow server tests and the exact builds
     #[arg(long)]
@@ -174,6 +174,11 @@ fn server(options: &Options, count: &mut Count) {
         count.one("build llama.cpp", Ok(()), start);
     }
     println!("== server tests");
+    let _machine = match Cache::open().and_then(|cache| cache.lock_machine()) {
+        Ok(lock) => lock,
+        Err(error) => return count.one("lock the machine", Err(error), start),
+    };
+    let mut chosen = 0;
     for test in server_tests::all() {
         let wanted = match (&options.only, options.exact) {
             (Some(text), _) => test.name.contains(text.as_str()),
@@ -181,9 +186,15 @@ fn server(options: &Options, count: &mut Count) {
             (None, false) => !(options.quick && (test.slow || test.exact)),
         };
         if wanted && (suite.exact.is_some() || !test.exact) {
+            chosen += 1;
             let start = Instant::now();
             count.one(test.name, server_tests::guarded(&test, &suite), start);
         }
+    }
+    if chosen == 0 {
+        // Nothing that ran is nothing that passed.
+        let none = Err(anyhow::anyhow!("no server test was chosen"));
+        count.one("server tests", none, start);
     }
 }
 
@@ -206,7 +217,6 @@ fn suite(options: &Options) -> Result<Suite> {
         patched: next().context("no patched build")?,
         exact: next().zip(next()),
         model: cache::bundled_model()?,
-        quick: options.quick,
     })
 }
 

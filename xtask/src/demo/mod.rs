@@ -120,6 +120,7 @@ pub fn run(options: &Options) -> Result<()> {
         .find(|tool| tool.ends_with("drex-score"))
         .context("integration/llama.cpp/tools/score.cpp is missing")?;
 
+    let _machine = cache.lock_machine()?;
     if let Some(busy) = busy().filter(|busy| *busy > 0.15) {
         eprintln!(
             "warning: other programs keep {:.0} % of this machine busy; nothing measured now means much",

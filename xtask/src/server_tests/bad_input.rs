@@ -38,7 +38,7 @@ fn flags(suite: &Suite) -> Result<()> {
         (&["--drex-exit-layers", "16"], &["ramp_layers", "16"]),
         (&["--drex-exit-layers", "8,4"], &["ramp_layers", "4"]),
         (&["--drex-exit-layers", "x"], &["--drex-exit-layers"]),
-        (&["--drex-threshold", "nan"], &["threshold", "NaN"]),
+        (&["--drex-threshold", "nan"], &["--drex-threshold", "nan"]),
         (&["--drex-threshold", "-1"], &["threshold", "-1"]),
         (
             &["--drex-threshold", "0.5,0.6"],

@@ -83,8 +83,16 @@ fn against(
     let mut streams = Vec::new();
     for (request, generation) in requests.iter().zip(generate(server.client, &requests, 8)?) {
         let text = request["prompt"].as_str().unwrap_or_default();
-        streams.push((server.client.tokenize(text)?, generation));
+        if generation.is_complete() {
+            streams.push((server.client.tokenize(text)?, generation));
+        }
     }
+    ensure!(
+        streams.len() > 20,
+        "only {} of {} streams have all their tokens",
+        streams.len(),
+        requests.len()
+    );
     let pairs: Vec<_> = streams
         .iter()
         .map(|(prompt, g)| (prompt.clone(), g.tokens.clone()))

@@ -38,7 +38,6 @@ pub struct Suite {
     pub exact: Option<(Build, Build)>,
     /// The bundled model.
     pub model: PathBuf,
-    pub quick: bool,
 }
 
 pub struct Test {

@@ -23,6 +23,8 @@ pub const TESTS: fn() -> Vec<Test> = || {
     ]
 };
 
+const CANCELS: usize = 12;
+
 const CONCURRENCY: [usize; 4] = [1, 2, 8, 32];
 
 /// Requests of different lengths, so that they come and go at different times.
@@ -62,7 +64,7 @@ fn no_exits(suite: &Suite) -> Result<()> {
                 "--drex-metric",
                 "entropy",
             ];
-            let server = suite.start(patched, n, &[EXACT, &flags].concat())?;
+            let server = suite.start(patched, requests.len(), &[EXACT, &flags].concat())?;
             let got = generate(server.client, &requests, n)?;
             tokens += equal(&format!("{policy}, {n} at a time"), &unpatched, &got)?;
             let metrics = server.client.metrics()?;
@@ -91,7 +93,7 @@ fn above_one(suite: &Suite) -> Result<()> {
     for n in CONCURRENCY {
         let server = suite.start(
             patched,
-            n,
+            requests.len(),
             &[EXACT, &["--drex-policy", "art", "--drex-threshold", "1.01"]].concat(),
         )?;
         tokens += equal(
@@ -128,7 +130,7 @@ fn with_cancels<T>(client: Client, load: impl FnOnce() -> T) -> T {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            for i in 0.. {
+            for i in 0..CANCELS {
                 if done.load(Ordering::Relaxed) {
                     break;
                 }
@@ -192,8 +194,9 @@ fn rebatched(suite: &Suite) -> Result<()> {
         };
         for n in &CONCURRENCY[1..] {
             let what = format!("{}, {n} at a time", flags.join(" "));
-            // Two places more than the load takes, for those who go away.
-            let server = suite.start(patched, n + 2, &[EXACT, flags].concat())?;
+            // A slot for each request, and for each of those who go away.
+            let server =
+                suite.start(patched, requests.len() + CANCELS, &[EXACT, flags].concat())?;
             let got = with_cancels(server.client, || generate(server.client, &requests, *n))?;
             tokens += equal(&what, alone, &got)?;
             compared += got.len();
