@@ -135,8 +135,9 @@ fn edited(data: &[u8], edit: &Edit) -> Result<Vec<u8>> {
     ends.push(blob.len() as u64);
     ends.sort_unstable();
     let bytes_of = |t: &Tensor| -> Result<&[u8]> {
-        let end = ends[ends.partition_point(|&e| e <= t.offset)];
-        blob.get(t.offset as usize..end as usize)
+        // None past it where the file ends before the tensor begins.
+        ends.get(ends.partition_point(|&e| e <= t.offset))
+            .and_then(|end| blob.get(t.offset as usize..*end as usize))
             .context("GGUF: a tensor lies outside of the file")
     };
 

@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::json;
 
+use crate::process;
+
 /// What the full model says about one stream.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Score {
@@ -57,7 +59,7 @@ fn run<T: DeserializeOwned + Clone>(
             next
         });
     }
-    let mut child = Command::new(tool)
+    let mut child = process::spin_briefly(&mut Command::new(tool))
         .arg("-m")
         .arg(model)
         .args(args)

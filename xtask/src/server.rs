@@ -59,6 +59,7 @@ impl Server {
         command
             .args(args)
             .args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+        process::spin_briefly(&mut command);
         // Settings of somebody's shell must not change what is measured or tested.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();

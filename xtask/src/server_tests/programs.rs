@@ -22,5 +22,10 @@ pub const TESTS: fn() -> Vec<Test> = || {
 
 fn windows(suite: &Suite, build: &Build, args: &[&str]) -> Result<()> {
     let mut command = Command::new(program(build, "window-test")?);
-    process::output(command.arg(&suite.model).args(args)).map(drop)
+    process::output(
+        process::spin_briefly(&mut command)
+            .arg(&suite.model)
+            .args(args),
+    )
+    .map(drop)
 }
