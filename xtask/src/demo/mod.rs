@@ -63,23 +63,35 @@ pub struct Options {
     /// Requests in flight
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,16,32", value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: Vec<u16>,
-    /// Tokens to generate per request
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=400))]
+    /// Tokens to generate per request on average; requests ask for half to one and a half times as many
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=250))]
     tokens: u32,
+    /// Layers after which a row may exit, separated by commas, or `model` for what its metadata says
+    #[arg(long, value_name = "LAYERS", default_value = "8")]
+    exit_layers: String,
     /// Confidence (gap between the two most likely tokens) from which a row may exit
     #[arg(long, default_value_t = 0.7)]
     threshold: f64,
     /// How often everything is measured; medians are reported [default: 3, fewer if they would take too long]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=20))]
     rounds: Option<u32>,
-    /// Threads of the server
-    #[arg(long, default_value_t = 2)]
+    /// Threads that compute [default: all cores but one, which the client and the server's HTTP threads need]
+    #[arg(long, default_value_t = default_threads(), hide_default_value = true)]
     threads: usize,
     /// Where the report goes
     #[arg(long, value_name = "DIR", default_value = "target/demo")]
     out: PathBuf,
     #[command(flatten)]
     source: Source,
+}
+
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get().saturating_sub(1).max(1))
+}
+
+/// Requests of one length would start and end together for ever, and the engine would see them all at the same age.
+fn length(options: &Options, i: usize) -> u32 {
+    options.tokens / 2 + options.tokens * (i as u32 * 37 % 101) / 100
 }
 
 /// One measurement: one policy at one concurrency in one round.
@@ -258,6 +270,9 @@ fn server_args(
         if policy != OFF {
             add("--drex-threshold", options.threshold.to_string());
             add("--drex-metric", "gap".into());
+            if options.exit_layers != "model" {
+                add("--drex-exit-layers", options.exit_layers.clone());
+            }
         }
     }
     args.extend(["--kv-unified", "--metrics", "--slots", "--no-webui"].map(Into::into));
@@ -274,7 +289,7 @@ fn measure(
 ) -> Result<Sample> {
     // Each request gets a prompt and an output; the room that is left over costs nothing, since only used cells are
     // attended to.
-    let ctx = (usize::from(concurrency) * (options.tokens as usize + 128))
+    let ctx = (usize::from(concurrency) * (options.tokens as usize * 3 / 2 + 128))
         .max(512)
         .next_multiple_of(256);
     let server = Server::start(
@@ -329,7 +344,7 @@ fn drive(
     let before = client.metrics().unwrap_or_default();
     let total = requests(concurrency);
     let bodies: Vec<_> = (0..total)
-        .map(|i| body(&ids[i % ids.len()], options.tokens))
+        .map(|i| body(&ids[i % ids.len()], length(options, i)))
         .collect();
     let outcome = load::closed_loop(client.addr, "/completion", &bodies, in_flight, LIMITS)?;
     let after = client.metrics().unwrap_or_default();

@@ -69,7 +69,8 @@ fn involuntary(suite: &Suite) -> Result<()> {
             metrics.get("drex_tokens_total")
         );
         ensure!(
-            exited > 100 || policy == "lazy",
+            // What `art` does depends on measured times.
+            exited > 100 || ["lazy", "art"].contains(&policy),
             "{policy}: only {exited} exits"
         );
     }
