@@ -120,11 +120,14 @@ pub fn remove(handle: *const drex_engine) -> Result<Box<Instance>, Fault> {
     Ok(unsafe { Box::from_raw(raw) })
 }
 
-/// The right to be inside an engine. If it is dropped while the thread
-/// panics, the engine is poisoned.
+/// The right to be inside an engine. If a panic that began after it was given
+/// drops it, the engine is poisoned.
 pub struct Guard {
     entry: &'static Entry,
     generation: u64,
+    /// A host may call from a destructor that runs while its own thread
+    /// unwinds: that panic is not ours.
+    was_panicking: bool,
 }
 
 pub fn enter(handle: *const drex_engine) -> Result<Guard, Fault> {
@@ -138,7 +141,11 @@ pub fn enter(handle: *const drex_engine) -> Result<Guard, Fault> {
             Ordering::Relaxed,
         )
         .map_err(|found| refuse(found, generation))?;
-    Ok(Guard { entry, generation })
+    Ok(Guard {
+        entry,
+        generation,
+        was_panicking: std::thread::panicking(),
+    })
 }
 
 impl Guard {
@@ -151,7 +158,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let state = if std::thread::panicking() {
+        let state = if std::thread::panicking() && !self.was_panicking {
             POISONED
         } else {
             IDLE

@@ -62,6 +62,13 @@ fn flags(suite: &Suite) -> Result<()> {
             &["--drex-max-batch 4096", "--ubatch-size 512"],
         ),
         (&["--drex-art-ratio", "-0.5"], &["art_ratio", "-0.5"]),
+        (&["--drex-flush-rows", "-1"], &["--drex-flush-rows is -1"]),
+        (&["--drex-max-hold-ms", "-3"], &["--drex-max-hold-ms is -3"]),
+        (
+            &["--drex-deadline-ms", "nan"],
+            &["--drex-deadline-ms is nan"],
+        ),
+        (&["--drex-graphs", "0"], &["n_graphs must be at least 1"]),
         (&["--context-shift"], &["--context-shift"]),
         (&["--no-kv-unified"], &["--kv-unified"]),
         (&["--embedding"], &["--embedding"]),
@@ -74,6 +81,19 @@ fn flags(suite: &Suite) -> Result<()> {
         );
         refused(server, &args.join(" "), texts)?;
     }
+    // Larger than it need be is no mistake.
+    drop(suite.start(
+        &suite.patched,
+        4,
+        &[
+            "--drex-policy",
+            "art",
+            "--drex-max-batch",
+            "64",
+            "--drex-slots",
+            "9",
+        ],
+    )?);
     refused(
         suite.start(&suite.patched, 4, &["--drex-policy", "rebatch"]),
         "--drex-policy rebatch",
