@@ -13,6 +13,7 @@ pub mod error;
 pub mod metric;
 pub mod planner;
 pub mod policy;
+pub mod profile;
 pub mod request;
 
 /// Most exit ramps that one model may have.
