@@ -138,12 +138,12 @@
  *
  * Each sets the struct's size and the defaults named here; all else is 0. */
 
-/* policy HOLD, metric GAP, threshold 0.7, art_ratio NaN. n_layers, n_ramps,
+/* policy AUTO, metric GAP, threshold 0.7, art_ratio NaN. n_layers, n_ramps,
  * ramp_layers, n_slots, max_requests and max_batch must be set. */
 #define DREX_CONFIG_INITIALIZER                                              \
   { sizeof(drex_config), DREX_ABI_VERSION, 0, 0, NULL, 0, 0, 0,              \
-    DREX_POLICY_HOLD, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
-    0.7f, NULL, 0, 0, 0, 0, NAN, 0 }
+    DREX_POLICY_AUTO, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
+    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0 }
 
 #define DREX_KV_LAYER_INITIALIZER                                            \
   { sizeof(drex_kv_layer), 0, NULL, NULL, 0, 0, 0, 0, 0, 0 }
@@ -151,7 +151,7 @@
 /* The engine's metric, thresholds and fill mode. id must be set. */
 #define DREX_REQUEST_CONFIG_INITIALIZER                                      \
   { sizeof(drex_request_config), DREX_METRIC_DEFAULT, 0, NAN,                \
-    DREX_FILL_DEFAULT, 0, 0, 0 }
+    DREX_FILL_DEFAULT, 0, 0, 0, 0, 0 }
 
 #define DREX_REQUEST_INFO_INITIALIZER                                        \
   { sizeof(drex_request_info), 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0 }
@@ -173,7 +173,7 @@
 
 #define DREX_STATS_INITIALIZER                                               \
   { sizeof(drex_stats), 0, 0, { 0 }, 0, 0, { 0 }, 0, { 0 }, 0, 0, 0, 0, 0,   \
-    0, 0, 0, 0, { 0 }, 0, 0 }
+    0, 0, 0, 0, { 0 }, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, { 0 } }
 
 // The version of this interface. It changes only when something that worked
 // stops working; new functions, constants and fields at the end of structs
@@ -191,6 +191,9 @@
 
 // Length of drex_stats.wait_us_buckets.
 #define DREX_WAIT_BUCKETS 32
+
+// How many reasons there are.
+#define DREX_MISS_REASONS 4
 
 // One engine: the scheduler of one model instance. Opaque, and not an
 // address: never read through it. Made by drex_create(), ended by
@@ -272,6 +275,13 @@ typedef uint32_t drex_policy;
 // themselves while rows may exit: time a few and report them with
 // drex_observe(). c/t_d is kept within [0, 1].
 #define DREX_POLICY_ART 7
+// As HOLD, with the rule that is predicted to make the most tokens per
+// second, "no early exit" among the rules: which ramps are looked at, how
+// many held rows flush, below how many ready rows. Learned from what
+// drex_complete() and the ramps report: times by rows and KV cells, how
+// often rows exit. A small share of the tokens is made under other rules,
+// to keep knowing what they would bring. See drex_replan().
+#define DREX_POLICY_AUTO 8
 
 // How sure a row is, from its raw logits (before temperature, penalties and
 // grammar), in [0, 1]: DREX_METRIC_*.
@@ -349,6 +359,8 @@ typedef struct drex_config {
   float art_ratio;
   // 0
   uint32_t reserved;
+  // AUTO: of the random numbers that its predictions draw. Any number.
+  uint64_t seed;
 } drex_config;
 
 // The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -397,10 +409,18 @@ typedef struct drex_request_config {
   drex_fill_mode fill;
   // Time between two tokens, in ns; 0: the engine's.
   uint64_t token_deadline_ns;
-  // Higher is taken first when more rows wait than fit.
+  // Higher is taken first when more rows wait than fit. Of priorities
+  // that wait at one time, 64 are told apart.
   int32_t priority;
   // 0
   uint32_t reserved;
+  // Time from the first drex_request_ready() to the last token, in ns; 0:
+  // none. What is left of it is spread evenly over the tokens left, so
+  // each has a deadline; the nearer one counts.
+  uint64_t request_deadline_ns;
+  // Tokens that it will have at most; 0: unknown, and then only the
+  // request's deadline itself counts.
+  uint64_t max_tokens;
 } drex_request_config;
 
 // What a request is doing: DREX_REQUEST_*.
@@ -445,8 +465,8 @@ typedef struct drex_request_info {
 typedef struct drex_plan_input {
   // sizeof(drex_plan_input)
   uint32_t size;
-  // Prompt rows that wait beside the decode rows. A hint; the policies of
-  // this version do not use it.
+  // Prompt rows that wait beside the decode rows. A hint that this version
+  // does not use: what prompts cost is learned from the time between steps.
   uint32_t n_prompt_rows;
   // Now, in ns of any monotonic clock; the same clock in all calls.
   uint64_t now_ns;
@@ -563,8 +583,7 @@ typedef struct drex_completion {
   // Time that the window took on the device, in ns; 0: unknown, and
   // nothing is learned from it.
   uint64_t duration_ns;
-  // Attended KV cells, summed over the rows; 0: unknown. The cost model of
-  // this version does not use it.
+  // Attended KV cells, summed over the rows; 0: unknown.
   uint64_t n_kv;
 } drex_completion;
 
@@ -625,7 +644,43 @@ typedef struct drex_stats {
   // c/t_d at the first ramp for the last batch's rows, as pinned or as
   // measured; NaN when unknown.
   double art_ratio;
+  // Deadline misses by where most of the token's time went: DREX_MISS_*.
+  uint64_t misses[DREX_MISS_REASONS];
+  // AUTO: searches for a better rule so far.
+  uint64_t searches;
+  // AUTO: the ramps that the present rule looks at, bit r for ramp r; 0:
+  // no early exit.
+  uint32_t rule_ramps;
+  // AUTO: held rows at a ramp that flush.
+  uint32_t rule_hold_rows;
+  // AUTO: ready rows below which held ones are flushed.
+  uint32_t rule_ready_rows;
+  // 0
+  uint32_t reserved;
+  // AUTO: tokens per second that the last search predicted for its rule.
+  double predicted_tokens_per_s;
+  // The same for full passes.
+  double predicted_off_tokens_per_s;
+  // Measured share of rows that are confident at each ramp, of those
+  // scored there that were scored nowhere before; NaN before the first.
+  double exit_share[DREX_MAX_RAMPS];
 } drex_stats;
+
+// Where most of the time went of a token that missed its deadline:
+// DREX_MISS_*.
+typedef uint32_t drex_miss_reason;
+
+// Between its last token and drex_request_ready(): in the host.
+#define DREX_MISS_HOST 0
+
+// Ready, while other rows ran: overload.
+#define DREX_MISS_QUEUE 1
+
+// Held in the rebatching buffer.
+#define DREX_MISS_HELD 2
+
+// In layer windows, its own or others' while it was to go on at once.
+#define DREX_MISS_RUN 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -715,8 +770,8 @@ drex_status drex_request_add(drex_engine *engine,
 // The request's next token can run: IDLE becomes READY.
 //
 // id      of a request alive and IDLE
-// n_kv    KV cells that the row attends over, 0 if unknown; a hint, not used
-//         by the cost model of this version
+// n_kv    KV cells that the row attends over, 0 if unknown; a hint that this
+//         version does not use: see drex_completion.n_kv
 // now_ns  now; the first call starts the clock of the request's deadline
 //
 // A row that exited may be made ready again before drex_complete().
@@ -832,6 +887,45 @@ drex_status drex_abandon(drex_engine *engine);
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT.
 drex_status drex_observe(drex_engine *engine,
                          const drex_observation *observation);
+
+// AUTO: works on the search for a better rule, on the calling thread. Call it
+// where the thread would wait for the device: after the window has been
+// launched, before its logits are waited for. From the first call on,
+// drex_complete() leaves this work to the host; without any, it does a part
+// of it each time, at most about 0.5 % of the window's time.
+//
+// max_windows  about how much: simulated windows, some 40 ns each; 0: all
+// done         receives 1 when no search is under way any more, else 0; may
+//              be NULL
+//
+// Allowed between any two calls. Does nothing under other policies.
+drex_status drex_replan(drex_engine *engine,
+                        uint32_t max_windows,
+                        uint32_t *done);
+
+// The cost model's numbers as JSON, for drex_profile_load() and drex-sim.
+//
+// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
+//           to ask for the length
+// capacity  bytes at text
+// length    receives the text's bytes without the 0 byte, also when capacity
+//           is too small
+//
+// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
+// not fit and capacity is not 0; CALL_ORDER before anything is known.
+drex_status drex_profile_save(const drex_engine *engine,
+                              char *text,
+                              size_t capacity,
+                              size_t *length);
+
+// Starts the cost model from numbers saved before, in place of what it has
+// learned. They are left behind where measurements contradict them.
+//
+// text  JSON as drex_profile_save() writes it, of a model with the same
+//       layers and ramps
+//
+// Allocates. Errors: NULL_ARGUMENT; INVALID_ARGUMENT with the field named.
+drex_status drex_profile_load(drex_engine *engine, const char *text);
 
 // A snapshot of the engine's totals. Cheap enough for every step.
 //

@@ -153,7 +153,7 @@ impl Instance {
         Ok(())
     }
 
-    pub fn complete(&mut self, now_ns: u64, duration_ns: u64) -> Result<()> {
+    pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
         let unfilled = self.kv.is_some()
             && self.engine.ramped()
             && !self.filled
@@ -163,6 +163,6 @@ impl Instance {
                 "rows exited and their skipped layers are not filled; expected drex_fill first",
             ));
         }
-        self.engine.complete(now_ns, duration_ns)
+        self.engine.complete(now_ns, duration_ns, cells)
     }
 }

@@ -13,3 +13,4 @@ pub mod core;
 pub mod device;
 pub mod ffi;
 pub mod instance;
+pub mod profile;

@@ -69,7 +69,7 @@ fn names() {
         );
         assert_eq!(out, i as u32);
     }
-    assert!(drex_policy_name(8).is_null());
+    assert!(drex_policy_name(9).is_null());
     assert!(drex_metric_name(3).is_null());
     assert!(drex_metric_name(DREX_METRIC_DEFAULT).is_null());
     let mut out = 99;
@@ -222,7 +222,7 @@ fn every_wrong_config_is_named() {
             |c| c.max_requests = 8,
             "n_slots is 4, but max_requests is 8: every request may hold one row",
         ),
-        (|c| c.policy = 8, "policy is 8"),
+        (|c| c.policy = 9, "policy is 9"),
         (|c| c.metric = 3, "metric is 3"),
         (|c| c.metric = DREX_METRIC_DEFAULT, "metric is 4294967295"),
         (|c| c.fill = 3, "fill is 3"),
@@ -315,7 +315,7 @@ fn sizes_from_the_past_and_the_future() {
     let mut raw = null_mut();
     // SAFETY: `size` bytes are there, except where only the size is looked at.
     unsafe {
-        for size in [0, 4, size_of::<drex_config>() as u32 - 1] {
+        for size in [0, 4, 95] {
             c.inner.size = size;
             fails(
                 ok(drex_create(&c.inner, &mut raw)),
@@ -350,7 +350,19 @@ fn sizes_from_the_past_and_the_future() {
         assert_eq!(stats.inner.size, longer(size_of::<drex_stats>()));
         assert_eq!(stats.inner.slots_free, 4);
         assert_eq!(stats.tail, [0xaa; 24]);
-        stats.inner.size = size_of::<drex_stats>() as u32 - 1;
+
+        // A program of the first version: what it does not have is neither
+        // read nor written.
+        c.inner.size = 96;
+        c.inner.seed = 0xdead_beef;
+        ok(drex_create(&c.inner, &mut raw)).unwrap();
+        ok(drex_destroy(raw)).unwrap();
+        stats.inner = sized!(drex_stats);
+        stats.inner.size = 688;
+        stats.inner.searches = 77;
+        ok(drex_stats_get(e.raw, &mut stats.inner)).unwrap();
+        assert_eq!((stats.inner.slots_free, stats.inner.searches), (4, 77));
+        stats.inner.size = 687;
         stats.inner.slots_free = 77;
         fails(
             ok(drex_stats_get(e.raw, &mut stats.inner)),
@@ -360,7 +372,7 @@ fn sizes_from_the_past_and_the_future() {
         assert_eq!(stats.inner.slots_free, 77);
 
         let mut request = sized!(drex_request_config);
-        request.size -= 1;
+        request.size = 39;
         fails(
             ok(drex_request_add(e.raw, &request)),
             status,
@@ -412,9 +424,9 @@ fn sizes_from_the_past_and_the_future() {
 
 #[test]
 fn the_layout_of_version_one_is_frozen() {
-    assert_eq!(size_of::<drex_config>(), 96);
+    assert_eq!(size_of::<drex_config>(), 104);
     assert_eq!(size_of::<drex_kv_layer>(), 72);
-    assert_eq!(size_of::<drex_request_config>(), 40);
+    assert_eq!(size_of::<drex_request_config>(), 56);
     assert_eq!(size_of::<drex_request_info>(), 192);
     assert_eq!(size_of::<drex_plan_input>(), 16);
     assert_eq!(size_of::<drex_row>(), 16);
@@ -426,7 +438,7 @@ fn the_layout_of_version_one_is_frozen() {
     assert_eq!(offset_of!(drex_config, ramp_thresholds), 56);
     assert_eq!(offset_of!(drex_config, art_ratio), 88);
     assert_eq!(offset_of!(drex_stats, wait_us_buckets), 416);
-    assert_eq!(size_of::<drex_stats>(), 688);
+    assert_eq!(size_of::<drex_stats>(), 888);
 }
 
 #[test]

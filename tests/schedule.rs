@@ -284,13 +284,21 @@ fn rows_that_stay_go_on_with_held_ones() {
 fn art_learns_its_ratio() {
     let mut h = Host::new(4, 4, DREX_POLICY_ART, |_| {});
     assert!(h.e.stats().art_ratio.is_nan());
-    for (begin, end, ns) in [(0, 4, 400), (4, 8, 500), (8, 12, 500), (0, 12, 800)] {
-        h.e.observe(begin, end, 4, ns).unwrap();
+    for _ in 0..200 {
+        for (begin, end, ns) in [
+            (0, 4, 400_000),
+            (4, 8, 500_000),
+            (8, 12, 500_000),
+            (0, 12, 800_000),
+        ] {
+            h.e.observe(begin, end, 4, ns).unwrap();
+        }
     }
     // c = 1400 - 800 = 600, t_d = 1000
     h.ready(0..4);
     let plan = h.e.plan(0, 4).unwrap();
-    assert!((h.e.stats().art_ratio - 0.6).abs() < 1e-9);
+    let ratio = h.e.stats().art_ratio;
+    assert!((ratio - 0.6).abs() < 0.05, "{ratio}");
     // Two of four is not more than 0.6.
     let v = h.e.ramp(&[0.9, 0.9, 0.1, 0.1]).unwrap();
     assert!(v.iter().all(|v| v.decision == DREX_DECISION_STAY));

@@ -1,56 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The rebatching buffer: the pool of arena slots and one queue per ramp.
+//! The rebatching buffer: the pool of arena slots, and the queues of rows
+//! that wait for a window: new tokens for the first one, held rows for the
+//! next. Rows that a ramp told to go on at once have a queue of their own at
+//! each ramp.
 //!
 //! A slot belongs to a row, and a row names its request: when exited rows
 //! stay in the arena until their holes are computed, one request owns
 //! several.
 
 use super::NONE;
+use super::queue::{Entry, Node, Queues};
 
-#[derive(Debug, Clone, Copy)]
-pub struct Row {
-    pub request: u32,
-    /// Order of arrival in a queue; kept when a failed step puts it back.
-    pub seq: u64,
-    /// Since when it has been held.
-    pub since_ns: u64,
-    /// Plans of any kind made before it was queued.
-    pub plans: u64,
-    /// Plans over its queue made before it was queued.
-    pub flushes: u64,
-    /// Goes on at once instead of waiting.
-    pub stay: bool,
-    /// Place in its queue.
-    pos: u32,
+/// The queue of new tokens.
+pub const READY: usize = 0;
+
+pub fn held_queue(ramp: usize) -> usize {
+    1 + 2 * ramp
+}
+
+pub fn stay_queue(ramp: usize) -> usize {
+    2 + 2 * ramp
 }
 
 pub struct Buffer {
-    rows: Vec<Row>,
+    /// Owner of each slot.
+    requests: Vec<u32>,
     free: Vec<u32>,
-    queues: Vec<Vec<u32>>,
-    stays: Vec<u32>,
+    queues: Queues,
+    ramps: usize,
     held: u32,
 }
 
 impl Buffer {
-    pub fn new(n_slots: usize, n_ramps: usize) -> Self {
-        let vacant = Row {
-            request: NONE,
-            seq: 0,
-            since_ns: 0,
-            plans: 0,
-            flushes: 0,
-            stay: false,
-            pos: NONE,
-        };
+    pub fn new(n_slots: usize, max_requests: usize, ramps: usize) -> Self {
         Buffer {
-            rows: vec![vacant; n_slots],
+            requests: vec![NONE; n_slots],
             // The lowest slot first: a lightly loaded engine stays within
             // the arena's first rows.
             free: (0..n_slots as u32).rev().collect(),
-            queues: (0..n_ramps).map(|_| Vec::with_capacity(n_slots)).collect(),
-            stays: vec![0; n_ramps],
+            queues: Queues::new(n_slots + max_requests, 1 + 2 * ramps),
+            ramps,
             held: 0,
         }
     }
@@ -61,65 +51,101 @@ impl Buffer {
 
     pub fn take_slot(&mut self, request: u32) -> Option<u32> {
         let slot = self.free.pop()?;
-        self.rows[slot as usize].request = request;
-        self.rows[slot as usize].pos = NONE;
+        self.requests[slot as usize] = request;
         Some(slot)
     }
 
     pub fn return_slot(&mut self, slot: u32) {
-        self.rows[slot as usize].request = NONE;
+        self.requests[slot as usize] = NONE;
         self.free.push(slot);
     }
 
-    pub fn row(&self, slot: u32) -> &Row {
-        &self.rows[slot as usize]
+    /// A new token has no slot yet: its handle comes after those of slots.
+    fn ready_handle(&self, request: u32) -> u32 {
+        self.requests.len() as u32 + request
     }
 
-    pub fn row_mut(&mut self, slot: u32) -> &mut Row {
-        &mut self.rows[slot as usize]
+    /// The request of a handle, and its slot or `NONE`.
+    pub fn owner(&self, handle: u32) -> (u32, u32) {
+        match self.requests.get(handle as usize) {
+            Some(&request) => (request, handle),
+            None => (handle - self.requests.len() as u32, NONE),
+        }
     }
 
-    pub fn queue(&self, ramp: usize) -> &[u32] {
-        &self.queues[ramp]
+    pub fn queues(&mut self) -> &mut Queues {
+        &mut self.queues
+    }
+
+    pub fn node(&self, handle: u32) -> &Node {
+        self.queues.node(handle)
+    }
+
+    pub fn ready_rows(&self) -> usize {
+        self.queues.len(READY)
     }
 
     /// Rows at a ramp that wait, without those that go on at once.
     pub fn held_at(&self, ramp: usize) -> u32 {
-        self.queues[ramp].len() as u32 - self.stays[ramp]
+        self.queues.len(held_queue(ramp)) as u32
     }
 
     pub fn stays_at(&self, ramp: usize) -> u32 {
-        self.stays[ramp]
+        self.queues.len(stay_queue(ramp)) as u32
     }
 
+    /// Rows held at all ramps.
     pub fn held(&self) -> u32 {
         self.held
     }
 
-    /// Queues a row with the order and times that it carries.
-    pub fn enqueue(&mut self, ramp: usize, slot: u32) {
-        let row = &mut self.rows[slot as usize];
-        row.pos = self.queues[ramp].len() as u32;
-        if row.stay {
-            self.stays[ramp] += 1;
-        } else {
-            self.held += 1;
-        }
-        self.queues[ramp].push(slot);
+    pub fn ramps(&self) -> usize {
+        self.ramps
     }
 
-    pub fn dequeue(&mut self, ramp: usize, slot: u32) {
-        let row = self.rows[slot as usize];
-        // The queue's order lies in `seq`, not in the vector.
-        self.queues[ramp].swap_remove(row.pos as usize);
-        if let Some(&moved) = self.queues[ramp].get(row.pos as usize) {
-            self.rows[moved as usize].pos = row.pos;
-        }
-        self.rows[slot as usize].pos = NONE;
-        if row.stay {
-            self.stays[ramp] -= 1;
+    pub fn push_ready(&mut self, request: u32, e: Entry) {
+        let handle = self.ready_handle(request);
+        self.queues.push(READY, handle, e);
+    }
+
+    pub fn restore_ready(&mut self, request: u32) {
+        let handle = self.ready_handle(request);
+        self.queues.restore(READY, handle);
+    }
+
+    pub fn pop_ready(&mut self, request: u32) {
+        let handle = self.ready_handle(request);
+        self.queues.remove(handle);
+    }
+
+    /// When this request's token became ready.
+    pub fn ready_node(&self, request: u32) -> &Node {
+        self.queues.node(self.ready_handle(request))
+    }
+
+    pub fn push(&mut self, ramp: usize, slot: u32, stay: bool, e: Entry) {
+        let q = self.count(ramp, stay);
+        self.queues.push(q, slot, e);
+    }
+
+    pub fn restore(&mut self, ramp: usize, slot: u32, stay: bool) {
+        let q = self.count(ramp, stay);
+        self.queues.restore(q, slot);
+    }
+
+    fn count(&mut self, ramp: usize, stay: bool) -> usize {
+        if stay {
+            stay_queue(ramp)
         } else {
+            self.held += 1;
+            held_queue(ramp)
+        }
+    }
+
+    pub fn remove(&mut self, slot: u32, stay: bool) {
+        if !stay {
             self.held -= 1;
         }
+        self.queues.remove(slot);
     }
 }

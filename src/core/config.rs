@@ -36,6 +36,8 @@ pub struct Config {
     pub max_hold_ns: u64,
     /// 0: none.
     pub token_deadline_ns: u64,
+    /// Of the random numbers that `auto`'s rollouts draw.
+    pub seed: u64,
     /// Pins c/t_d of `art`.
     pub art_ratio: Option<f32>,
 }

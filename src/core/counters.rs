@@ -18,6 +18,21 @@ pub enum Reason {
 
 pub const REASONS: usize = 6;
 
+/// Where most of the time of a token went that missed its deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Miss {
+    /// Between its last token and the request being ready: the host's part.
+    Host = 0,
+    /// Ready, with other rows going first.
+    Queue = 1,
+    /// Held in the rebatching buffer.
+    Held = 2,
+    /// In layer windows.
+    Run = 3,
+}
+
+pub const MISSES: usize = 4;
+
 /// Totals since the engine was made.
 #[derive(Debug, Clone, Default)]
 pub struct Counters {
@@ -30,6 +45,7 @@ pub struct Counters {
     pub cells_filled: u64,
     pub bytes_filled: u64,
     pub deadline_misses: u64,
+    pub misses: [u64; MISSES],
     pub nonfinite_rows: u64,
     pub steps: u64,
     pub step_rows: u64,

@@ -3,14 +3,19 @@
 //! Ties the parts together: the life of requests and rows through
 //! plan, ramp and complete.
 
+use super::auto::{Auto, Load};
 use super::buffer::Buffer;
 use super::config::{Config, check_threshold};
 use super::cost::CostModel;
-use super::counters::{Counters, Reason};
+use super::counters::{Counters, Miss, Reason};
 use super::error::{Error, Result};
+use super::exits::Exits;
+use super::gaps::Gaps;
 use super::metric::{Metric, Score};
-use super::planner::{Choice, Planner, View};
+use super::planner::{Choice, Marks, Planner, View};
 use super::policy::{self, Decision, Policy, RampRow};
+use super::profile::Profile;
+use super::queue::Entry;
 use super::request::{Request, RequestConfig, Requests, State};
 use super::{MAX_RAMPS, NONE};
 
@@ -23,13 +28,16 @@ pub struct Step {
     pub ramp: Option<usize>,
     pub reason: Reason,
     pub now_ns: u64,
+    /// The ramp that its rows were looked at before.
+    after: Option<usize>,
 }
 
 /// Where a row of the step goes back to if the step fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Origin {
     Ready,
-    Queue(usize),
+    Held(usize),
+    Stay(usize),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +62,14 @@ impl StepRow {
     }
 }
 
+/// The search for a rule takes at most this share of a window's time, where
+/// the host does not call for it itself.
+const REPLAN_SHARE: u64 = 200;
+/// About what a simulated window takes.
+const WINDOW_NS: u64 = 40;
+const REPLAN_MIN: u64 = 50;
+const REPLAN_MAX: u64 = 20_000;
+
 pub struct Engine {
     config: Config,
     requests: Requests,
@@ -61,8 +77,14 @@ pub struct Engine {
     cost: CostModel,
     counters: Counters,
     planner: Planner,
-    ready: Vec<u32>,
+    exits: Exits,
+    auto: Auto,
+    gaps: Gaps,
+    /// The host calls [`Engine::replan`] itself.
+    host_replans: bool,
     decoding: usize,
+    /// Requests alive that may exit at each ramp.
+    may_exit: [u32; MAX_RAMPS],
     step: Option<Step>,
     rows: Vec<StepRow>,
     ramped: bool,
@@ -80,12 +102,16 @@ impl Engine {
         let (batch, requests) = (config.batch(), config.max_requests as usize);
         Ok(Engine {
             requests: Requests::new(requests),
-            buffer: Buffer::new(config.n_slots as usize, config.n_ramps()),
+            buffer: Buffer::new(config.n_slots as usize, requests, config.n_ramps()),
             cost: CostModel::new(config.n_layers, &config.ramp_layers),
             counters: Counters::default(),
             planner: Planner::new(&config),
-            ready: Vec::with_capacity(requests),
+            exits: Exits::new(config.n_ramps()),
+            auto: Auto::new(config.n_ramps(), batch, config.seed),
+            gaps: Gaps::default(),
+            host_replans: false,
             decoding: 0,
+            may_exit: [0; MAX_RAMPS],
             step: None,
             rows: Vec::with_capacity(batch),
             ramped: false,
@@ -112,6 +138,19 @@ impl Engine {
 
     pub fn cost(&self) -> &CostModel {
         &self.cost
+    }
+
+    pub fn exits(&self) -> &Exits {
+        &self.exits
+    }
+
+    pub fn auto(&self) -> &Auto {
+        &self.auto
+    }
+
+    /// The rule in force without probes, in rows.
+    pub fn chosen_marks(&self) -> Marks {
+        Marks::new(&self.config, self.decoding, self.auto.chosen())
     }
 
     pub fn buffer(&self) -> &Buffer {
@@ -170,9 +209,25 @@ impl Engine {
             0 => self.config.token_deadline_ns,
             ns => ns,
         };
+        item.request_deadline_ns = request.request_deadline_ns;
+        item.max_tokens = request.max_tokens;
         item.priority = request.priority;
         item.may_exit = may_exit;
+        self.count_may_exit(may_exit, true);
         Ok(())
+    }
+
+    fn count_may_exit(&mut self, mask: u32, more: bool) {
+        for (r, n) in self.may_exit.iter_mut().enumerate() {
+            let one = mask >> r & 1;
+            *n = if more { *n + one } else { *n - one };
+        }
+    }
+
+    /// Ramps at which some request alive may exit.
+    fn allowed(&self) -> u32 {
+        let bit = |(r, &n): (usize, &u32)| u32::from(n > 0) << r;
+        self.may_exit.iter().enumerate().map(bit).sum()
     }
 
     /// The request has a token to run from now on.
@@ -187,16 +242,24 @@ impl Engine {
         }
         self.tick(now_ns);
         let seq = self.next_seq();
-        let (mark, decoding) = (self.planner.first, &mut self.decoding);
         let r = self.requests.get_mut(i);
-        r.ready_seq = seq;
-        r.ready_mark = mark;
         if !r.started {
             r.started = true;
+            r.started_ns = now_ns;
             r.last_token_ns = now_ns;
-            *decoding += 1;
+            self.decoding += 1;
+            self.gaps.began();
         }
-        self.push_ready(i);
+        r.spent_ns[Miss::Host as usize] += now_ns.saturating_sub(r.last_token_ns);
+        r.state = State::Ready;
+        let entry = Entry {
+            seq,
+            since_ns: now_ns,
+            due_ns: r.due_ns().unwrap_or(0),
+            priority: r.priority,
+            plans: self.planner.plans,
+        };
+        self.buffer.push_ready(i, entry);
         Ok(())
     }
 
@@ -206,25 +269,27 @@ impl Engine {
         let i = self.requests.find(id)?;
         let r = self.requests.get(i);
         let (state, slot, in_step, started) = (r.state, r.slot, r.in_step, r.started);
+        let (ramp, may_exit) = (r.ramp, r.may_exit);
         if in_step != NONE {
             self.rows[in_step as usize].gone = true;
         }
         if state == State::Ready {
-            self.pop_ready(i);
+            self.buffer.pop_ready(i);
         }
         if in_step == NONE && slot != NONE {
-            let ramp = self.requests.get(i).ramp as usize;
-            let row = *self.buffer.row(slot);
-            if !row.stay {
-                self.counters
-                    .wait(self.clock_ns.saturating_sub(row.since_ns));
+            debug_assert_ne!(ramp, NONE);
+            let stay = state == State::Running;
+            if !stay {
+                let since = self.buffer.node(slot).since_ns;
+                self.counters.wait(self.clock_ns.saturating_sub(since));
             }
-            self.buffer.dequeue(ramp, slot);
+            self.buffer.remove(slot, stay);
             self.buffer.return_slot(slot);
         }
         if started {
             self.decoding -= 1;
         }
+        self.count_may_exit(may_exit, false);
         self.requests.remove(i);
         Ok(())
     }
@@ -249,32 +314,47 @@ impl Engine {
         self.rows.clear();
         self.ramped = false;
 
-        let view = View {
+        let marks = Marks::new(&self.config, self.decoding, self.auto.rule());
+        let mut view = View {
             config: &self.config,
-            requests: &self.requests,
-            buffer: &self.buffer,
+            buffer: &mut self.buffer,
             cost: &self.cost,
-            ready: &self.ready,
-            decoding: self.decoding,
+            marks,
         };
         let mut limit = self.config.batch().min(capacity);
-        let choice = self.planner.choose(&view, now_ns, limit);
-        let (origin, reason) = match choice {
-            Choice::Nothing => return Ok(None),
-            Choice::Ready => {
-                limit = limit.min(self.buffer.free_slots());
-                (Origin::Ready, Reason::None)
+        let choice = self.planner.choose(&mut view, now_ns, limit);
+        let (after, reason) = match choice {
+            Choice::Nothing => {
+                self.gaps.idle();
+                return Ok(None);
             }
-            Choice::Flush(ramp, reason) => (Origin::Queue(ramp), reason),
+            Choice::Ready => {
+                limit = limit.min(view.buffer.free_slots());
+                (None, Reason::None)
+            }
+            Choice::Flush(ramp, reason) => (Some(ramp), reason),
         };
-        for c in self.planner.pick(&view, choice, now_ns, limit) {
-            let (request, slot) = match origin {
-                Origin::Ready => (c.index, NONE),
-                Origin::Queue(_) => (self.buffer.row(c.index).request, c.index),
+        let mut may_exit = 0;
+        for &handle in self.planner.pick(&mut view, choice, now_ns, limit) {
+            let (request, mut slot) = view.buffer.owner(handle);
+            let r = self.requests.get_mut(request);
+            let origin = match after {
+                None => {
+                    // `limit` was cut to the free slots.
+                    slot = view.buffer.take_slot(request).unwrap_or(NONE);
+                    Origin::Ready
+                }
+                Some(ramp) if r.state == State::Running => Origin::Stay(ramp),
+                Some(ramp) => Origin::Held(ramp),
             };
+            r.state = State::Running;
+            r.ramp = NONE;
+            r.slot = slot;
+            r.in_step = self.rows.len() as u32;
+            may_exit |= r.may_exit;
             self.rows.push(StepRow {
                 request,
-                id: self.requests.get(request).id,
+                id: r.id,
                 slot,
                 gone: false,
                 decision: Decision::Stay,
@@ -286,45 +366,24 @@ impl Engine {
         if self.rows.is_empty() {
             return Ok(None);
         }
+        self.gaps.resume(now_ns);
 
-        let mut may_exit = 0;
-        for k in 0..self.rows.len() {
-            let StepRow { request, slot, .. } = self.rows[k];
-            let slot = match origin {
-                Origin::Ready => {
-                    self.pop_ready(request);
-                    // `limit` was cut to the free slots.
-                    self.buffer.take_slot(request).unwrap_or(NONE)
-                }
-                Origin::Queue(ramp) => {
-                    self.buffer.dequeue(ramp, slot);
-                    slot
-                }
-            };
-            self.rows[k].slot = slot;
-            let r = self.requests.get_mut(request);
-            r.state = State::Running;
-            r.ramp = NONE;
-            r.slot = slot;
-            r.in_step = k as u32;
-            may_exit |= r.may_exit;
-        }
-
-        // The window ends at the first ramp where one of its rows may exit:
-        // a ramp at which nobody can is not worth its head.
+        // The window ends at the first ramp that is looked at and where one
+        // of its rows may exit: any other is not worth its head.
         let ramps = &self.config.ramp_layers;
-        let (begin, first) = match origin {
-            Origin::Ready => (0, 0),
-            Origin::Queue(ramp) => (ramps[ramp], ramp + 1),
+        let (begin, first) = match after {
+            None => (0, 0),
+            Some(ramp) => (ramps[ramp], ramp + 1),
         };
-        let stop = (first..ramps.len())
-            .find(|&r| self.config.policy != Policy::Off && may_exit & (1 << r) != 0);
+        let looked_at = marks.ramps & may_exit;
+        let stop = (first..ramps.len()).find(|&r| looked_at & (1 << r) != 0);
         let step = Step {
             layer_begin: begin,
             layer_end: stop.map_or(self.config.n_layers, |r| ramps[r]),
             ramp: stop,
             reason,
             now_ns,
+            after,
         };
         self.last_rows = self.rows.len() as u32;
         self.step = Some(step);
@@ -389,6 +448,15 @@ impl Engine {
             &mut self.ramp_rows,
             &mut self.scratch,
         );
+        let after = self.step.as_ref().and_then(|s| s.after);
+        let (mut looks, mut confident) = (0, 0);
+        for r in &self.ramp_rows {
+            if !r.gone && r.may_exit() && !r.confidence.is_nan() {
+                looks += 1;
+                confident += u32::from(r.confident());
+            }
+        }
+        self.exits.observe(after, ramp, looks, confident);
         for (k, score) in scores.iter().enumerate() {
             let RampRow {
                 decision, forced, ..
@@ -437,7 +505,7 @@ impl Engine {
     }
 
     /// The planned step ran: its rows go where they were sent.
-    pub fn complete(&mut self, now_ns: u64, duration_ns: u64) -> Result<()> {
+    pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
         let Some(step) = self.step else {
             return Err(Error::CallOrder(
                 "no step is planned; expected drex_plan first",
@@ -453,6 +521,7 @@ impl Engine {
             step.layer_begin,
             step.layer_end,
             self.rows.len() as u32,
+            cells,
             duration_ns,
         );
         self.counters.steps += 1;
@@ -461,15 +530,27 @@ impl Engine {
 
         for k in 0..self.rows.len() {
             let row = self.rows[k];
-            if matches!(row.origin, Origin::Queue(_)) {
-                let queued = *self.buffer.row(row.slot);
-                if !queued.stay {
-                    let ns = step.now_ns.saturating_sub(queued.since_ns);
+            let waited = |since: u64| step.now_ns.saturating_sub(since);
+            match row.origin {
+                Origin::Held(_) => {
+                    let ns = waited(self.buffer.node(row.slot).since_ns);
                     self.counters.wait(ns);
                     if !row.gone {
-                        self.requests.get_mut(row.request).held_ns += ns;
+                        let r = self.requests.get_mut(row.request);
+                        r.held_ns += ns;
+                        r.spent_ns[Miss::Held as usize] += ns;
                     }
                 }
+                Origin::Ready if !row.gone => {
+                    let ns = waited(self.buffer.ready_node(row.request).since_ns);
+                    let r = self.requests.get_mut(row.request);
+                    // A row that exited may be ready again by now, and then
+                    // its node is not this token's.
+                    if r.state != State::Ready {
+                        r.spent_ns[Miss::Queue as usize] += ns;
+                    }
+                }
+                Origin::Ready | Origin::Stay(_) => {}
             }
             if !row.gone {
                 self.requests.get_mut(row.request).in_step = NONE;
@@ -492,20 +573,74 @@ impl Engine {
                 (false, Some(ramp), Decision::Hold | Decision::Stay) => {
                     let stay = row.decision == Decision::Stay;
                     let seq = self.next_seq();
-                    let queued = self.buffer.row_mut(row.slot);
-                    queued.seq = seq;
-                    queued.since_ns = now_ns;
-                    queued.plans = self.planner.plans;
-                    queued.flushes = self.planner.flushes[ramp];
-                    queued.stay = stay;
-                    self.requests.get_mut(row.request).ramp = ramp as u32;
-                    self.buffer.enqueue(ramp, row.slot);
+                    let r = self.requests.get_mut(row.request);
+                    r.ramp = ramp as u32;
+                    let entry = Entry {
+                        seq,
+                        since_ns: now_ns,
+                        due_ns: r.due_ns().unwrap_or(0),
+                        priority: r.priority,
+                        plans: self.planner.plans,
+                    };
+                    self.buffer.push(ramp, row.slot, stay, entry);
                 }
             }
         }
         let held = u64::from(self.buffer.held());
         self.counters.held_rows_max = self.counters.held_rows_max.max(held);
+        let tokens = self.counters.tokens - self.gaps.tokens;
+        self.gaps.pause(now_ns, self.counters.tokens);
         self.end_step();
+        if self.config.policy == Policy::Auto {
+            let load = Load {
+                requests: self.decoding as u32,
+                gap_ns: self.gaps.gap_ns(),
+                prompt_ns: self.gaps.prompt_ns_per_token(),
+            };
+            let allowed = self.allowed();
+            self.auto
+                .step(tokens, load, allowed, &self.cost, &self.exits);
+            if !self.host_replans {
+                let share = duration_ns / REPLAN_SHARE / WINDOW_NS;
+                self.replan_some(share.clamp(REPLAN_MIN, REPLAN_MAX) as u32);
+            }
+        }
+        Ok(())
+    }
+
+    fn replan_some(&mut self, windows: u32) -> bool {
+        self.auto.work(windows, &self.cost, &self.exits)
+    }
+
+    /// Does up to about `windows` simulated windows' worth of the search for
+    /// a better rule (0: all of it). After the first call, [`Engine::complete`]
+    /// leaves that work to the host. True when none is left.
+    pub fn replan(&mut self, windows: u32) -> bool {
+        self.host_replans = true;
+        self.replan_some(if windows == 0 { u32::MAX } else { windows })
+    }
+
+    /// Starts from times learned before.
+    pub fn load_profile(&mut self, p: &Profile) -> Result<()> {
+        p.validate()?;
+        if p.n_layers != self.config.n_layers {
+            return Err(Error::Conflict {
+                field: "n_layers",
+                index: None,
+                value: p.n_layers.into(),
+                other: "the engine's n_layers",
+                other_value: self.config.n_layers.into(),
+                why: "a profile belongs to one model",
+            });
+        }
+        if p.ramp_layers != self.config.ramp_layers {
+            return Err(Error::int(
+                "ramp_layers",
+                p.ramp_layers.len() as u64,
+                "the engine's own exit layers",
+            ));
+        }
+        self.cost.load(p);
         Ok(())
     }
 
@@ -541,19 +676,20 @@ impl Engine {
             }
             match row.origin {
                 Origin::Ready => {
+                    r.state = State::Ready;
                     r.slot = NONE;
                     r.ramp = NONE;
                     self.buffer.return_slot(row.slot);
-                    self.push_ready(row.request);
+                    self.buffer.restore_ready(row.request);
                 }
-                Origin::Queue(ramp) => {
+                Origin::Held(ramp) => {
                     r.ramp = ramp as u32;
-                    r.state = if self.buffer.row(row.slot).stay {
-                        State::Running
-                    } else {
-                        State::Held
-                    };
-                    self.buffer.enqueue(ramp, row.slot);
+                    r.state = State::Held;
+                    self.buffer.restore(ramp, row.slot, false);
+                }
+                Origin::Stay(ramp) => {
+                    r.ramp = ramp as u32;
+                    self.buffer.restore(ramp, row.slot, true);
                 }
             }
         }
@@ -562,7 +698,7 @@ impl Engine {
     }
 
     /// A timing that was not planned here.
-    pub fn observe(&mut self, begin: u32, end: u32, rows: u32, ns: u64) -> Result<()> {
+    pub fn observe(&mut self, begin: u32, end: u32, rows: u32, cells: u64, ns: u64) -> Result<()> {
         if end > self.config.n_layers {
             return Err(Error::Conflict {
                 field: "layer_end",
@@ -589,7 +725,7 @@ impl Engine {
         if ns == 0 {
             return Err(Error::int("duration_ns", ns, "at least 1"));
         }
-        self.cost.observe(begin, end, rows, ns);
+        self.cost.observe(begin, end, rows, cells, ns);
         Ok(())
     }
 
@@ -601,27 +737,36 @@ impl Engine {
 
     fn emitted(&mut self, request: u32, now_ns: u64) {
         let r = self.requests.get_mut(request);
+        let all = now_ns.saturating_sub(r.last_token_ns);
+        let spent: u64 = r.spent_ns.iter().sum();
         if r.due_ns().is_some_and(|due| now_ns > due) {
             r.deadline_misses += 1;
             self.counters.deadline_misses += 1;
+            let mut reason = Miss::Run as usize;
+            let mut most = all.saturating_sub(spent);
+            for (i, &ns) in r.spent_ns.iter().enumerate() {
+                if ns > most {
+                    (reason, most) = (i, ns);
+                }
+            }
+            self.counters.misses[reason] += 1;
         }
+        r.spent_ns = [0; 3];
         r.last_token_ns = now_ns;
-    }
-
-    fn push_ready(&mut self, i: u32) {
-        let r = self.requests.get_mut(i);
-        r.state = State::Ready;
-        r.ready_pos = self.ready.len() as u32;
-        self.ready.push(i);
-    }
-
-    fn pop_ready(&mut self, i: u32) {
-        let pos = self.requests.get(i).ready_pos;
-        self.ready.swap_remove(pos as usize);
-        if let Some(&moved) = self.ready.get(pos as usize) {
-            self.requests.get_mut(moved).ready_pos = pos;
+        if r.state == State::Ready {
+            // Made ready before its step was complete: the deadline of its
+            // next token starts here.
+            let node = *self.buffer.ready_node(request);
+            let entry = Entry {
+                seq: node.seq,
+                since_ns: node.since_ns,
+                due_ns: r.due_ns().unwrap_or(0),
+                priority: node.priority,
+                plans: node.plans,
+            };
+            self.buffer.pop_ready(request);
+            self.buffer.push_ready(request, entry);
         }
-        self.requests.get_mut(i).ready_pos = NONE;
     }
 
     fn next_seq(&mut self) -> u64 {

@@ -4,17 +4,22 @@
 //! Time comes in as nanoseconds of whatever monotonic clock the caller reads.
 //! Everything is allocated in [`engine::Engine::new`]; no later call allocates.
 
+pub mod auto;
 pub mod buffer;
 pub mod config;
 pub mod cost;
 pub mod counters;
 pub mod engine;
 pub mod error;
+pub mod exits;
+pub mod gaps;
 pub mod metric;
 pub mod planner;
 pub mod policy;
 pub mod profile;
+pub mod queue;
 pub mod request;
+pub mod rollout;
 
 /// Most exit ramps that one model may have.
 pub const MAX_RAMPS: usize = 16;

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What to run next, and over which rows.
+//! What to run next, and over which rows. Every policy comes down to the same
+//! three numbers: the ramps that are looked at, the held rows that make a
+//! queue due, and the ready rows below which held ones go first.
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, READY, held_queue, stay_queue};
 use super::config::Config;
 use super::cost::CostModel;
 use super::counters::Reason;
 use super::policy::Policy;
-use super::request::Requests;
+use super::rollout::{self, Rule};
+use super::{MAX_RAMPS, NONE};
 
 /// A row passed over by this many plans of its queue is taken before urgency
 /// and priority. See [`Planner::pick`] for the bound that follows.
@@ -28,55 +31,59 @@ pub enum Choice {
     Flush(usize, Reason),
 }
 
-/// A row that could be taken: a ready request, or a slot in a queue.
-#[derive(Debug, Clone, Copy)]
-pub struct Candidate {
-    pub index: u32,
-    pub seq: u64,
-    pub class: Class,
-    pub priority: i32,
-    pub due_ns: u64,
+/// A policy's rule, in rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Marks {
+    /// Bit r: ramp r is looked at.
+    pub ramps: u32,
+    /// Held rows at a ramp that make it flush.
+    pub hold_rows: u32,
+    /// Held rows flush when fewer rows than this are ready.
+    pub ready_rows: u32,
 }
 
-/// In the order in which rows are taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Class {
-    Stay,
-    Starved,
-    Urgent,
-    Rest,
-}
-
-impl Candidate {
-    fn key(&self) -> (Class, u64, i64, u64) {
-        let c = self.class;
-        match c {
-            Class::Stay | Class::Starved => (c, 0, 0, self.seq),
-            Class::Urgent => (c, self.due_ns, -i64::from(self.priority), self.seq),
-            Class::Rest => (c, 0, -i64::from(self.priority), self.seq),
+impl Marks {
+    /// `decoding`: requests alive that have had a token to run. `rule` is
+    /// what `auto` follows.
+    pub fn new(config: &Config, decoding: usize, rule: Rule) -> Self {
+        let ramps = match config.policy {
+            Policy::Off => 0,
+            Policy::Auto => rule.ramps,
+            _ => u32::MAX,
+        };
+        let scale = Rule::scale(decoding, config.batch());
+        let hold_rows = match config.policy {
+            // What is held when early exit goes off has waited long enough.
+            Policy::Auto if rule.ramps == 0 => 1,
+            Policy::Auto => rule.hold_rows(scale),
+            _ if config.flush_rows > 0 => config.flush_rows,
+            Policy::Art => config.batch() as u32,
+            _ => six_tenths(decoding.min(config.batch())).max(1) as u32,
+        };
+        let ready_rows = match config.policy {
+            Policy::Auto => rule.ready_rows(scale),
+            Policy::Hold => config.min_ready.max(1),
+            _ => 1,
+        };
+        Marks {
+            ramps,
+            hold_rows,
+            ready_rows,
         }
     }
 }
 
 pub struct View<'a> {
     pub config: &'a Config,
-    pub requests: &'a Requests,
-    pub buffer: &'a Buffer,
+    pub buffer: &'a mut Buffer,
     pub cost: &'a CostModel,
-    /// Ready requests.
-    pub ready: &'a [u32],
-    /// Requests alive that have had a token to run.
-    pub decoding: usize,
+    pub marks: Marks,
 }
 
 pub struct Planner {
     /// Plans that had rows.
     pub plans: u64,
-    /// Plans through the first window.
-    pub first: u64,
-    /// Plans over each ramp's queue.
-    pub flushes: Vec<u64>,
-    candidates: Vec<Candidate>,
+    picked: Vec<u32>,
 }
 
 /// ceil(0.6 * n), exactly.
@@ -88,213 +95,155 @@ impl Planner {
     pub fn new(config: &Config) -> Self {
         Planner {
             plans: 0,
-            first: 0,
-            flushes: vec![0; config.n_ramps()],
-            candidates: Vec::with_capacity(config.n_slots.max(config.max_requests) as usize),
+            picked: Vec::with_capacity(config.batch()),
         }
     }
 
-    /// Held rows that make a queue due by their number.
-    fn fill_rows(v: &View) -> usize {
-        if v.config.flush_rows > 0 {
-            return v.config.flush_rows as usize;
-        }
-        match v.config.policy {
-            Policy::Art => v.config.batch(),
-            _ => six_tenths(v.decoding.min(v.config.batch())).max(1),
-        }
-    }
-
-    /// Rows that go on at once come first, then what is due, then new rows.
-    pub fn choose(&self, v: &View, now_ns: u64, limit: usize) -> Choice {
+    /// Rows that go on at once come first, then what is due by its deadline
+    /// or its age, then what the rule says.
+    pub fn choose(&self, v: &mut View, now_ns: u64, limit: usize) -> Choice {
         let ramps = v.config.n_ramps();
         for r in (0..ramps).rev() {
             if v.buffer.stays_at(r) > 0 {
                 return Choice::Flush(r, Reason::Stay);
             }
         }
-        if v.buffer.held() > 0 {
-            let mut due: Option<(u8, usize, Reason)> = None;
-            // Deepest first among equals: its rows are the closest to a token.
-            for r in (0..ramps).rev() {
-                if let Some((rank, reason)) = self.due(v, r, now_ns, limit) {
-                    if due.is_none_or(|(best, ..)| rank < best) {
-                        due = Some((rank, r, reason));
-                    }
-                }
-            }
-            if let Some((_, r, reason)) = due {
-                return Choice::Flush(r, reason);
+        let ready = v.buffer.ready_rows();
+        if v.buffer.held() == 0 {
+            return if ready == 0 {
+                Choice::Nothing
+            } else {
+                Choice::Ready
+            };
+        }
+        // Deepest first: its rows are the closest to a token.
+        let mut aged = None;
+        for r in (0..ramps).rev() {
+            match self.due(v, r, now_ns, limit) {
+                Some(Reason::Deadline) => return Choice::Flush(r, Reason::Deadline),
+                Some(reason) => aged = aged.or(Some((r, reason))),
+                None => {}
             }
         }
-        if v.ready.is_empty() {
-            Choice::Nothing
-        } else {
-            Choice::Ready
+        if let Some((r, reason)) = aged {
+            return Choice::Flush(r, reason);
+        }
+        let mut held = [0; MAX_RAMPS + 1];
+        for r in 0..ramps {
+            held[r + 1] = v.buffer.held_at(r);
+        }
+        let m = v.marks;
+        let all = v.buffer.held();
+        match rollout::choose(
+            &held[..=ramps],
+            all,
+            ready as u32,
+            m.hold_rows,
+            m.ready_rows,
+        ) {
+            0 => Choice::Ready,
+            k if held[k] >= m.hold_rows => Choice::Flush(k - 1, Reason::Fill),
+            k => Choice::Flush(k - 1, Reason::Idle),
         }
     }
 
-    fn due(&self, v: &View, ramp: usize, now_ns: u64, limit: usize) -> Option<(u8, Reason)> {
-        let held = v.buffer.held_at(ramp) as usize;
-        if held == 0 {
-            return None;
-        }
-        let ahead = self.time_to_token(v, ramp, held.min(limit), limit);
-        let mut aged = false;
-        for &slot in v.buffer.queue(ramp) {
-            let row = v.buffer.row(slot);
-            if let Some(due) = v.requests.get(row.request).due_ns() {
-                if now_ns.saturating_add(ahead) >= due {
-                    return Some((0, Reason::Deadline));
-                }
+    fn due(&self, v: &mut View, ramp: usize, now_ns: u64, limit: usize) -> Option<Reason> {
+        let q = held_queue(ramp);
+        let oldest = v.buffer.queues().oldest(q)?;
+        if let Some((_, due)) = v.buffer.queues().nearest(q) {
+            let held = v.buffer.held_at(ramp) as usize;
+            if now_ns.saturating_add(time_to_token(v, ramp, held.min(limit), limit)) >= due {
+                return Some(Reason::Deadline);
             }
-            let max = v.config.max_hold_ns;
-            aged |= max > 0 && now_ns.saturating_sub(row.since_ns) >= max;
-            aged |= self.plans - row.plans >= HOLD_PLANS_MAX;
         }
-        if aged {
-            return Some((1, Reason::Age));
-        }
-        if held >= Self::fill_rows(v) {
-            return Some((2, Reason::Fill));
-        }
-        let min_ready = match v.config.policy {
-            Policy::Hold => v.config.min_ready.max(1) as usize,
-            _ => 1,
-        };
-        (v.ready.len() < min_ready).then_some((3, Reason::Idle))
-    }
-
-    /// Predicted time until rows held at `ramp` have their tokens if they are
-    /// passed over once more. 0 while nothing is known.
-    fn time_to_token(&self, v: &View, ramp: usize, rows: usize, limit: usize) -> u64 {
-        let layers = &v.config.ramp_layers;
-        let deep = v.cost.remaining(layers[ramp], rows as u32).unwrap_or(0.0);
-        let shallow = match v.ready.len().min(limit) {
-            0 => 0.0,
-            n => v.cost.predict(0, layers[0], n as u32).unwrap_or(0.0),
-        };
-        (deep * MARGIN + shallow) as u64
+        let (row, max) = (v.buffer.node(oldest), v.config.max_hold_ns);
+        let aged = max > 0 && now_ns.saturating_sub(row.since_ns) >= max;
+        (aged || self.plans - row.plans >= HOLD_PLANS_MAX).then_some(Reason::Age)
     }
 
     /// Takes up to `limit` rows for a choice, in the order in which they run.
+    /// They are named by handle, and leave their queue.
     ///
     /// Rows that go on at once first; then rows passed over `STARVE_AFTER`
     /// times or more, in the order of their arrival, in at most half of the
-    /// places; then those whose deadline is at stake, the nearest first; then
-    /// by priority; equals in the order of their arrival.
+    /// places where not all fit; then those whose deadline is at stake, the
+    /// nearest first; then by priority; equals in the order of their arrival.
     ///
     /// So no row starves: with `k` places a plan, a row with `q` older ones
     /// before it in its queue is taken at the latest by the queue's plan
     /// number `STARVE_AFTER + 1 + q / ceil(k / 2)`, whatever comes after it.
-    pub fn pick(&mut self, v: &View, choice: Choice, now_ns: u64, limit: usize) -> &[Candidate] {
-        self.candidates.clear();
-        match choice {
-            Choice::Nothing => {}
-            Choice::Ready => {
-                let n = v.ready.len().min(limit) as u32;
-                let ahead = v.cost.remaining(0, n).unwrap_or(0.0) * MARGIN;
-                for &i in v.ready {
-                    let r = v.requests.get(i);
-                    let passed = self.first - r.ready_mark;
-                    self.candidates.push(candidate(
-                        v,
-                        i,
-                        i,
-                        r.ready_seq,
-                        passed,
-                        now_ns.saturating_add(ahead as u64),
-                    ));
-                }
-                self.first += 1;
-            }
-            Choice::Flush(ramp, _) => {
-                let queue = v.buffer.queue(ramp);
-                let n = queue.len().min(limit) as u32;
-                let ahead = v
-                    .cost
-                    .remaining(v.config.ramp_layers[ramp], n)
-                    .unwrap_or(0.0)
-                    * MARGIN;
-                for &slot in queue {
-                    let row = v.buffer.row(slot);
-                    let passed = self.flushes[ramp] - row.flushes;
-                    let mut c = candidate(
-                        v,
-                        slot,
-                        row.request,
-                        row.seq,
-                        passed,
-                        now_ns.saturating_add(ahead as u64),
-                    );
-                    if row.stay {
-                        c.class = Class::Stay;
-                    }
-                    self.candidates.push(c);
-                }
-                self.flushes[ramp] += 1;
-            }
-        }
-        if self.candidates.is_empty() {
-            return &[];
-        }
-        self.plans += 1;
-        self.cap_starved(limit);
-        let n = self.candidates.len().min(limit);
-        if n < self.candidates.len() {
-            self.candidates
-                .select_nth_unstable_by_key(n, Candidate::key);
-        }
-        self.candidates[..n].sort_unstable_by_key(Candidate::key);
-        &self.candidates[..n]
-    }
-
-    /// Under steady overload every row has been passed over often, and age
-    /// would be all that counts: half of the places stay with priority.
-    fn cap_starved(&mut self, limit: usize) {
-        let share = limit.div_ceil(2);
-        let starved = |c: &Candidate| c.class == Class::Starved;
-        let n = self.candidates.iter().filter(|c| starved(c)).count();
-        if n <= share || self.candidates.len() <= limit {
-            return;
-        }
-        let order = |c: &Candidate| (c.class != Class::Starved, c.seq);
-        self.candidates.select_nth_unstable_by_key(share, order);
-        for c in &mut self.candidates[share..] {
-            if starved(c) {
-                c.class = if c.due_ns == 0 {
-                    Class::Rest
-                } else {
-                    Class::Urgent
+    pub fn pick(&mut self, v: &mut View, choice: Choice, now_ns: u64, limit: usize) -> &[u32] {
+        self.picked.clear();
+        let (q, layer) = match choice {
+            Choice::Nothing => return &[],
+            Choice::Ready => (READY, 0),
+            Choice::Flush(ramp, _) => (held_queue(ramp), v.config.ramp_layers[ramp]),
+        };
+        let mut limit = limit;
+        if let Choice::Flush(ramp, _) = choice {
+            let stays = stay_queue(ramp);
+            while limit > 0 {
+                let Some(h) = v.buffer.queues().oldest(stays) else {
+                    break;
                 };
+                v.buffer.remove(h, true);
+                self.picked.push(h);
+                limit -= 1;
             }
         }
+        let waiting = v.buffer.queues().len(q);
+        let n = waiting.min(limit) as u32;
+        let ahead = v.cost.remaining(layer, n).unwrap_or(0.0) * MARGIN;
+        let horizon = now_ns.saturating_add(ahead as u64);
+        let places = limit.min(waiting);
+        // Under steady overload every row has been passed over often, and age
+        // would be all that counts: half of the places stay with priority.
+        let mut starved = if waiting <= limit {
+            places
+        } else {
+            limit.div_ceil(2)
+        };
+        for _ in 0..places {
+            let queues = v.buffer.queues();
+            let oldest = queues
+                .oldest(q)
+                .filter(|&h| starved > 0 && queues.passed(h) >= STARVE_AFTER);
+            let handle = match oldest {
+                Some(h) => {
+                    starved -= 1;
+                    Some(h)
+                }
+                None => match queues.nearest(q) {
+                    Some((h, due)) if due <= horizon => Some(h),
+                    _ => queues.foremost(q),
+                },
+            };
+            let Some(h) = handle else { break };
+            match q {
+                READY => queues.remove(h),
+                _ => v.buffer.remove(h, false),
+            }
+            self.picked.push(h);
+        }
+        if !self.picked.is_empty() {
+            v.buffer.queues().count_plan(q);
+            self.plans += 1;
+        }
+        debug_assert!(self.picked.iter().all(|&h| h != NONE));
+        &self.picked
     }
 }
 
-fn candidate(
-    v: &View,
-    index: u32,
-    request: u32,
-    seq: u64,
-    passed: u64,
-    horizon_ns: u64,
-) -> Candidate {
-    let r = v.requests.get(request);
-    let at_stake = r.due_ns().filter(|&due| horizon_ns >= due);
-    Candidate {
-        index,
-        seq,
-        class: if passed >= STARVE_AFTER {
-            Class::Starved
-        } else if at_stake.is_some() {
-            Class::Urgent
-        } else {
-            Class::Rest
-        },
-        priority: r.priority,
-        due_ns: at_stake.unwrap_or(0),
-    }
+/// Predicted time until rows held at `ramp` have their tokens if they are
+/// passed over once more. 0 while nothing is known.
+fn time_to_token(v: &View, ramp: usize, rows: usize, limit: usize) -> u64 {
+    let layers = &v.config.ramp_layers;
+    let deep = v.cost.remaining(layers[ramp], rows as u32).unwrap_or(0.0);
+    let shallow = match v.buffer.ready_rows().min(limit) {
+        0 => 0.0,
+        n => v.cost.predict(0, layers[0], n as u32).unwrap_or(0.0),
+    };
+    (deep * MARGIN + shallow) as u64
 }
 
 #[cfg(test)]

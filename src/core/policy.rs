@@ -12,10 +12,11 @@ pub enum Policy {
     Latency,
     Hold,
     Art,
+    Auto,
 }
 
 impl Policy {
-    pub const ALL: [Policy; 8] = [
+    pub const ALL: [Policy; 9] = [
         Policy::Off,
         Policy::Eager,
         Policy::Lazy,
@@ -24,6 +25,7 @@ impl Policy {
         Policy::Latency,
         Policy::Hold,
         Policy::Art,
+        Policy::Auto,
     ];
 }
 
@@ -83,7 +85,7 @@ pub fn decide(policy: Policy, art_ratio: f64, rows: &mut [RampRow], scratch: &mu
         // A row that cannot exit is never asked to under `off` either.
         Policy::Off => all_stay(rows),
         Policy::Latency => split(rows, Decision::Stay),
-        Policy::Hold => split(rows, Decision::Hold),
+        Policy::Hold | Policy::Auto => split(rows, Decision::Hold),
         Policy::Art => {
             let here = rows.iter().filter(|r| !r.gone).count();
             let confident = rows.iter().filter(|r| !r.gone && r.confident()).count();

@@ -39,6 +39,11 @@ pub struct RequestConfig {
     pub threshold: Option<f32>,
     /// 0: the engine's.
     pub token_deadline_ns: u64,
+    /// From the first time that it is ready to its last token; 0: none.
+    pub request_deadline_ns: u64,
+    /// Tokens that it will make at most, 0 if unknown: its deadline is spread
+    /// over them.
+    pub max_tokens: u64,
     pub priority: i32,
 }
 
@@ -48,6 +53,8 @@ pub struct Request {
     pub metric: Metric,
     pub threshold: Option<f32>,
     pub deadline_ns: u64,
+    pub request_deadline_ns: u64,
+    pub max_tokens: u64,
     pub priority: i32,
     /// Bit r: a row of this request may exit at ramp r.
     pub may_exit: u32,
@@ -60,13 +67,11 @@ pub struct Request {
     pub in_step: u32,
     /// Has had a token to run: it counts as decoding from then on.
     pub started: bool,
+    pub started_ns: u64,
     pub last_token_ns: u64,
-
-    /// Place in the list of ready requests.
-    pub ready_pos: u32,
-    pub ready_seq: u64,
-    /// First-window plans made before it became ready.
-    pub ready_mark: u64,
+    /// Where the time since its last token went: the host's part, waiting for
+    /// the first window, held.
+    pub spent_ns: [u64; 3],
 
     pub tokens: u64,
     pub exits: [u64; MAX_RAMPS],
@@ -78,9 +83,20 @@ pub struct Request {
 }
 
 impl Request {
-    /// When its next token is due.
+    /// When its next token is due: a token deadline after the last one, and
+    /// an even share of what is left until the request's own.
     pub fn due_ns(&self) -> Option<u64> {
-        (self.deadline_ns > 0).then(|| self.last_token_ns.saturating_add(self.deadline_ns))
+        let own =
+            (self.deadline_ns > 0).then(|| self.last_token_ns.saturating_add(self.deadline_ns));
+        let share = (self.request_deadline_ns > 0).then(|| {
+            let end = self.started_ns.saturating_add(self.request_deadline_ns);
+            let left = self.max_tokens.saturating_sub(self.tokens).max(1);
+            self.last_token_ns + end.saturating_sub(self.last_token_ns) / left
+        });
+        match (own, share) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
     }
 }
 
@@ -97,6 +113,8 @@ const VACANT: Request = Request {
     metric: Metric::Gap,
     threshold: None,
     deadline_ns: 0,
+    request_deadline_ns: 0,
+    max_tokens: 0,
     priority: 0,
     may_exit: 0,
     state: State::Idle,
@@ -104,10 +122,9 @@ const VACANT: Request = Request {
     slot: NONE,
     in_step: NONE,
     started: false,
+    started_ns: 0,
     last_token_ns: 0,
-    ready_pos: NONE,
-    ready_seq: 0,
-    ready_mark: 0,
+    spent_ns: [0; 3],
     tokens: 0,
     exits: [0; MAX_RAMPS],
     involuntary_exits: 0,

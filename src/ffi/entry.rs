@@ -4,7 +4,7 @@
 //! reading and writing of structs that begin with their size.
 
 use std::any::Any;
-use std::mem::size_of;
+use std::mem::{MaybeUninit, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
@@ -62,25 +62,32 @@ fn message(payload: &(dyn Any + Send)) -> &str {
 ///
 /// # Safety
 /// `repr(C)`, first field `size: u32`, and every bit pattern is a value.
-pub unsafe trait Sized32: Copy {}
+pub unsafe trait Sized32: Copy {
+    /// Its size in the first version: no program passes less. What it does
+    /// not pass of later fields is 0, which is what the initializers give.
+    const FIRST: usize;
+}
 
 macro_rules! sized {
-    ($($t:ty),*) => { $(
+    ($($t:ty = $first:expr),* $(,)?) => { $(
         // SAFETY: as the trait asks; see types.rs.
-        unsafe impl Sized32 for $t {}
+        unsafe impl Sized32 for $t {
+            const FIRST: usize = $first;
+        }
+        const _: () = assert!($first <= size_of::<$t>());
     )* };
 }
 sized!(
-    drex_config,
-    drex_kv_layer,
-    drex_request_config,
-    drex_request_info,
-    drex_plan_input,
-    drex_step,
-    drex_logits,
-    drex_completion,
-    drex_observation,
-    drex_stats
+    drex_config = 96,
+    drex_kv_layer = 72,
+    drex_request_config = 40,
+    drex_request_info = 192,
+    drex_plan_input = 16,
+    drex_step = 24,
+    drex_logits = 40,
+    drex_completion = 32,
+    drex_observation = 32,
+    drex_stats = 688,
 );
 
 /// Reads a struct of any version that we can understand.
@@ -95,11 +102,11 @@ pub unsafe fn read<T: Sized32>(what: &'static str, p: *const T) -> Result<T, Fau
     // SAFETY: every struct begins with its size.
     let size = unsafe { p.cast::<u32>().read_unaligned() };
     let len = size as usize;
-    if len < known {
+    if len < T::FIRST {
         return Err(Fault::Small {
             what,
             size,
-            least: known,
+            least: T::FIRST,
         });
     }
     // SAFETY: the caller says that there are `size` bytes.
@@ -108,8 +115,13 @@ pub unsafe fn read<T: Sized32>(what: &'static str, p: *const T) -> Result<T, Fau
     if tail_used {
         return Err(Fault::Newer { what, size, known });
     }
-    // SAFETY: as above; every bit pattern is a value.
-    Ok(unsafe { p.read_unaligned() })
+    let mut value = MaybeUninit::<T>::zeroed();
+    // SAFETY: `len` bytes can be read, `known` written.
+    unsafe {
+        ptr::copy_nonoverlapping(p.cast::<u8>(), value.as_mut_ptr().cast(), len.min(known));
+    }
+    // SAFETY: every bit pattern is a value.
+    Ok(unsafe { value.assume_init() })
 }
 
 /// Checks that an output struct can be written later.
@@ -122,11 +134,11 @@ pub unsafe fn writable<T: Sized32>(what: &'static str, p: *mut T) -> Result<u32,
     }
     // SAFETY: every struct begins with its size.
     let size = unsafe { p.cast::<u32>().read_unaligned() };
-    if (size as usize) < size_of::<T>() {
+    if (size as usize) < T::FIRST {
         return Err(Fault::Small {
             what,
             size,
-            least: size_of::<T>(),
+            least: T::FIRST,
         });
     }
     Ok(size)
@@ -138,12 +150,13 @@ pub unsafe fn writable<T: Sized32>(what: &'static str, p: *mut T) -> Result<u32,
 /// [`writable`] has accepted `p`.
 pub unsafe fn write<T: Sized32>(p: *mut T, value: &T) {
     let skip = size_of::<u32>();
-    // SAFETY: `p` has at least `size_of::<T>()` bytes.
+    // SAFETY: `p` has as many bytes as its size says.
     unsafe {
+        let size = p.cast::<u32>().read_unaligned() as usize;
         ptr::copy_nonoverlapping(
             ptr::from_ref(value).cast::<u8>().add(skip),
             p.cast::<u8>().add(skip),
-            size_of::<T>() - skip,
+            size.min(size_of::<T>()) - skip,
         );
     }
 }
@@ -170,6 +183,7 @@ mod tests {
             min_ready: 0,
             max_hold_ns: 0,
             token_deadline_ns: 0,
+            seed: 0,
             art_ratio: None,
         })
         .unwrap()

@@ -27,6 +27,8 @@ pub enum Fault {
         size: u32,
         known: usize,
     },
+    /// A cost profile that cannot be read.
+    Profile(String),
     Abi(u32),
     Handle,
     Busy,
@@ -61,6 +63,7 @@ impl Fault {
             },
             Fault::Null(_) => DREX_ERROR_NULL_ARGUMENT,
             Fault::Small { .. } | Fault::Newer { .. } => DREX_ERROR_STRUCT_SIZE,
+            Fault::Profile(_) => DREX_ERROR_INVALID_ARGUMENT,
             Fault::Abi(_) => DREX_ERROR_ABI_MISMATCH,
             Fault::Handle => DREX_ERROR_INVALID_HANDLE,
             Fault::Busy => DREX_ERROR_HANDLE_BUSY,
@@ -85,6 +88,7 @@ impl fmt::Display for Fault {
                 "{what}.size is {size}, from a newer version than this library, which knows \
                  {known} bytes, and fields unknown here are in use"
             ),
+            Fault::Profile(text) => f.write_str(text),
             Fault::Abi(got) => write!(
                 f,
                 "config.abi_version is {got}; this library has ABI version {DREX_ABI_VERSION}"

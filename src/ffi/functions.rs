@@ -20,7 +20,7 @@ use crate::device::kv::{Layer, Layout, Side};
 use crate::device::{Dtype, Logits};
 use crate::instance::Instance;
 
-const POLICIES: [(&CStr, Policy); 8] = [
+const POLICIES: [(&CStr, Policy); 9] = [
     (c"off", Policy::Off),
     (c"eager", Policy::Eager),
     (c"lazy", Policy::Lazy),
@@ -29,6 +29,7 @@ const POLICIES: [(&CStr, Policy); 8] = [
     (c"latency", Policy::Latency),
     (c"hold", Policy::Hold),
     (c"art", Policy::Art),
+    (c"auto", Policy::Auto),
 ];
 
 const METRICS: [(&CStr, Metric); 3] = [
@@ -114,7 +115,7 @@ pub unsafe extern "C" fn drex_policy_from_name(
     out: *mut drex_policy,
 ) -> drex_status {
     call("drex_policy_from_name", || {
-        let expected = "off, eager, lazy, median, mean, latency, hold, art";
+        let expected = "off, eager, lazy, median, mean, latency, hold, art, auto";
         // SAFETY: the caller's contract.
         unsafe { from_name(&POLICIES, name, out, expected) }
     })
@@ -271,13 +272,14 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         n_slots: c.n_slots,
         max_requests: c.max_requests,
         max_batch: c.max_batch,
-        policy: policy.ok_or(Error::int("policy", c.policy, "DREX_POLICY_* (0..7)"))?,
+        policy: policy.ok_or(Error::int("policy", c.policy, "DREX_POLICY_* (0..8)"))?,
         metric: metric(c.metric, "DREX_METRIC_* (0..2)")?,
         fill: fill(c.fill, "DREX_FILL_COPY (0)")?,
         flush_rows: c.flush_rows,
         min_ready: c.min_ready,
         max_hold_ns: c.max_hold_ns,
         token_deadline_ns: c.token_deadline_ns,
+        seed: c.seed,
         art_ratio: (!c.art_ratio.is_nan()).then_some(c.art_ratio),
     })
 }
@@ -421,6 +423,8 @@ pub unsafe extern "C" fn drex_request_add(
             metric,
             threshold: (!c.threshold.is_nan()).then_some(c.threshold),
             token_deadline_ns: c.token_deadline_ns,
+            request_deadline_ns: c.request_deadline_ns,
+            max_tokens: c.max_tokens,
             priority: c.priority,
         })?)
     })
@@ -429,8 +433,8 @@ pub unsafe extern "C" fn drex_request_add(
 /// The request's next token can run: IDLE becomes READY.
 ///
 /// id      of a request alive and IDLE
-/// n_kv    KV cells that the row attends over, 0 if unknown; a hint, not used
-///         by the cost model of this version
+/// n_kv    KV cells that the row attends over, 0 if unknown; a hint that this
+///         version does not use: see drex_completion.n_kv
 /// now_ns  now; the first call starts the clock of the request's deadline
 ///
 /// A row that exited may be made ready again before drex_complete().
@@ -724,7 +728,7 @@ pub unsafe extern "C" fn drex_complete(
         // SAFETY: the caller's contract.
         let c = unsafe { entry::read("completion", completion)? };
         reserved(c.reserved)?;
-        Ok(instance.complete(c.now_ns, c.duration_ns)?)
+        Ok(instance.complete(c.now_ns, c.duration_ns, c.n_kv)?)
     })
 }
 
@@ -754,7 +758,112 @@ pub unsafe extern "C" fn drex_observe(
         let o = unsafe { entry::read("observation", observation)? };
         Ok(instance
             .engine
-            .observe(o.layer_begin, o.layer_end, o.n_rows, o.duration_ns)?)
+            .observe(o.layer_begin, o.layer_end, o.n_rows, o.n_kv, o.duration_ns)?)
+    })
+}
+
+/// AUTO: works on the search for a better rule, on the calling thread. Call it
+/// where the thread would wait for the device: after the window has been
+/// launched, before its logits are waited for. From the first call on,
+/// drex_complete() leaves this work to the host; without any, it does a part
+/// of it each time, at most about 0.5 % of the window's time.
+///
+/// max_windows  about how much: simulated windows, some 40 ns each; 0: all
+/// done         receives 1 when no search is under way any more, else 0; may
+///              be NULL
+///
+/// Allowed between any two calls. Does nothing under other policies.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_replan(
+    engine: *mut drex_engine,
+    max_windows: u32,
+    done: *mut u32,
+) -> drex_status {
+    with("drex_replan", engine, |instance| {
+        let finished = instance.engine.replan(max_windows);
+        if !done.is_null() {
+            // SAFETY: the caller's contract.
+            unsafe { done.write_unaligned(finished.into()) };
+        }
+        Ok(())
+    })
+}
+
+/// The cost model's numbers as JSON, for drex_profile_load() and drex-sim.
+///
+/// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
+///           to ask for the length
+/// capacity  bytes at text
+/// length    receives the text's bytes without the 0 byte, also when capacity
+///           is too small
+///
+/// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
+/// not fit and capacity is not 0; CALL_ORDER before anything is known.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_profile_save(
+    engine: *const drex_engine,
+    text: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> drex_status {
+    with("drex_profile_save", engine, |instance| {
+        if length.is_null() {
+            return Err(Fault::Null("length"));
+        }
+        if text.is_null() && capacity > 0 {
+            return Err(Fault::Null("text"));
+        }
+        let cost = instance.engine.cost();
+        if !cost.known() {
+            return Err(Error::CallOrder(
+                "no window has been timed yet; expected drex_complete or drex_observe first",
+            )
+            .into());
+        }
+        let json = crate::profile::to_json(cost.profile());
+        // SAFETY: not NULL.
+        unsafe { length.write_unaligned(json.len()) };
+        if capacity == 0 {
+            return Ok(());
+        }
+        if capacity <= json.len() {
+            return Err(Error::Capacity {
+                field: "capacity",
+                value: capacity as u64,
+                need: json.len() as u64 + 1,
+                why: "the text and its 0 byte must fit",
+            }
+            .into());
+        }
+        // SAFETY: `capacity` bytes, by the caller's contract.
+        unsafe {
+            std::ptr::copy_nonoverlapping(json.as_ptr(), text.cast::<u8>(), json.len());
+            text.add(json.len()).write(0);
+        }
+        Ok(())
+    })
+}
+
+/// Starts the cost model from numbers saved before, in place of what it has
+/// learned. They are left behind where measurements contradict them.
+///
+/// text  JSON as drex_profile_save() writes it, of a model with the same
+///       layers and ramps
+///
+/// Allocates. Errors: NULL_ARGUMENT; INVALID_ARGUMENT with the field named.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_profile_load(
+    engine: *mut drex_engine,
+    text: *const c_char,
+) -> drex_status {
+    with("drex_profile_load", engine, |instance| {
+        if text.is_null() {
+            return Err(Fault::Null("text"));
+        }
+        // SAFETY: the caller passes a C string.
+        let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+        let profile = crate::profile::from_json(&text).map_err(Fault::Profile)?;
+        Ok(instance.engine.load_profile(&profile)?)
     })
 }
 
@@ -773,6 +882,19 @@ pub unsafe extern "C" fn drex_stats_get(
         let size = unsafe { entry::writable("out", out)? };
         let engine = &instance.engine;
         let c = engine.counters();
+        let auto = engine.auto();
+        let (marks, predicted) = (engine.chosen_marks(), auto.predicted());
+        let mut exit_share = [f64::NAN; DREX_MAX_RAMPS];
+        for (r, share) in exit_share
+            .iter_mut()
+            .enumerate()
+            .take(engine.config().n_ramps())
+        {
+            let chance = engine.exits().chance(None, r);
+            if chance.looks > 0.0 {
+                *share = chance.p;
+            }
+        }
         let stats = drex_stats {
             size,
             n_ramps: engine.config().n_ramps() as u32,
@@ -795,6 +917,15 @@ pub unsafe extern "C" fn drex_stats_get(
             wait_us_buckets: c.wait_us_buckets,
             wait_us_sum: c.wait_us_sum,
             art_ratio: engine.art_ratio().unwrap_or(f64::NAN),
+            misses: c.misses,
+            searches: auto.searches(),
+            rule_ramps: marks.ramps,
+            rule_hold_rows: marks.hold_rows,
+            rule_ready_rows: marks.ready_rows,
+            reserved: 0,
+            predicted_tokens_per_s: predicted.0 * 1e9,
+            predicted_off_tokens_per_s: predicted.1 * 1e9,
+            exit_share,
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &stats) };

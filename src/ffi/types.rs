@@ -6,7 +6,7 @@
 
 use std::ffi::c_void;
 
-use crate::core::counters::{REASONS, WAIT_BUCKETS};
+use crate::core::counters::{MISSES, REASONS, WAIT_BUCKETS};
 
 /// The version of this interface. It changes only when something that worked
 /// stops working; new functions, constants and fields at the end of structs
@@ -101,6 +101,14 @@ pub const DREX_POLICY_HOLD: drex_policy = 6;
 /// drex_observe(). c/t_d is kept within [0, 1].
 pub const DREX_POLICY_ART: drex_policy = 7;
 
+/// As HOLD, with the rule that is predicted to make the most tokens per
+/// second, "no early exit" among the rules: which ramps are looked at, how
+/// many held rows flush, below how many ready rows. Learned from what
+/// drex_complete() and the ramps report: times by rows and KV cells, how
+/// often rows exit. A small share of the tokens is made under other rules,
+/// to keep knowing what they would bring. See drex_replan().
+pub const DREX_POLICY_AUTO: drex_policy = 8;
+
 /// How sure a row is, from its raw logits (before temperature, penalties and
 /// grammar), in [0, 1]: DREX_METRIC_*.
 pub type drex_metric = u32;
@@ -173,6 +181,21 @@ pub const DREX_FLUSH_STAY: drex_flush_reason = 5;
 /// How many reasons there are.
 pub const DREX_FLUSH_REASONS: usize = 6;
 
+/// Where most of the time went of a token that missed its deadline:
+/// DREX_MISS_*.
+pub type drex_miss_reason = u32;
+
+/// Between its last token and drex_request_ready(): in the host.
+pub const DREX_MISS_HOST: drex_miss_reason = 0;
+/// Ready, while other rows ran: overload.
+pub const DREX_MISS_QUEUE: drex_miss_reason = 1;
+/// Held in the rebatching buffer.
+pub const DREX_MISS_HELD: drex_miss_reason = 2;
+/// In layer windows, its own or others' while it was to go on at once.
+pub const DREX_MISS_RUN: drex_miss_reason = 3;
+/// How many reasons there are.
+pub const DREX_MISS_REASONS: usize = 4;
+
 /// What becomes of a row at a ramp: DREX_DECISION_*.
 pub type drex_decision = u32;
 
@@ -239,6 +262,8 @@ pub struct drex_config {
     pub art_ratio: f32,
     /// 0
     pub reserved: u32,
+    /// AUTO: of the random numbers that its predictions draw. Any number.
+    pub seed: u64,
 }
 
 /// The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -291,10 +316,18 @@ pub struct drex_request_config {
     pub fill: drex_fill_mode,
     /// Time between two tokens, in ns; 0: the engine's.
     pub token_deadline_ns: u64,
-    /// Higher is taken first when more rows wait than fit.
+    /// Higher is taken first when more rows wait than fit. Of priorities
+    /// that wait at one time, 64 are told apart.
     pub priority: i32,
     /// 0
     pub reserved: u32,
+    /// Time from the first drex_request_ready() to the last token, in ns; 0:
+    /// none. What is left of it is spread evenly over the tokens left, so
+    /// each has a deadline; the nearer one counts.
+    pub request_deadline_ns: u64,
+    /// Tokens that it will have at most; 0: unknown, and then only the
+    /// request's deadline itself counts.
+    pub max_tokens: u64,
 }
 
 /// What is known of a request.
@@ -330,8 +363,8 @@ pub struct drex_request_info {
 pub struct drex_plan_input {
     /// sizeof(drex_plan_input)
     pub size: u32,
-    /// Prompt rows that wait beside the decode rows. A hint; the policies of
-    /// this version do not use it.
+    /// Prompt rows that wait beside the decode rows. A hint that this version
+    /// does not use: what prompts cost is learned from the time between steps.
     pub n_prompt_rows: u32,
     /// Now, in ns of any monotonic clock; the same clock in all calls.
     pub now_ns: u64,
@@ -418,8 +451,7 @@ pub struct drex_completion {
     /// Time that the window took on the device, in ns; 0: unknown, and
     /// nothing is learned from it.
     pub duration_ns: u64,
-    /// Attended KV cells, summed over the rows; 0: unknown. The cost model of
-    /// this version does not use it.
+    /// Attended KV cells, summed over the rows; 0: unknown.
     pub n_kv: u64,
 }
 
@@ -484,11 +516,32 @@ pub struct drex_stats {
     /// c/t_d at the first ramp for the last batch's rows, as pinned or as
     /// measured; NaN when unknown.
     pub art_ratio: f64,
+    /// Deadline misses by where most of the token's time went: DREX_MISS_*.
+    pub misses: [u64; DREX_MISS_REASONS],
+    /// AUTO: searches for a better rule so far.
+    pub searches: u64,
+    /// AUTO: the ramps that the present rule looks at, bit r for ramp r; 0:
+    /// no early exit.
+    pub rule_ramps: u32,
+    /// AUTO: held rows at a ramp that flush.
+    pub rule_hold_rows: u32,
+    /// AUTO: ready rows below which held ones are flushed.
+    pub rule_ready_rows: u32,
+    /// 0
+    pub reserved: u32,
+    /// AUTO: tokens per second that the last search predicted for its rule.
+    pub predicted_tokens_per_s: f64,
+    /// The same for full passes.
+    pub predicted_off_tokens_per_s: f64,
+    /// Measured share of rows that are confident at each ramp, of those
+    /// scored there that were scored nowhere before; NaN before the first.
+    pub exit_share: [f64; DREX_MAX_RAMPS],
 }
 
 const _: () = {
     assert!(DREX_MAX_RAMPS == crate::core::MAX_RAMPS);
     assert!(DREX_WAIT_BUCKETS == WAIT_BUCKETS);
     assert!(DREX_FLUSH_REASONS == REASONS);
+    assert!(DREX_MISS_REASONS == MISSES);
     assert!(DREX_NO_RAMP == crate::core::NONE && DREX_NO_SLOT == crate::core::NONE);
 };

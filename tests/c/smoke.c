@@ -51,7 +51,7 @@ int main(void) {
   uint64_t now = 0, id;
 
   EXPECT(drex_abi_version() == DREX_ABI_VERSION);
-  EXPECT(strcmp(drex_policy_name(config.policy), "hold") == 0);
+  EXPECT(strcmp(drex_policy_name(config.policy), "auto") == 0);
 
   /* What goes wrong says so. */
   EXPECT(drex_create(&config, &engine) == DREX_ERROR_NULL_ARGUMENT);

@@ -1,0 +1,524 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Policy `auto`: which threshold rule to follow, "no early exit" among them.
+//!
+//! A *search* plays every candidate forward under what is known by now (see
+//! [`super::rollout`]) and keeps the one that makes the most tokens per
+//! second. It is cut into rollouts, so that a call does a bounded part of it.
+//! A search starts when what it would run on has moved.
+//!
+//! What is not tried is not learned, so a small share of the tokens is made
+//! under another rule: full passes while early exit is on, all ramps while it
+//! is not. A ramp's chance is taken a standard error too high, so that a rule
+//! is dropped for what is known of it, not for what is not.
+
+use super::MAX_RAMPS;
+use super::cost::CostModel;
+use super::exits::Exits;
+use super::rollout::{Outcome, Rule, Scene, play};
+
+/// Tokens, in units of the requests alive, per probe of the ramps.
+const PROBE_RAMPS: u64 = 80;
+/// The same for full passes, which cost more.
+const PROBE_OFF: u64 = 320;
+/// A search starts after this many steps at the latest.
+const SEARCH_AFTER: u32 = 200;
+/// A rule must promise this much more than the present one.
+const HYSTERESIS: f64 = 1.003;
+/// Changes that start a search: of a chance, and, relatively, of a time or
+/// the number of requests.
+const MOVED_CHANCE: f64 = 0.02;
+const MOVED_SHARE: f64 = 0.04;
+/// theta is tried in twentieths of the scale.
+const GRID: u32 = 20;
+/// phi, as shares of theta's scale. 0: held rows flush when none is ready.
+const READY: [f32; 4] = [0.0, 0.0625, 0.125, 0.25];
+/// Candidates that are played again for longer.
+const FINALISTS: usize = 10;
+/// Windows of one rollout at most.
+const PASSES: u32 = 400;
+
+/// What the host told, besides times and exits.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Load {
+    pub requests: u32,
+    pub gap_ns: f64,
+    pub prompt_ns: f64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    rule: Rule,
+    rate: f64,
+}
+
+/// What a search ran on, to see when it has moved.
+#[derive(Debug, Clone, Copy)]
+struct Basis {
+    requests: f64,
+    chances: [f64; MAX_RAMPS],
+    times: [f64; 3],
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stage {
+    Idle,
+    /// Each ramp alone, at a few thetas.
+    Single,
+    /// The best set so far, with one more ramp or one less.
+    Grow,
+    /// The best set, at every theta and phi.
+    Fine,
+    /// The best few and the present rule, for longer.
+    Final,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Phase {
+    /// Nothing is known: full passes, ramps, and again, in spans of as many
+    /// tokens as there are requests.
+    Start(u8),
+    Run,
+    Probe(Rule),
+}
+
+/// The rule in force and the search for the next one.
+pub struct Auto {
+    batch: u32,
+    ramps: usize,
+    seed: u64,
+    /// Bit r: some request may exit at ramp r.
+    allowed: u32,
+    rule: Rule,
+    /// The best rule that is not "off", for probes.
+    other: Rule,
+    predicted: f64,
+    predicted_off: f64,
+    phase: Phase,
+    /// Tokens until the phase ends.
+    left: u64,
+    until_ramps: u64,
+    until_off: u64,
+    steps: u32,
+    searches: u64,
+    basis: Option<Basis>,
+    load: Load,
+    stage: Stage,
+    next: usize,
+    list: Vec<Candidate>,
+    final_list: Vec<Candidate>,
+    best: Candidate,
+    grown: u32,
+}
+
+impl Auto {
+    pub fn new(ramps: usize, batch: usize, seed: u64) -> Self {
+        let all = ((1u64 << ramps) - 1) as u32;
+        let half = Rule {
+            ramps: all,
+            hold: 0.5,
+            ready: 0.0,
+        };
+        Auto {
+            batch: batch as u32,
+            ramps,
+            seed,
+            allowed: all,
+            rule: Rule::OFF,
+            other: half,
+            predicted: 0.0,
+            predicted_off: 0.0,
+            phase: Phase::Start(0),
+            left: 1,
+            until_ramps: 0,
+            until_off: 0,
+            steps: 0,
+            searches: 0,
+            basis: None,
+            load: Load::default(),
+            stage: Stage::Idle,
+            next: 0,
+            list: Vec::with_capacity(GRID as usize * READY.len() + 8 * MAX_RAMPS),
+            final_list: Vec::with_capacity(FINALISTS + 4),
+            best: Candidate {
+                rule: Rule::OFF,
+                rate: 0.0,
+            },
+            grown: 0,
+        }
+    }
+
+    /// The rule to follow now.
+    pub fn rule(&self) -> Rule {
+        match self.phase {
+            Phase::Start(k) if k % 2 == 0 => Rule::OFF,
+            Phase::Start(_) => self.all_ramps(),
+            Phase::Run => self.rule,
+            Phase::Probe(rule) => rule,
+        }
+    }
+
+    /// The rule that the last search chose.
+    pub fn chosen(&self) -> Rule {
+        self.rule
+    }
+
+    /// Tokens per ns that the last search expected, and those of full passes.
+    pub fn predicted(&self) -> (f64, f64) {
+        (self.predicted, self.predicted_off)
+    }
+
+    pub fn searches(&self) -> u64 {
+        self.searches
+    }
+
+    pub fn searching(&self) -> bool {
+        self.stage != Stage::Idle
+    }
+
+    fn all_ramps(&self) -> Rule {
+        Rule {
+            ramps: self.allowed,
+            hold: self.other.hold,
+            ready: self.other.ready,
+        }
+    }
+
+    /// A step ended: `tokens` were emitted. Moves through start and probes,
+    /// and starts a search when it is time.
+    pub fn step(&mut self, tokens: u64, load: Load, allowed: u32, cost: &CostModel, exits: &Exits) {
+        self.load = load;
+        self.allowed = allowed;
+        self.steps += 1;
+        let span = u64::from(load.requests.clamp(1, 2 * self.batch));
+        self.until_ramps = self.until_ramps.saturating_sub(tokens);
+        self.until_off = self.until_off.saturating_sub(tokens);
+        self.left = self.left.saturating_sub(tokens);
+        if self.left == 0 {
+            self.phase = match self.phase {
+                Phase::Start(k) if k < 3 => {
+                    self.left = span;
+                    Phase::Start(k + 1)
+                }
+                Phase::Start(_) => {
+                    self.until_ramps = PROBE_RAMPS * span;
+                    self.until_off = PROBE_OFF * span;
+                    self.begin(cost, exits);
+                    Phase::Run
+                }
+                Phase::Probe(_) => Phase::Run,
+                Phase::Run => self.probe(span),
+            };
+        }
+        if self.phase == Phase::Run && self.stage == Stage::Idle && cost.known() {
+            let late = self.steps >= SEARCH_AFTER;
+            // Soon after the start every step tells a lot.
+            let early = self.searches < 12 && self.steps >= 4 << (self.searches / 3);
+            if late || early || self.moved(cost, exits) {
+                self.begin(cost, exits);
+            }
+        }
+    }
+
+    fn probe(&mut self, span: u64) -> Phase {
+        if self.until_ramps == 0 {
+            self.until_ramps = PROBE_RAMPS * span;
+            if self.rule.ramps != self.allowed && self.allowed != 0 {
+                self.left = span.min(u64::from(self.batch));
+                return Phase::Probe(self.all_ramps());
+            }
+        }
+        if self.until_off == 0 {
+            self.until_off = PROBE_OFF * span;
+            if self.rule.ramps != 0 {
+                self.left = 1;
+                return Phase::Probe(Rule::OFF);
+            }
+        }
+        Phase::Run
+    }
+
+    fn basis(&self, cost: &CostModel, exits: &Exits) -> Basis {
+        let mut chances = [0.0; MAX_RAMPS];
+        for (r, c) in chances.iter_mut().enumerate().take(self.ramps) {
+            *c = exits.chance(None, r).p;
+        }
+        let p = cost.profile();
+        let (n, b) = (
+            p.segments.len(),
+            f64::from(self.batch.min(self.load.requests.max(1))),
+        );
+        let time = |i, j, rows: f64| p.time(i, j, rows, rows * cost.cells_per_row());
+        Basis {
+            requests: f64::from(self.load.requests),
+            chances,
+            times: [
+                time(0, n, b),
+                time(0, 1, b),
+                time(n - 1, n, (b / 2.0).ceil()),
+            ],
+        }
+    }
+
+    fn moved(&self, cost: &CostModel, exits: &Exits) -> bool {
+        let Some(old) = self.basis else { return true };
+        let new = self.basis(cost, exits);
+        let share = |a: f64, b: f64| (a - b).abs() > MOVED_SHARE * a.abs().max(b.abs());
+        share(old.requests, new.requests)
+            || old.times.iter().zip(&new.times).any(|(a, b)| share(*a, *b))
+            || old
+                .chances
+                .iter()
+                .zip(&new.chances)
+                .any(|(a, b)| (a - b).abs() > MOVED_CHANCE)
+    }
+
+    /// Starts a search; one that was under way starts anew.
+    pub fn begin(&mut self, cost: &CostModel, exits: &Exits) {
+        self.basis = Some(self.basis(cost, exits));
+        self.steps = 0;
+        self.searches += 1;
+        self.list.clear();
+        self.final_list.clear();
+        self.next = 0;
+        self.grown = 0;
+        self.best = Candidate {
+            rule: Rule::OFF,
+            rate: 0.0,
+        };
+        self.stage = Stage::Single;
+        if self.allowed == 0 || self.load.requests == 0 {
+            self.rule = Rule::OFF;
+            self.stage = Stage::Idle;
+            return;
+        }
+        if self.allowed.count_ones() == 1 {
+            self.best.rule.ramps = self.allowed;
+            self.stage = Stage::Fine;
+            self.fill_fine();
+            return;
+        }
+        let allowed = self.allowed;
+        for r in (0..self.ramps).filter(|r| allowed >> r & 1 == 1) {
+            self.coarse(1 << r);
+        }
+        // All of them together is a start of its own.
+        self.coarse(self.allowed);
+    }
+
+    fn coarse(&mut self, ramps: u32) {
+        for hold in [0.15, 0.3, 0.5, 0.75] {
+            self.push(Rule {
+                ramps,
+                hold,
+                ready: 0.0,
+            });
+        }
+    }
+
+    fn push(&mut self, rule: Rule) {
+        self.list.push(Candidate { rule, rate: 0.0 });
+    }
+
+    fn fill_fine(&mut self) {
+        self.list.clear();
+        self.next = 0;
+        let ramps = self.best.rule.ramps;
+        let scale = Rule::scale(self.load.requests as usize, self.batch as usize);
+        let mut before = 0;
+        for k in 1..=GRID {
+            let hold = k as f32 / GRID as f32;
+            let mut rule = Rule {
+                ramps,
+                hold,
+                ready: 0.0,
+            };
+            let rows = rule.hold_rows(scale);
+            if rows == before {
+                continue;
+            }
+            before = rows;
+            let mut phi = 0;
+            for ready in READY {
+                rule.ready = ready;
+                let r = rule.ready_rows(scale);
+                if r != phi {
+                    self.push(rule);
+                }
+                phi = r;
+            }
+        }
+    }
+
+    /// Does up to about `budget` windows' worth of the search, at least one
+    /// rollout. True when none is under way any more.
+    pub fn work(&mut self, budget: u32, cost: &CostModel, exits: &Exits) -> bool {
+        let mut spent = 0;
+        while self.stage != Stage::Idle && spent < budget.max(1) {
+            spent += self.one(cost, exits);
+        }
+        self.stage == Stage::Idle
+    }
+
+    fn one(&mut self, cost: &CostModel, exits: &Exits) -> u32 {
+        let long = self.stage == Stage::Final;
+        let list = if long { &self.final_list } else { &self.list };
+        let Some(&candidate) = list.get(self.next) else {
+            self.advance();
+            return 1;
+        };
+        let outcome = self.evaluate(candidate.rule, long, cost, exits);
+        let list = if long {
+            &mut self.final_list
+        } else {
+            &mut self.list
+        };
+        list[self.next].rate = outcome.rate();
+        self.next += 1;
+        outcome.passes.max(1)
+    }
+
+    fn advance(&mut self) {
+        self.next = 0;
+        match self.stage {
+            Stage::Idle => {}
+            Stage::Single | Stage::Grow => {
+                let top = best_of(&self.list);
+                let better = top.rate > self.best.rate * 1.002;
+                if better {
+                    self.best = top;
+                }
+                self.list.clear();
+                self.grown += 1;
+                if better && self.grown <= 4 {
+                    self.stage = Stage::Grow;
+                    let allowed = self.allowed;
+                    for r in (0..self.ramps).filter(|r| allowed >> r & 1 == 1) {
+                        let ramps = self.best.rule.ramps ^ (1 << r);
+                        if ramps != 0 {
+                            let hold = self.best.rule.hold;
+                            for hold in [hold * 0.6, hold] {
+                                self.push(Rule {
+                                    ramps,
+                                    hold,
+                                    ready: 0.0,
+                                });
+                            }
+                        }
+                    }
+                } else {
+                    self.stage = Stage::Fine;
+                    self.fill_fine();
+                }
+            }
+            Stage::Fine => {
+                self.list.sort_unstable_by(|a, b| b.rate.total_cmp(&a.rate));
+                self.final_list.clear();
+                self.final_list.push(Candidate {
+                    rule: Rule::OFF,
+                    rate: 0.0,
+                });
+                let present = self.rule;
+                if present.ramps != 0 && present.ramps & !self.allowed == 0 {
+                    self.final_list.push(Candidate {
+                        rule: present,
+                        rate: 0.0,
+                    });
+                }
+                for c in self.list.iter().take(FINALISTS) {
+                    if c.rule != present {
+                        self.final_list.push(*c);
+                    }
+                }
+                self.stage = Stage::Final;
+            }
+            Stage::Final => {
+                let off = self.final_list[0];
+                let top = best_of(&self.final_list[1..]);
+                let winner = if top.rate > off.rate { top } else { off };
+                let present = self.final_list.iter().find(|c| c.rule == self.rule);
+                self.predicted_off = off.rate;
+                self.predicted = winner.rate;
+                match present {
+                    Some(p) if winner.rate <= p.rate * HYSTERESIS => self.predicted = p.rate,
+                    _ => self.rule = winner.rule,
+                }
+                self.other = top.rule;
+                self.stage = Stage::Idle;
+            }
+        }
+    }
+
+    fn evaluate(&self, rule: Rule, long: bool, cost: &CostModel, exits: &Exits) -> Outcome {
+        let profile = cost.profile();
+        let segments = profile.segments.len();
+        // Beyond a few batches, more requests change nothing but the time
+        // that it takes to see it.
+        let requests = self.load.requests.min(4 * self.batch);
+        let mut scene = Scene {
+            requests,
+            batch: self.batch,
+            prompt_ns: self.load.prompt_ns,
+            gap_ns: self.load.gap_ns,
+            windows: 0,
+            ns: [0.0; MAX_RAMPS + 1],
+            ns_per_row: [0.0; MAX_RAMPS + 1],
+            exits: [0; MAX_RAMPS],
+        };
+        let mut begin = 0;
+        let mut after = None;
+        let cells = cost.cells_per_row();
+        for end in 1..=segments {
+            let ramp = end - 1;
+            if end < segments && rule.ramps >> ramp & 1 == 0 {
+                continue;
+            }
+            let k = scene.windows;
+            let at0 = profile.time(begin, end, 0.0, 0.0);
+            scene.ns[k] = at0;
+            scene.ns_per_row[k] = profile.time(begin, end, 1.0, cells) - at0;
+            if end < segments {
+                let c = exits.chance(after, ramp);
+                let p = (c.p + c.error).min(1.0);
+                scene.exits[k] = (p * 1024.0).round() as u32;
+            }
+            scene.windows += 1;
+            begin = end;
+            after = Some(ramp);
+        }
+        if rule.ramps == 0 {
+            let b = f64::from(requests.min(self.batch));
+            let ns = scene.ns[0] + scene.ns_per_row[0] * b + scene.gap_ns;
+            return Outcome {
+                tokens: b,
+                ns: ns + b * scene.prompt_ns,
+                passes: 1,
+            };
+        }
+        let scale = Rule::scale(self.load.requests as usize, self.batch as usize);
+        let (warm, tokens) = if long {
+            (2 * requests, (24 * requests).max(3000))
+        } else {
+            (requests, (6 * requests).max(600))
+        };
+        play(
+            &scene,
+            rule.hold_rows(scale),
+            rule.ready_rows(scale),
+            warm,
+            tokens,
+            PASSES,
+            self.seed,
+        )
+    }
+}
+
+fn best_of(list: &[Candidate]) -> Candidate {
+    let mut best = list[0];
+    for c in list {
+        if c.rate > best.rate {
+            best = *c;
+        }
+    }
+    best
+}

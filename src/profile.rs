@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! A cost profile as JSON: what `drex_profile_save` writes and
+//! `drex_profile_load` and the simulator read.
+
+use serde_json::{Value, json};
+
+use crate::core::profile::{Line, Profile, Segment};
+
+/// The format's version, under this key.
+const KEY: &str = "drex_profile";
+const VERSION: u64 = 1;
+
+pub fn to_json(p: &Profile) -> String {
+    let line = |l: &Line| json!({"ns": l.ns, "ns_per_row": l.ns_per_row});
+    let segments: Vec<Value> = p
+        .segments
+        .iter()
+        .map(|s| json!({"ns": s.ns, "ns_per_row": s.ns_per_row, "ns_per_cell": s.ns_per_cell}))
+        .collect();
+    json!({
+        KEY: VERSION,
+        "n_layers": p.n_layers,
+        "ramp_layers": p.ramp_layers,
+        "window": line(&p.window),
+        "ramp": line(&p.ramp),
+        "segments": segments,
+    })
+    .to_string()
+}
+
+/// The error names the field and what was expected of it.
+pub fn from_json(text: &str) -> Result<Profile, String> {
+    let root: Value = serde_json::from_str(text).map_err(|e| format!("not JSON: {e}"))?;
+    if root.get(KEY).and_then(Value::as_u64) != Some(VERSION) {
+        let got = root.get(KEY).unwrap_or(&Value::Null);
+        return Err(format!("{KEY} is {got}; expected {VERSION}"));
+    }
+    let n_layers = int(&root, "n_layers")?;
+    let ramps = array(&root, "ramp_layers")?;
+    let ramp_layers: Vec<u32> = ramps
+        .iter()
+        .enumerate()
+        .map(|(i, v)| whole(v, &format!("ramp_layers[{i}]")))
+        .collect::<Result<_, _>>()?;
+    let mut before = 0;
+    for (i, &l) in ramp_layers.iter().enumerate() {
+        if l <= before || l >= n_layers {
+            return Err(format!(
+                "ramp_layers[{i}] is {l}; expected increasing numbers in 1..{}",
+                n_layers.saturating_sub(1)
+            ));
+        }
+        before = l;
+    }
+    let mut segments = Vec::new();
+    for (i, v) in array(&root, "segments")?.iter().enumerate() {
+        let at = |key| number(v, &format!("segments[{i}]"), key);
+        segments.push(Segment {
+            ns: at("ns")?,
+            ns_per_row: at("ns_per_row")?,
+            ns_per_cell: at("ns_per_cell")?,
+        });
+    }
+    let line = |key: &str| -> Result<Line, String> {
+        let v = root.get(key).unwrap_or(&Value::Null);
+        Ok(Line {
+            ns: number(v, key, "ns")?,
+            ns_per_row: number(v, key, "ns_per_row")?,
+        })
+    };
+    let profile = Profile {
+        n_layers,
+        ramp_layers,
+        window: line("window")?,
+        ramp: line("ramp")?,
+        segments,
+    };
+    profile.validate().map_err(|e| e.to_string())?;
+    if profile.time(0, profile.segments.len(), 1.0, 0.0) <= 0.0 {
+        return Err("segments say that a full pass takes no time".into());
+    }
+    Ok(profile)
+}
+
+fn whole(v: &Value, name: &str) -> Result<u32, String> {
+    v.as_u64()
+        .and_then(|n| u32::try_from(n).ok())
+        .ok_or_else(|| format!("{name} is {v}; expected a whole number"))
+}
+
+fn int(root: &Value, key: &str) -> Result<u32, String> {
+    whole(root.get(key).unwrap_or(&Value::Null), key)
+}
+
+fn array<'a>(root: &'a Value, key: &str) -> Result<&'a Vec<Value>, String> {
+    let v = root.get(key).unwrap_or(&Value::Null);
+    v.as_array()
+        .ok_or_else(|| format!("{key} is {v}; expected an array"))
+}
+
+fn number(v: &Value, name: &str, key: &str) -> Result<f64, String> {
+    let n = v.get(key).unwrap_or(&Value::Null);
+    match n.as_f64() {
+        Some(x) if x.is_finite() && x >= 0.0 => Ok(x),
+        _ => Err(format!("{name}.{key} is {n}; expected a number >= 0")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_trip_and_errors() {
+        let p = Profile {
+            n_layers: 16,
+            ramp_layers: vec![4, 8],
+            window: Line {
+                ns: 1.5,
+                ns_per_row: 0.25,
+            },
+            ramp: Line {
+                ns: 2e6,
+                ns_per_row: 0.0,
+            },
+            segments: vec![
+                Segment {
+                    ns: 1.0,
+                    ns_per_row: 2.0,
+                    ns_per_cell: 0.125
+                };
+                3
+            ],
+        };
+        let text = to_json(&p);
+        assert_eq!(from_json(&text).unwrap(), p);
+        for (from, to, says) in [
+            (
+                "\"drex_profile\":1",
+                "\"drex_profile\":9",
+                "drex_profile is 9",
+            ),
+            ("[4,8]", "[8,4]", "ramp_layers[1] is 4"),
+            ("[4,8]", "[8]", "segments"),
+            ("0.25", "-1", "window.ns_per_row is -1"),
+            ("0.125", "null", "segments[0].ns_per_cell is null"),
+            ("{\"", "", "not JSON"),
+        ] {
+            let bad = text.replacen(from, to, 1);
+            assert_ne!(bad, text);
+            let e = from_json(&bad).unwrap_err();
+            assert!(e.contains(says), "{e}");
+        }
+    }
+}

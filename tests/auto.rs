@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Policy `auto` against fixed rules, in a closed loop of its own making: a
+//! virtual clock, one ramp, exits drawn per request and token, so that every
+//! policy meets the same ones.
+
+use drex::core::config::{Config, Fill};
+use drex::core::engine::Engine;
+use drex::core::metric::{Metric, Score};
+use drex::core::policy::{Decision, Policy};
+use drex::core::request::RequestConfig;
+
+#[derive(Clone, Copy)]
+struct Cell {
+    t0: f64,
+    t1: f64,
+    n: u32,
+    batch: u32,
+    a: f64,
+    p: f64,
+}
+
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn uniform(request: u64, token: u64) -> f64 {
+    (mix(mix(request + 1).wrapping_add(token)) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// Tokens per second of virtual time, from the first token on: what is
+/// learned is learned on the way.
+fn run(cell: Cell, policy: Policy, theta: u32, tokens: u64) -> f64 {
+    let layers = 16;
+    let ramp = (cell.a * f64::from(layers)) as u32;
+    let mut engine = Engine::new(Config {
+        n_layers: layers,
+        ramp_layers: vec![ramp],
+        thresholds: vec![0.5],
+        n_slots: cell.n,
+        max_requests: cell.n,
+        max_batch: cell.batch,
+        policy,
+        metric: Metric::Gap,
+        fill: Fill::Copy,
+        flush_rows: theta,
+        min_ready: 0,
+        max_hold_ns: 0,
+        token_deadline_ns: 0,
+        seed: 1,
+        art_ratio: None,
+    })
+    .unwrap();
+    for id in 0..u64::from(cell.n) {
+        engine
+            .add(RequestConfig {
+                id,
+                metric: None,
+                threshold: None,
+                token_deadline_ns: 0,
+                request_deadline_ns: 0,
+                max_tokens: 0,
+                priority: 0,
+            })
+            .unwrap();
+        engine.ready(id, 0).unwrap();
+    }
+    let mut made = vec![0u64; cell.n as usize];
+    let (mut clock, mut total) = (0.0f64, 0u64);
+    let mut scores = Vec::new();
+    while total < tokens {
+        let step = engine.plan(clock as u64, 1 << 20).unwrap().unwrap();
+        let rows = engine.step_rows().to_vec();
+        let share = f64::from(step.layer_end - step.layer_begin) / f64::from(layers);
+        let mut t = share * (cell.t0 + cell.t1 * rows.len() as f64);
+        if step.ramp.is_some() {
+            t += 0.02 * cell.t0;
+            scores.clear();
+            scores.extend(rows.iter().map(|r| Score {
+                confidence: if uniform(r.id, made[r.id as usize]) < cell.p {
+                    0.9
+                } else {
+                    0.1
+                },
+                token: 0,
+            }));
+            engine.ramp(&scores).unwrap();
+        }
+        clock += t * 1e7;
+        let rows = engine.step_rows().to_vec();
+        engine.complete(clock as u64, (t * 1e7) as u64, 0).unwrap();
+        for r in rows {
+            if step.ramp.is_none() || r.decision == Decision::Exit {
+                made[r.id as usize] += 1;
+                total += 1;
+                engine.ready(r.id, clock as u64).unwrap();
+            }
+        }
+    }
+    assert_eq!(engine.counters().tokens, total);
+    assert_eq!(engine.counters().involuntary_exits, 0);
+    total as f64 / clock * 1e9
+}
+
+fn thetas(cell: Cell) -> Vec<u32> {
+    let scale = f64::from(cell.n.min(2 * cell.batch));
+    let mut v: Vec<u32> = (1..=20)
+        .map(|f| ((scale * f64::from(f) / 20.0).round() as u32).max(1))
+        .collect();
+    v.dedup();
+    v
+}
+
+const REGIMES: [(f64, f64); 3] = [(1.0, 0.002), (1.0, 0.05), (0.2, 0.2)];
+
+fn check(cell: Cell, tokens: u64, worst: &mut (f64, f64)) {
+    let off = run(cell, Policy::Off, 0, tokens);
+    let auto = run(cell, Policy::Auto, 0, tokens);
+    let best = thetas(cell)
+        .into_iter()
+        .map(|theta| run(cell, Policy::Hold, theta, tokens))
+        .fold(0.0, f64::max);
+    let best = best.max(off);
+    if auto / off < 0.99 || auto / best < 0.97 {
+        println!(
+            "T1/T0 {} N {} B {} a {} p {}: auto/off {:.4}, auto/best {:.4} (best/off {:.4})",
+            cell.t1 / cell.t0,
+            cell.n,
+            cell.batch,
+            cell.a,
+            cell.p,
+            auto / off,
+            auto / best,
+            best / off
+        );
+    }
+    *worst = (worst.0.min(auto / off), worst.1.min(auto / best));
+}
+
+/// A corner of DESIGN's grid where each kind of mistake shows; drex-sim runs
+/// all of it.
+#[test]
+fn never_slower_than_off_and_close_to_the_best_rule() {
+    let mut worst = (f64::MAX, f64::MAX);
+    let all = std::env::var_os("DREX_GRID").is_some();
+    for (t0, t1) in REGIMES {
+        for (n, batch) in [(8, 8), (16, 8), (32, 16), (64, 64), (96, 64), (128, 64)] {
+            for a in [0.25, 0.5] {
+                for p in [0.2, 0.5, 0.8] {
+                    let corner = n == batch && (p != 0.5);
+                    if all || corner {
+                        let cell = Cell {
+                            t0,
+                            t1,
+                            n,
+                            batch,
+                            a,
+                            p,
+                        };
+                        check(cell, 20_000, &mut worst);
+                    }
+                }
+            }
+        }
+    }
+    println!(
+        "worst against off {:.4}, against the best rule {:.4}",
+        worst.0, worst.1
+    );
+    assert!(worst.0 >= 0.99 && worst.1 >= 0.97, "{worst:?}");
+}
