@@ -52,6 +52,7 @@ int main(void) {
 
   EXPECT(drex_abi_version() == DREX_ABI_VERSION);
   EXPECT(strcmp(drex_policy_name(config.policy), "auto") == 0);
+  config.policy = DREX_POLICY_HOLD;
 
   /* What goes wrong says so. */
   EXPECT(drex_create(&config, &engine) == DREX_ERROR_NULL_ARGUMENT);
