@@ -1,0 +1,453 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The command line of drex-sim.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, ValueEnum};
+use drex_sim::record::Record;
+use drex_sim::run::{Contender, Setup, run};
+use drex_sim::workload::{Arrivals, Confidence, Workload};
+use drex_sim::{grid, plot, profiles, report, scale};
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Kind {
+    /// A fixed number of requests at all times
+    Closed,
+    /// Requests come at random
+    Poisson,
+    /// The same, in bursts
+    Bursty,
+}
+
+/// Simulates drex's scheduler: the engine's own code under a cost profile and a workload.
+#[derive(Parser)]
+#[command(
+    name = "drex-sim",
+    version,
+    after_help = "Examples:\n  drex-sim --profile mixed --requests 64 --batch 64 --p 0.8\n  drex-sim --workload poisson \
+                  --load 0.9 --length 50,150 --policies off,auto\n  drex-sim --replay server.jsonl --threshold 0.5 \
+                  --policies off,auto,art\n  drex-sim --grid --plot grid.svg\n\nExit status: 0 success, 1 something failed, 2 \
+                  wrong usage."
+)]
+struct Cli {
+    /// Every policy over regimes, sizes, depths and exit chances, against the best fixed rule and the limit
+    #[arg(long, conflicts_with_all = ["scale", "replay"])]
+    grid: bool,
+    /// What a decision costs in real time, from 16 to 10,000 requests
+    #[arg(long, conflicts_with = "replay")]
+    scale: bool,
+    /// A file of llama-server --drex-record: its costs, its confidences, its arrivals (or --workload closed)
+    #[arg(long, value_name = "FILE")]
+    replay: Option<String>,
+    /// Policies to compare: off, auto, hold[:THETA[:PHI]], latency, art, lazy, eager, median, mean
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "off,art,latency,hold,auto"
+    )]
+    policies: Vec<String>,
+    /// Costs: memory, mixed, compute, or a file of llama-server --drex-profile
+    #[arg(long, default_value = "mixed")]
+    profile: String,
+    /// Layers of the model, for the bundled profiles
+    #[arg(long, default_value_t = 16)]
+    layers: u32,
+    /// Layers after which a row may exit; with --replay, which of the recorded ones
+    #[arg(long, value_delimiter = ',')]
+    ramps: Vec<u32>,
+    /// Chance to exit at each ramp, for rows that have not before; one value serves for all
+    #[arg(long, value_delimiter = ',', default_value = "0.5")]
+    p: Vec<f64>,
+    /// Requests differ in their chance: 0 not at all, 1 all or nothing
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    p_spread: f64,
+    /// The chance swings by this share of it
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    p_drift: f64,
+    /// Period of --p-drift in seconds
+    #[arg(long, default_value_t = 10.0)]
+    p_period: f64,
+    /// Confidence from which a row exits, one value or one for each ramp; with --replay
+    #[arg(long, value_delimiter = ',')]
+    threshold: Vec<f32>,
+    #[arg(long, value_enum)]
+    workload: Option<Kind>,
+    /// Requests at all times (closed), or decoding at most (others)
+    #[arg(long, default_value_t = 32)]
+    requests: u32,
+    /// Rows in one pass at most
+    #[arg(long, default_value_t = 32)]
+    batch: u32,
+    /// Requests per second (poisson, bursty)
+    #[arg(long, conflicts_with = "load")]
+    rate: Option<f64>,
+    /// Requests per second, as a share of what full passes sustain
+    #[arg(long)]
+    load: Option<f64>,
+    /// Period of bursts in seconds
+    #[arg(long, default_value_t = 5.0)]
+    burst_period: f64,
+    /// Tokens of an answer, or a range FROM,TO; 0: endless
+    #[arg(long, value_delimiter = ',')]
+    length: Vec<u64>,
+    /// Rows of a prompt
+    #[arg(long, default_value_t = 0)]
+    prompt_rows: u64,
+    /// Time between tokens that flushes keep, in ms; 0: none
+    #[arg(long, default_value_t = 0.0)]
+    deadline_ms: f64,
+    /// Time from prompt to last token, in ms; 0: none
+    #[arg(long, default_value_t = 0.0)]
+    request_deadline_ms: f64,
+    /// Priorities and their shares, such as 0:0.8,5:0.2
+    #[arg(long, value_delimiter = ',')]
+    priorities: Vec<String>,
+    /// Spread of times, as a share of them
+    #[arg(long, default_value_t = 0.0)]
+    noise: f64,
+    /// Share of windows that take ten times as long
+    #[arg(long, default_value_t = 0.0)]
+    outliers: f64,
+    /// The host's own time per window, in us
+    #[arg(long, default_value_t = 0.0)]
+    gap_us: f64,
+    /// auto starts from a profile whose cost per row is wrong by this factor (1: from nothing)
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    wrong_profile: f64,
+    /// Tokens per run
+    #[arg(long, default_value_t = 20_000)]
+    tokens: u64,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// One line of JSON
+    #[arg(long)]
+    json: bool,
+    /// Also write a CSV file
+    #[arg(long, value_name = "FILE")]
+    csv: Option<String>,
+    /// Also write a plot
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<String>,
+    /// Also write a Markdown table (grid)
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match go(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn go(cli: &Cli) -> Result<()> {
+    check(cli)?;
+    if cli.grid {
+        run_grid(cli)
+    } else if cli.scale {
+        run_scale(cli)
+    } else {
+        compare(cli)
+    }
+}
+
+fn check(cli: &Cli) -> Result<()> {
+    let range = |name: &str, v: f64, low: f64, high: f64| {
+        if (low..=high).contains(&v) {
+            return Ok(());
+        }
+        bail!("--{name} is {v}; expected {low} to {high}")
+    };
+    for &p in &cli.p {
+        range("p", p, 0.0, 1.0)?;
+    }
+    range("p-spread", cli.p_spread, 0.0, 1.0)?;
+    range("p-drift", cli.p_drift, 0.0, 1.0)?;
+    range("p-period", cli.p_period, 1e-6, 1e9)?;
+    range("burst-period", cli.burst_period, 1e-6, 1e9)?;
+    range("noise", cli.noise, 0.0, 2.0)?;
+    range("outliers", cli.outliers, 0.0, 1.0)?;
+    range("gap-us", cli.gap_us, 0.0, 1e9)?;
+    range("deadline-ms", cli.deadline_ms, 0.0, 1e9)?;
+    range("request-deadline-ms", cli.request_deadline_ms, 0.0, 1e9)?;
+    range("wrong-profile", cli.wrong_profile, 1e-3, 1e3)?;
+    range("tokens", cli.tokens as f64, 100.0, 1e9)?;
+    range("requests", f64::from(cli.requests), 1.0, 1_048_576.0)?;
+    range("batch", f64::from(cli.batch), 1.0, 1_048_576.0)?;
+    if let Some(r) = cli.rate {
+        range("rate", r, 1e-6, 1e9)?;
+    }
+    if let Some(l) = cli.load {
+        range("load", l, 1e-3, 100.0)?;
+    }
+    Ok(())
+}
+
+fn write(path: &str, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write {path}"))
+}
+
+fn run_grid(cli: &Cli) -> Result<()> {
+    let o = grid::Options {
+        tokens: cli.tokens,
+        seed: cli.seed,
+        noise: cli.noise,
+        outliers: cli.outliers,
+        spread: cli.p_spread,
+        drift: cli.p_drift,
+        wrong: cli.wrong_profile,
+    };
+    let show = std::io::stderr().is_terminal();
+    let cells = grid::run_grid(&o, |done, all| {
+        if show {
+            let _ = write!(std::io::stderr(), "\rcell {done} of {all} ");
+        }
+    })?;
+    if show {
+        eprintln!();
+    }
+    if cli.json {
+        println!("{}", report::grid_json(&cells, &o));
+    } else {
+        print!("{}", report::grid_table(&cells));
+    }
+    if let Some(path) = &cli.csv {
+        write(path, &report::grid_csv(&cells))?;
+    }
+    if let Some(path) = &cli.markdown {
+        write(path, &report::grid_markdown(&cells))?;
+    }
+    if let Some(path) = &cli.plot {
+        write(path, &plot::grid(&cells))?;
+    }
+    Ok(())
+}
+
+fn run_scale(cli: &Cli) -> Result<()> {
+    let mut rows = Vec::new();
+    let mut values = Vec::new();
+    for ramps in [1, 8] {
+        for deadlines in [false, true] {
+            for requests in [16, 64, 256, 1000, 4000, 10_000] {
+                let c = scale::measure(requests, ramps, 4000, deadlines)?;
+                rows.push(vec![
+                    c.ramps.to_string(),
+                    deadlines.to_string(),
+                    c.requests.to_string(),
+                    format!("{:.1}", c.rows_per_step),
+                    format!("{:.0}", c.ns_per_step),
+                    format!("{:.1}", c.ns_per_row),
+                ]);
+                values.push(serde_json::json!({
+                    "ramps": c.ramps, "deadlines": deadlines, "requests": c.requests,
+                    "rows_per_step": c.rows_per_step, "ns_per_step": c.ns_per_step, "ns_per_row": c.ns_per_row,
+                }));
+            }
+        }
+    }
+    if cli.json {
+        println!("{}", serde_json::json!({"scale": values}));
+    } else {
+        let head = [
+            "ramps",
+            "deadlines",
+            "requests",
+            "rows/step",
+            "ns/step",
+            "ns/row",
+        ];
+        print!("{}", report::table(&head, &rows));
+    }
+    Ok(())
+}
+
+fn compare(cli: &Cli) -> Result<()> {
+    let contenders = cli
+        .policies
+        .iter()
+        .map(|p| Contender::parse(p))
+        .collect::<Result<Vec<_>>>()?;
+    let (setup, limit) = match &cli.replay {
+        Some(path) => (replay(cli, path)?, None),
+        None => {
+            let setup = synthetic(cli)?;
+            let limit = grid::limit(
+                &setup.profile,
+                cli.requests.min(cli.batch),
+                &chances(cli, setup.thresholds.len())?,
+            );
+            (setup, Some(limit))
+        }
+    };
+    let mut runs = Vec::new();
+    for c in &contenders {
+        runs.push(run(&setup, c)?);
+    }
+    if cli.json {
+        println!("{}", report::run_json(&runs, limit));
+    } else {
+        print!("{}", report::run_table(&runs, limit));
+    }
+    if let Some(path) = &cli.csv {
+        write(path, &report::run_csv(&runs))?;
+    }
+    if let Some(path) = &cli.plot {
+        write(path, &plot::runs(&runs, limit))?;
+    }
+    Ok(())
+}
+
+fn chances(cli: &Cli, ramps: usize) -> Result<Vec<f64>> {
+    match cli.p.len() {
+        1 => Ok(vec![cli.p[0]; ramps]),
+        n if n == ramps => Ok(cli.p.clone()),
+        n => bail!("--p has {n} values; expected 1, or one for each of the {ramps} ramps"),
+    }
+}
+
+fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
+    let mut w = Workload::closed(cli.requests, Vec::new(), cli.seed);
+    w.length = match cli.length[..] {
+        [] if cli.workload.is_none_or(|k| k == Kind::Closed) => (0, 0),
+        [] => (50, 150),
+        [n] => (n, n),
+        [a, b] if a <= b => (a, b),
+        _ => bail!("--length is {:?}; expected N, or FROM,TO", cli.length),
+    };
+    w.prompt_rows = cli.prompt_rows;
+    w.token_deadline_ns = (cli.deadline_ms * 1e6) as u64;
+    w.request_deadline_ns = (cli.request_deadline_ms * 1e6) as u64;
+    if !cli.priorities.is_empty() {
+        w.priorities = cli
+            .priorities
+            .iter()
+            .map(|p| {
+                let parts = p
+                    .split_once(':')
+                    .and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+                parts.with_context(|| format!("--priorities: {p:?}; expected PRIORITY:SHARE"))
+            })
+            .collect::<Result<_>>()?;
+    }
+    let mean = (w.length.0 + w.length.1) as f64 / 2.0;
+    let b = f64::from(cli.requests.min(cli.batch));
+    let full = setup.profile.time(0, setup.profile.segments.len(), b, 0.0) + setup.gap_ns;
+    let prompt = setup
+        .profile
+        .time(0, setup.profile.segments.len(), cli.prompt_rows as f64, 0.0);
+    let prompt = if cli.prompt_rows > 0 { prompt } else { 0.0 };
+    // Requests per second of full batches.
+    let sustained = 1e9 / (mean * full / b + prompt);
+    let rate = cli.rate.unwrap_or(cli.load.unwrap_or(0.8) * sustained);
+    w.arrivals = match cli.workload.unwrap_or(Kind::Closed) {
+        Kind::Closed => Arrivals::Closed(cli.requests),
+        Kind::Poisson => Arrivals::Poisson(rate),
+        Kind::Bursty => Arrivals::Bursty(rate, cli.burst_period),
+    };
+    if w.length.1 == 0 && cli.workload.is_some_and(|k| k != Kind::Closed) {
+        bail!("--length is 0; expected more: requests that come must also go");
+    }
+    Ok(w)
+}
+
+fn base(cli: &Cli, profile: drex::core::profile::Profile, thresholds: Vec<f32>) -> Setup {
+    Setup {
+        start: (cli.wrong_profile != 1.0).then(|| {
+            let mut wrong = profile.clone();
+            for s in &mut wrong.segments {
+                s.ns_per_row *= cli.wrong_profile;
+            }
+            wrong
+        }),
+        profile,
+        workload: Workload::closed(cli.requests, Vec::new(), cli.seed),
+        batch: cli.batch,
+        max_requests: cli.requests,
+        thresholds,
+        tokens: cli.tokens,
+        noise: cli.noise,
+        outliers: cli.outliers,
+        gap_ns: cli.gap_us * 1e3,
+    }
+}
+
+fn synthetic(cli: &Cli) -> Result<Setup> {
+    let ramps = if cli.ramps.is_empty() {
+        vec![cli.layers / 4]
+    } else {
+        cli.ramps.clone()
+    };
+    let mut before = 0;
+    for &l in &ramps {
+        if l <= before || l >= cli.layers {
+            bail!(
+                "--ramps has {l}; expected increasing numbers in 1..{}",
+                cli.layers - 1
+            );
+        }
+        before = l;
+    }
+    if !cli.threshold.is_empty() {
+        bail!("--threshold goes with --replay; without a recording, --p says who exits");
+    }
+    let profile = profiles::load(&cli.profile, cli.layers, &ramps)?;
+    let n = profile.ramp_layers.len();
+    let mut setup = base(cli, profile, vec![0.5; n]);
+    let p = chances(cli, n)?;
+    setup.workload = workload(cli, &setup)?;
+    setup.workload.confidence = match (cli.p_spread > 0.0, cli.p_drift > 0.0) {
+        (true, true) => bail!("--p-spread and --p-drift cannot be combined"),
+        (true, _) => Confidence::Spread(p, cli.p_spread),
+        (_, true) => Confidence::Drift(p, cli.p_drift, cli.p_period),
+        _ => Confidence::Fixed(p),
+    };
+    Ok(setup)
+}
+
+fn replay(cli: &Cli, path: &str) -> Result<Setup> {
+    let mut record = Record::read(path)?;
+    if !cli.ramps.is_empty() {
+        record.keep_ramps(&cli.ramps)?;
+    }
+    let thresholds = match cli.threshold.len() {
+        0 => record.thresholds.clone(),
+        1 => vec![cli.threshold[0]; record.thresholds.len()],
+        n if n == record.thresholds.len() => cli.threshold.clone(),
+        n => bail!(
+            "--threshold has {n} values; expected 1, or one for each of the {} ramps",
+            record.thresholds.len()
+        ),
+    };
+    eprintln!(
+        "{path}: {} requests, {} windows, {} tokens, {:.1} tokens/s under {}",
+        record.arrivals.len(),
+        record.windows,
+        record.tokens,
+        record.tokens_per_s,
+        record.policy
+    );
+    let mut setup = base(cli, record.profile.clone(), thresholds);
+    setup.gap_ns += record.gap_ns;
+    setup.workload = workload(cli, &setup)?;
+    setup.workload.confidence = record.confidence();
+    setup.workload.prompt_rows = record.prompt_rows;
+    setup.batch = cli.batch.min(record.max_batch);
+    if cli.workload.is_none() {
+        setup.max_requests = record.max_batch;
+        setup.workload.arrivals = record.trace();
+    } else if matches!(setup.workload.arrivals, Arrivals::Closed(_)) {
+        // Endless requests go around in what was recorded.
+        let n = record.arrivals.len() as u32;
+        if n < cli.requests {
+            bail!("--requests is {}; the recording has {n}", cli.requests);
+        }
+    }
+    Ok(setup)
+}

@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! One run: the engine, a virtual clock, a host that only does sums.
+
+use std::collections::{HashMap, VecDeque};
+
+use anyhow::{Context, Result, bail};
+use drex::core::config::{Config, Fill};
+use drex::core::engine::Engine;
+use drex::core::metric::{Metric, Score};
+use drex::core::policy::{Decision, Policy};
+use drex::core::profile::Profile;
+use drex::core::request::RequestConfig;
+
+use crate::draw::{normal, purpose, uniform};
+use crate::workload::{Arrivals, Confidence, Workload};
+
+/// A policy, or a fixed threshold rule.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Contender {
+    pub name: String,
+    pub policy: Policy,
+    /// theta and phi of `hold`; 0: its own rule.
+    pub theta: u32,
+    pub phi: u32,
+}
+
+impl Contender {
+    /// A policy's name, or hold:THETA[:PHI].
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut parts = text.split(':');
+        let name = parts.next().unwrap_or("");
+        let policy = match name {
+            "off" => Policy::Off,
+            "eager" => Policy::Eager,
+            "lazy" => Policy::Lazy,
+            "median" => Policy::Median,
+            "mean" => Policy::Mean,
+            "latency" => Policy::Latency,
+            "hold" => Policy::Hold,
+            "art" => Policy::Art,
+            "auto" => Policy::Auto,
+            _ => bail!(
+                "--policies: {text:?} is not known; expected off, auto, hold[:THETA[:PHI]], latency, art, lazy, \
+                 eager, median or mean"
+            ),
+        };
+        let mut number = |what| match parts.next() {
+            None => Ok(0),
+            Some(n) => n
+                .parse()
+                .with_context(|| format!("--policies: {what} of {text:?} is no number")),
+        };
+        let (theta, phi) = (number("THETA")?, number("PHI")?);
+        if policy != Policy::Hold && theta > 0 {
+            bail!("--policies: {text:?}: only hold takes THETA and PHI");
+        }
+        Ok(Contender {
+            name: text.into(),
+            policy,
+            theta,
+            phi,
+        })
+    }
+
+    pub fn rule(theta: u32, phi: u32) -> Self {
+        Contender {
+            name: format!("hold:{theta}:{phi}"),
+            policy: Policy::Hold,
+            theta,
+            phi,
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub profile: Profile,
+    pub workload: Workload,
+    pub batch: u32,
+    /// Requests in decode at most; more wait.
+    pub max_requests: u32,
+    pub thresholds: Vec<f32>,
+    /// Stop after so many tokens.
+    pub tokens: u64,
+    /// Standard deviation of the logarithm of times, and the share of windows
+    /// that take ten times as long.
+    pub noise: f64,
+    pub outliers: f64,
+    /// The host's own time per window.
+    pub gap_ns: f64,
+    /// What the engine believes at the start.
+    pub start: Option<Profile>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    pub name: String,
+    pub tokens: u64,
+    pub seconds: f64,
+    pub tokens_per_s: f64,
+    /// Of the second half of the tokens.
+    pub late_tokens_per_s: f64,
+    pub rows_per_window: f64,
+    pub tbt_p50_ms: f64,
+    pub tbt_p99_ms: f64,
+    pub tbt_max_ms: f64,
+    pub finished: u64,
+    pub completion_ms: f64,
+    pub exit_share: f64,
+    pub involuntary_exits: u64,
+    pub involuntary_stays: u64,
+    pub deadline_misses: u64,
+    /// By reason: host, queue, held, run.
+    pub misses: [u64; 4],
+    /// Misses and tokens by priority, highest first.
+    pub by_priority: Vec<(i32, u64, u64)>,
+    pub held_max: u64,
+    /// Rows whose recorded confidence did not tell.
+    pub unknown: u64,
+    pub rows_scored: u64,
+}
+
+struct Live {
+    arrived_ns: f64,
+    made: u64,
+    want: Option<u64>,
+    last_ns: f64,
+}
+
+pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
+    let ramps = setup.profile.ramp_layers.len();
+    let w = &setup.workload;
+    let mut engine = Engine::new(Config {
+        n_layers: setup.profile.n_layers,
+        ramp_layers: setup.profile.ramp_layers.clone(),
+        thresholds: setup.thresholds.clone(),
+        n_slots: setup.max_requests,
+        max_requests: setup.max_requests,
+        max_batch: setup.batch,
+        policy: contender.policy,
+        metric: Metric::Gap,
+        fill: Fill::Copy,
+        flush_rows: contender.theta,
+        min_ready: contender.phi,
+        max_hold_ns: 0,
+        token_deadline_ns: w.token_deadline_ns,
+        seed: w.seed,
+        art_ratio: None,
+    })?;
+    if let Some(p) = &setup.start {
+        engine.load_profile(p)?;
+    }
+    if contender.policy == Policy::Art {
+        calibrate(&mut engine, setup)?;
+    }
+    let mut host = Host {
+        setup,
+        live: HashMap::new(),
+        waiting: VecDeque::new(),
+        next_id: 0,
+        next_at: 0.0,
+        clock: 0.0,
+    };
+    let mut intervals: Vec<f32> = Vec::new();
+    let mut completions = (0u64, 0.0f64);
+    let (mut made, mut half) = (0u64, (0u64, 0.0f64));
+    let mut scores: Vec<Score> = Vec::new();
+    let mut out = Report {
+        name: contender.name.clone(),
+        ..Report::default()
+    };
+    let mut classes: Vec<(i32, u64, u64)> = w.priorities.iter().map(|p| (p.0, 0, 0)).collect();
+    classes.sort_by_key(|c| std::cmp::Reverse(c.0));
+    let mut steps = 0u64;
+    while made < setup.tokens {
+        host.admit(&mut engine)?;
+        let Some(step) = engine.plan(host.clock as u64, setup.batch as usize)? else {
+            if !host.idle() {
+                break;
+            }
+            continue;
+        };
+        let bound = |layer: u32| match layer {
+            0 => 0,
+            l => setup
+                .profile
+                .ramp_layers
+                .iter()
+                .position(|&r| r == l)
+                .map_or(ramps + 1, |i| i + 1),
+        };
+        let rows = engine.step_rows().len();
+        let cells: u64 = engine
+            .step_rows()
+            .iter()
+            .map(|r| w.prompt_rows + host.live[&r.id].made + 1)
+            .sum();
+        let mut ns = setup.profile.time(
+            bound(step.layer_begin),
+            bound(step.layer_end),
+            rows as f64,
+            cells as f64,
+        );
+        if setup.noise > 0.0 {
+            ns *= (setup.noise * normal(w.seed, purpose::NOISE, steps)).exp();
+        }
+        if setup.outliers > 0.0 && uniform(w.seed, purpose::OUTLIER, steps, 0) < setup.outliers {
+            ns *= 10.0;
+        }
+        steps += 1;
+        let began = host.clock;
+        host.clock += ns;
+        if let Some(ramp) = step.ramp {
+            scores.clear();
+            for r in engine.step_rows() {
+                let token = host.live[&r.id].made;
+                let mut confidence = w.confidence(r.id, token, ramp, began);
+                out.rows_scored += 1;
+                if confidence.is_nan() && matches!(w.confidence, Confidence::Recorded(_)) {
+                    out.unknown += 1;
+                    confidence = w.drawn(r.id, token, ramp);
+                }
+                scores.push(Score {
+                    confidence,
+                    token: 0,
+                });
+            }
+            engine.ramp(&scores)?;
+        }
+        let done: Vec<u64> = engine
+            .step_rows()
+            .iter()
+            .filter(|r| step.ramp.is_none() || r.decision == Decision::Exit)
+            .map(|r| r.id)
+            .collect();
+        engine.complete(
+            host.clock as u64,
+            ns as u64,
+            if w.prompt_rows > 0 { cells } else { 0 },
+        )?;
+        for id in done {
+            made += 1;
+            if made == setup.tokens / 2 {
+                half = (made, host.clock);
+            }
+            let l = host.live.get_mut(&id).context("a token of nobody")?;
+            l.made += 1;
+            intervals.push((host.clock - l.last_ns) as f32);
+            l.last_ns = host.clock;
+            let class = classes.iter_mut().find(|c| c.0 == w.priority(id));
+            if let Some(class) = class {
+                class.2 += 1;
+            }
+            if l.want.is_some_and(|n| l.made >= n) {
+                completions.0 += 1;
+                completions.1 += host.clock - l.arrived_ns;
+                let missed = engine.request(id)?.deadline_misses;
+                if let Some(class) = classes.iter_mut().find(|c| c.0 == w.priority(id)) {
+                    class.1 += missed;
+                }
+                engine.remove(id)?;
+                host.live.remove(&id);
+                if let Arrivals::Closed(_) = w.arrivals {
+                    host.waiting.push_back((host.next_id, host.clock));
+                    host.next_id += 1;
+                }
+            } else {
+                engine.ready(id, host.clock as u64)?;
+            }
+        }
+        host.clock += setup.gap_ns;
+    }
+    for (&id, _) in &host.live {
+        let missed = engine.request(id)?.deadline_misses;
+        if let Some(class) = classes.iter_mut().find(|c| c.0 == w.priority(id)) {
+            class.1 += missed;
+        }
+    }
+    let c = engine.counters();
+    if c.tokens != made {
+        bail!("the engine counted {} tokens, the host {made}", c.tokens);
+    }
+    out.tokens = made;
+    out.seconds = host.clock / 1e9;
+    out.tokens_per_s = made as f64 / out.seconds;
+    out.late_tokens_per_s = (made - half.0) as f64 / ((host.clock - half.1) / 1e9);
+    out.rows_per_window = c.step_rows as f64 / c.steps.max(1) as f64;
+    let mut at = |share: f64| {
+        if intervals.is_empty() {
+            return 0.0;
+        }
+        let k = ((intervals.len() - 1) as f64 * share) as usize;
+        f64::from(*intervals.select_nth_unstable_by(k, f32::total_cmp).1) / 1e6
+    };
+    (out.tbt_p50_ms, out.tbt_p99_ms, out.tbt_max_ms) = (at(0.5), at(0.99), at(1.0));
+    out.finished = completions.0;
+    out.completion_ms = completions.1 / completions.0.max(1) as f64 / 1e6;
+    out.exit_share = c.exits.iter().sum::<u64>() as f64 / made.max(1) as f64;
+    out.involuntary_exits = c.involuntary_exits;
+    out.involuntary_stays = c.involuntary_stays;
+    out.deadline_misses = c.deadline_misses;
+    out.misses = c.misses;
+    out.by_priority = classes;
+    out.held_max = c.held_rows_max;
+    Ok(out)
+}
+
+/// `art` compares windows with full passes, which it never runs: a host times
+/// some before it serves.
+fn calibrate(engine: &mut Engine, setup: &Setup) -> Result<()> {
+    let p = &setup.profile;
+    let mut bounds = vec![0];
+    bounds.extend_from_slice(&p.ramp_layers);
+    bounds.push(p.n_layers);
+    let last = bounds.len() - 1;
+    let most = setup.batch.min(setup.max_requests);
+    for _ in 0..10 {
+        for rows in [1, most.div_ceil(2), most] {
+            for (i, j) in (0..last).map(|i| (i, i + 1)).chain([(0, last)]) {
+                let ns = p.time(i, j, f64::from(rows), 0.0);
+                engine.observe(bounds[i], bounds[j], rows, 0, (ns as u64).max(1))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Host<'a> {
+    setup: &'a Setup,
+    live: HashMap<u64, Live>,
+    waiting: VecDeque<(u64, f64)>,
+    next_id: u64,
+    /// When request `next_id` comes.
+    next_at: f64,
+    clock: f64,
+}
+
+impl Host<'_> {
+    /// Takes in who has come and fits; their prompts run at once.
+    fn admit(&mut self, engine: &mut Engine) -> Result<()> {
+        let w = &self.setup.workload;
+        if let (Arrivals::Closed(n), 0) = (&w.arrivals, self.next_id) {
+            self.waiting.extend((0..u64::from(*n)).map(|id| (id, 0.0)));
+            self.next_id = u64::from(*n);
+        }
+        while let Some(at) = self.upcoming() {
+            if at > self.clock {
+                break;
+            }
+            self.waiting.push_back((self.next_id, at));
+            self.next_id += 1;
+            self.next_at = at + w.gap_ns(self.next_id, at);
+        }
+        let last = self.setup.profile.segments.len();
+        while self.live.len() < self.setup.max_requests as usize {
+            let Some((id, arrived_ns)) = self.waiting.pop_front() else {
+                break;
+            };
+            engine.add(RequestConfig {
+                id,
+                metric: None,
+                threshold: None,
+                token_deadline_ns: 0,
+                request_deadline_ns: w.request_deadline_ns,
+                max_tokens: w.tokens(id).unwrap_or(0),
+                priority: w.priority(id),
+            })?;
+            if w.prompt_rows > 0 {
+                let rows = w.prompt_rows as f64;
+                self.clock += self.setup.profile.time(0, last, rows, 0.0);
+            }
+            self.live.insert(
+                id,
+                Live {
+                    arrived_ns,
+                    made: 0,
+                    want: w.tokens(id),
+                    last_ns: self.clock,
+                },
+            );
+            engine.ready(id, self.clock as u64)?;
+        }
+        Ok(())
+    }
+
+    fn upcoming(&self) -> Option<f64> {
+        match &self.setup.workload.arrivals {
+            Arrivals::Closed(_) => None,
+            Arrivals::Poisson(_) | Arrivals::Bursty(..) => Some(self.next_at),
+            Arrivals::Trace(all) => all.get(self.next_id as usize).map(|a| a.0 as f64),
+        }
+    }
+
+    /// Nothing to run: waits for the next request. False when none will come.
+    fn idle(&mut self) -> bool {
+        match self.upcoming() {
+            Some(at) => {
+                self.clock = self.clock.max(at);
+                true
+            }
+            None => false,
+        }
+    }
+}

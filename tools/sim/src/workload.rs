@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Who comes when, how long a request's answer is, and which of its tokens
+//! are confident where.
+
+use std::collections::HashMap;
+
+use crate::draw::{exponential, purpose, uniform};
+
+#[derive(Debug, Clone)]
+pub enum Arrivals {
+    /// So many requests at all times: one that ends is replaced at once.
+    Closed(u32),
+    /// Requests per second.
+    Poisson(f64),
+    /// Poisson arrivals with this mean rate, three times as many in the first
+    /// third of every period of so many seconds, none in the rest.
+    Bursty(f64, f64),
+    /// Times in ns, and lengths in tokens.
+    Trace(Vec<(u64, u64)>),
+}
+
+#[derive(Debug, Clone)]
+pub enum Confidence {
+    /// Chance to be confident at each ramp, given that the row was not at the
+    /// ones before.
+    Fixed(Vec<f64>),
+    /// Requests differ: a request's chance is drawn around the mean, from 0
+    /// (all alike) to 1 (all or nothing).
+    Spread(Vec<f64>, f64),
+    /// The chance swings around the mean by this share of it, over a period
+    /// in seconds.
+    Drift(Vec<f64>, f64, f64),
+    /// Recorded, by request and token: one number per ramp, NaN where it is
+    /// unknown.
+    Recorded(HashMap<u64, Vec<Vec<f32>>>),
+}
+
+#[derive(Debug, Clone)]
+pub struct Workload {
+    pub arrivals: Arrivals,
+    pub confidence: Confidence,
+    /// Tokens of an answer: from, to (uniform). 0: endless.
+    pub length: (u64, u64),
+    pub prompt_rows: u64,
+    pub token_deadline_ns: u64,
+    pub request_deadline_ns: u64,
+    /// Priorities and their shares.
+    pub priorities: Vec<(i32, f64)>,
+    pub seed: u64,
+}
+
+impl Workload {
+    pub fn closed(n: u32, p: Vec<f64>, seed: u64) -> Self {
+        Workload {
+            arrivals: Arrivals::Closed(n),
+            confidence: Confidence::Fixed(p),
+            length: (0, 0),
+            prompt_rows: 0,
+            token_deadline_ns: 0,
+            request_deadline_ns: 0,
+            priorities: vec![(0, 1.0)],
+            seed,
+        }
+    }
+
+    /// Tokens of request `id`; `None`: endless.
+    pub fn tokens(&self, id: u64) -> Option<u64> {
+        if let Arrivals::Trace(all) = &self.arrivals {
+            return all.get(id as usize).map(|a| a.1);
+        }
+        let (low, high) = self.length;
+        if high == 0 {
+            return None;
+        }
+        let u = uniform(self.seed, purpose::LENGTH, id, 0);
+        Some(low + (u * (high - low + 1) as f64) as u64)
+    }
+
+    pub fn priority(&self, id: u64) -> i32 {
+        let mut u = uniform(self.seed, purpose::PRIORITY, id, 0);
+        for &(priority, share) in &self.priorities {
+            if u < share {
+                return priority;
+            }
+            u -= share;
+        }
+        self.priorities.last().map_or(0, |p| p.0)
+    }
+
+    /// Time from arrival `id - 1` to arrival `id`, in ns.
+    pub fn gap_ns(&self, id: u64, now_ns: f64) -> f64 {
+        let e = exponential(self.seed, purpose::ARRIVAL, id) * 1e9;
+        match self.arrivals {
+            Arrivals::Poisson(rate) => e / rate,
+            Arrivals::Bursty(rate, period_s) => {
+                // In time that runs only during bursts.
+                let (period, third) = (period_s * 1e9, period_s * 1e9 / 3.0);
+                let into = now_ns % period;
+                let left = (third - into).max(0.0);
+                let mut burst = e / (3.0 * rate);
+                if burst < left {
+                    return burst;
+                }
+                burst -= left;
+                period - into + (burst / third).floor() * period + burst % third
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// Confidence of a token at a ramp: 0.9 or 0.1 around a threshold of
+    /// 0.5, or as recorded (NaN: unknown).
+    pub fn confidence(&self, id: u64, token: u64, ramp: usize, now_ns: f64) -> f32 {
+        let u = uniform(self.seed, purpose::EXIT, id, token);
+        let by = |chances: &mut dyn Iterator<Item = f64>| {
+            1.0 - chances.take(ramp + 1).map(|p| 1.0 - p).product::<f64>()
+        };
+        let share = match &self.confidence {
+            Confidence::Fixed(p) => by(&mut p.iter().copied()),
+            Confidence::Spread(p, spread) => {
+                let own = uniform(self.seed, purpose::REQUEST, id, 0);
+                by(&mut p.iter().map(|&p| {
+                    let extreme = f64::from(u8::from(own < p));
+                    p + (extreme - p) * spread
+                }))
+            }
+            Confidence::Drift(p, swing, period_s) => {
+                let phase = (now_ns / 1e9 / period_s * std::f64::consts::TAU).sin();
+                by(&mut p
+                    .iter()
+                    .map(|&p| (p * (1.0 + swing * phase)).clamp(0.0, 1.0)))
+            }
+            Confidence::Recorded(all) => {
+                // Longer runs than recorded go around.
+                let Some(tokens) = all.get(&id).filter(|t| !t.is_empty()) else {
+                    return f32::NAN;
+                };
+                return tokens[token as usize % tokens.len()][ramp];
+            }
+        };
+        if u < share { 0.9 } else { 0.1 }
+    }
+
+    /// In place of a confidence that was not recorded: that of some other
+    /// token at the same ramp; 0 where there is none.
+    pub fn drawn(&self, id: u64, token: u64, ramp: usize) -> f32 {
+        let Confidence::Recorded(all) = &self.confidence else {
+            return 0.0;
+        };
+        let pick = |k: u64, n: usize| {
+            (uniform(self.seed, purpose::UNKNOWN, id ^ (k << 40), token) * n as f64) as usize
+        };
+        for k in 0..32 {
+            let Some(tokens) = all.get(&(pick(2 * k, all.len()) as u64)) else {
+                continue;
+            };
+            let confidence = tokens[pick(2 * k + 1, tokens.len())][ramp];
+            if !confidence.is_nan() {
+                return confidence;
+            }
+        }
+        0.0
+    }
+}
