@@ -148,4 +148,14 @@ impl Buffer {
         }
         self.queues.remove(slot);
     }
+
+    /// See [`Queues::take_oldest`].
+    pub fn take_oldest(&mut self, q: usize, n: usize, horizon_ns: u64, out: &mut Vec<u32>) -> bool {
+        let before = out.len();
+        let taken = self.queues.take_oldest(q, n, horizon_ns, out);
+        if q != READY {
+            self.held -= (out.len() - before) as u32;
+        }
+        taken
+    }
 }

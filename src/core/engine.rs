@@ -620,6 +620,12 @@ impl Engine {
         self.replan_some(if windows == 0 { u32::MAX } else { windows })
     }
 
+    /// A whole search for a rule from what is known now.
+    pub fn search_anew(&mut self) {
+        self.auto.begin(&self.cost, &self.exits);
+        self.replan_some(u32::MAX);
+    }
+
     /// Starts from times learned before.
     pub fn load_profile(&mut self, p: &Profile) -> Result<()> {
         p.validate()?;

@@ -53,8 +53,6 @@ impl Marks {
         };
         let scale = Rule::scale(decoding, config.batch());
         let hold_rows = match config.policy {
-            // What is held when early exit goes off has waited long enough.
-            Policy::Auto if rule.ramps == 0 => 1,
             Policy::Auto => rule.hold_rows(scale),
             _ if config.flush_rows > 0 => config.flush_rows,
             Policy::Art => config.batch() as u32,
@@ -128,11 +126,15 @@ impl Planner {
         if let Some((r, reason)) = aged {
             return Choice::Flush(r, reason);
         }
-        let mut held = [0; MAX_RAMPS + 1];
-        for r in 0..ramps {
-            held[r + 1] = v.buffer.held_at(r);
-        }
         let m = v.marks;
+        let mut held = [0; MAX_RAMPS + 1];
+        for r in (0..ramps).rev() {
+            held[r + 1] = v.buffer.held_at(r);
+            // A rule that is gone left them; no more will come to join them.
+            if held[r + 1] > 0 && m.ramps >> r & 1 == 0 {
+                return Choice::Flush(r, Reason::Idle);
+            }
+        }
         let all = v.buffer.held();
         match rollout::choose(
             &held[..=ramps],
@@ -196,6 +198,9 @@ impl Planner {
         let ahead = v.cost.remaining(layer, n).unwrap_or(0.0) * MARGIN;
         let horizon = now_ns.saturating_add(ahead as u64);
         let places = limit.min(waiting);
+        if v.buffer.take_oldest(q, places, horizon, &mut self.picked) {
+            return self.end(v, q);
+        }
         // Under steady overload every row has been passed over often, and age
         // would be all that counts: half of the places stay with priority.
         let mut starved = if waiting <= limit {
@@ -225,6 +230,10 @@ impl Planner {
             }
             self.picked.push(h);
         }
+        self.end(v, q)
+    }
+
+    fn end(&mut self, v: &mut View, q: usize) -> &[u32] {
         if !self.picked.is_empty() {
             v.buffer.queues().count_plan(q);
             self.plans += 1;

@@ -236,13 +236,54 @@ impl Queues {
             if current(&self.nodes, &top, q as u32) {
                 return Some((top.handle, top.due_ns));
             }
-            if queue.dues.len() > 2 * queue.with_due as usize + 8 {
+            // One by one, or all that have left at once, whichever is less.
+            let n = queue.dues.len();
+            if (n - queue.with_due as usize) * 16 > n {
                 sweep(&self.nodes, &mut queue.dues, q as u32);
             } else {
                 pop(&mut queue.dues);
             }
         }
         None
+    }
+
+    /// Takes the `n` oldest rows at once, where that is the order anyway: all
+    /// have one priority, and no deadline lies before `horizon_ns`. False,
+    /// and nothing taken, where it is not.
+    pub fn take_oldest(&mut self, q: usize, n: usize, horizon_ns: u64, out: &mut Vec<u32>) -> bool {
+        if self.queues[q].levels.len() > 1
+            || self.nearest(q).is_some_and(|(_, due)| due <= horizon_ns)
+        {
+            return false;
+        }
+        let queue = &mut self.queues[q];
+        let mut at = queue.all.first;
+        for _ in 0..n {
+            if at == NONE {
+                break;
+            }
+            let node = &mut self.nodes[at as usize];
+            out.push(at);
+            node.queue = NONE;
+            queue.len -= 1;
+            queue.with_due -= u32::from(node.due_ns > 0);
+            at = node.all.after;
+        }
+        // With one priority, both lists are the same.
+        if at == NONE {
+            queue.all = EMPTY;
+            queue.levels.clear();
+        } else {
+            queue.all.first = at;
+            queue.levels[0].ends.first = at;
+            let node = &mut self.nodes[at as usize];
+            node.all.before = NONE;
+            node.same.before = NONE;
+        }
+        if queue.with_due == 0 {
+            queue.dues.clear();
+        }
+        true
     }
 
     /// The oldest row of the highest priority.
@@ -274,7 +315,7 @@ impl Queue {
 }
 
 /// Links a row in by its order of arrival: nearly always last.
-fn link(nodes: &mut [Node], ends: &mut Ends, handle: u32, side: fn(&mut Node) -> &mut Link) {
+fn link(nodes: &mut [Node], ends: &mut Ends, handle: u32, side: impl Fn(&mut Node) -> &mut Link) {
     let seq = nodes[handle as usize].seq;
     let mut before = ends.last;
     if ends.first != NONE && nodes[ends.first as usize].seq > seq {
@@ -299,7 +340,7 @@ fn link(nodes: &mut [Node], ends: &mut Ends, handle: u32, side: fn(&mut Node) ->
     }
 }
 
-fn unlink(nodes: &mut [Node], ends: &mut Ends, handle: u32, side: fn(&mut Node) -> &mut Link) {
+fn unlink(nodes: &mut [Node], ends: &mut Ends, handle: u32, side: impl Fn(&mut Node) -> &mut Link) {
     let Link { before, after } = *side(&mut nodes[handle as usize]);
     match before {
         NONE => ends.first = after,
@@ -387,13 +428,41 @@ mod tests {
                     let e = Entry {
                         seq,
                         since_ns: seq,
-                        due_ns: if draw(3) == 0 { 0 } else { 1 + draw(1000) },
-                        priority: draw(5) as i32 - 2,
+                        due_ns: if draw(3) == 0 || seq / 10000 % 2 == 0 {
+                            0
+                        } else {
+                            1 + draw(1000)
+                        },
+                        priority: if seq / 5000 % 2 == 0 {
+                            0
+                        } else {
+                            draw(5) as i32 - 2
+                        },
                         plans: 0,
                     };
                     let q = draw(2) as usize;
                     queues.push(q, handle, e);
                     list.push((q, handle, e));
+                }
+            }
+            if seq % 7 == 0 {
+                let (q, n, horizon) = (draw(2) as usize, draw(6) as usize, draw(1000));
+                let mut here: Vec<_> = list
+                    .iter()
+                    .filter(|l| l.0 == q)
+                    .map(|l| (l.2.seq, l.1, l.2))
+                    .collect();
+                here.sort_by_key(|l| l.0);
+                let plain = here.windows(2).all(|w| w[0].2.priority == w[1].2.priority)
+                    && here.iter().all(|l| l.2.due_ns == 0 || l.2.due_ns > horizon);
+                let mut out = Vec::new();
+                assert_eq!(queues.take_oldest(q, n, horizon, &mut out), plain);
+                if plain {
+                    let expect: Vec<u32> = here.iter().take(n).map(|l| l.1).collect();
+                    assert_eq!(out, expect);
+                    list.retain(|l| !out.contains(&l.1));
+                } else {
+                    assert!(out.is_empty());
                 }
             }
             for q in 0..2 {

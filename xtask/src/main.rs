@@ -15,6 +15,7 @@ mod process;
 mod score;
 mod server;
 mod server_tests;
+mod sim;
 mod test;
 mod tools;
 
@@ -67,7 +68,7 @@ enum Cmd {
     },
     /// Run the patched llama-server in the foreground
     ///
-    /// Without -m/--model the bundled early-exit model is served; without any --drex flag the policy is `hold`.
+    /// Without -m/--model the bundled early-exit model is served; without any --drex flag the policy is `auto`.
     #[command(
         after_help = "Example: cargo xtask serve -- --port 8080 -np 8 -c 4096 --drex-threshold 0.8"
     )]
@@ -80,6 +81,30 @@ enum Cmd {
     },
     /// Compare the exit policies on the bundled model and write a report
     Demo(demo::Options),
+    /// Simulate the scheduler: policies side by side, the whole grid, or a recording of your traffic
+    ///
+    /// All arguments go to drex-sim; see `cargo xtask sim --help`.
+    #[command(disable_help_flag = true)]
+    Sim {
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "ARGS"
+        )]
+        args: Vec<OsString>,
+    },
+    /// Time the core's calls with criterion
+    Bench {
+        /// What to time
+        #[arg(value_parser = ["core"])]
+        what: String,
+        /// One line of JSON: the median of each benchmark in ns
+        #[arg(long)]
+        json: bool,
+        /// Shorter runs
+        #[arg(long)]
+        quick: bool,
+    },
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -96,6 +121,8 @@ fn main() -> ExitCode {
         } => build(exact, reference_only, &source).map(|()| true),
         Cmd::Serve { source, args } => serve(&source, args).map(|()| true),
         Cmd::Demo(options) => demo::run(&options).map(|()| true),
+        Cmd::Sim { args } => sim::sim(args).map(|()| true),
+        Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
         Cmd::Test(options) => test::run(&options),
     };
     match result {
@@ -150,7 +177,7 @@ fn serve(source: &Source, mut args: Vec<OsString>) -> Result<()> {
         args.extend(["-m".into(), cache::bundled_model()?.into()]);
     }
     if !names_drex && !only_asks {
-        args.extend(["--drex-policy".into(), "hold".into()]);
+        args.extend(["--drex-policy".into(), "auto".into()]);
     }
     // exec, so that signals and the exit status are the server's own.
     let error = std::process::Command::new(runtime.server())

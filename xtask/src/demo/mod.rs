@@ -57,7 +57,7 @@ pub struct Options {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "off,eager,art,latency,hold"
+        default_value = "off,eager,art,latency,hold,auto"
     )]
     policies: Vec<String>,
     /// Requests in flight

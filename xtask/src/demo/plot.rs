@@ -15,7 +15,8 @@ pub fn class(policy: &str) -> &'static str {
         "eager" => "eager",
         "art" => "art",
         "latency" => "latency",
-        "hold" | "auto" => "hold",
+        "hold" => "hold",
+        "auto" => "auto",
         _ => "other",
     }
 }

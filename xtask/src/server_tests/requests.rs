@@ -22,7 +22,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
 
 fn involuntary(suite: &Suite) -> Result<()> {
     for policy in [
-        "off", "hold", "latency", "art", "lazy", "eager", "median", "mean",
+        "off", "auto", "hold", "latency", "art", "lazy", "eager", "median", "mean",
     ] {
         let server = suite.start(&suite.patched, 8, &["--drex-policy", policy])?;
         let requests: Vec<_> = (0..32).map(|i| greedy(&prompt(i), 32)).collect();

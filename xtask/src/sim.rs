@@ -1,0 +1,66 @@
+//! `sim` and `bench`: the simulator and the benchmarks of the core, built optimised and run.
+
+use std::{ffi::OsString, os::unix::process::CommandExt, path::PathBuf, process::Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value, json};
+
+use crate::{cache, cargo::cargo};
+
+/// Replaces this process by the simulator.
+pub fn sim(args: Vec<OsString>) -> Result<()> {
+    let error = cargo()
+        .args(["run", "--quiet", "--release", "--package", "drex-sim", "--"])
+        .args(args)
+        .exec();
+    Err(error).context("cannot run cargo")
+}
+
+pub fn bench(json: bool, quick: bool) -> Result<()> {
+    let home = criterion_home();
+    let mut command = cargo();
+    command
+        .args(["bench", "--package", "drex", "--bench", "core", "--"])
+        .env("CRITERION_HOME", &home)
+        .stdout(Stdio::from(std::io::stderr()));
+    if quick {
+        command.args(["--warm-up-time", "0.2", "--measurement-time", "0.5"]);
+    }
+    if !command.status().context("cannot run cargo")?.success() {
+        bail!("the benchmarks failed");
+    }
+    let mut all = Map::new();
+    let core = home.join("core");
+    let mut names: Vec<_> = std::fs::read_dir(&core)
+        .with_context(|| format!("cannot read {}", core.display()))?
+        .collect::<Result<Vec<_>, _>>()?;
+    names.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in names {
+        let path = entry.path().join("new/estimates.json");
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            continue; // the folder of a report
+        };
+        let v: Value =
+            serde_json::from_str(&text).with_context(|| format!("{}: not JSON", path.display()))?;
+        let median = v["median"]["point_estimate"]
+            .as_f64()
+            .with_context(|| format!("{}: no median", path.display()))?;
+        all.insert(
+            entry.file_name().to_string_lossy().into_owned(),
+            json!((median * 10.0).round() / 10.0),
+        );
+    }
+    if json {
+        println!("{}", json!({"median_ns": all}));
+    } else {
+        for (name, ns) in &all {
+            println!("{name:40} {:>12.1} ns", ns.as_f64().unwrap_or(f64::NAN));
+        }
+    }
+    Ok(())
+}
+
+/// Emptied of nothing: criterion compares with the run before.
+fn criterion_home() -> PathBuf {
+    cache::repo().join("target/criterion")
+}
