@@ -143,7 +143,7 @@
 #define DREX_CONFIG_INITIALIZER                                              \
   { sizeof(drex_config), DREX_ABI_VERSION, 0, 0, NULL, 0, 0, 0,              \
     DREX_POLICY_AUTO, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
-    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0 }
+    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0 }
 
 #define DREX_KV_LAYER_INITIALIZER                                            \
   { sizeof(drex_kv_layer), 0, NULL, NULL, 0, 0, 0, 0, 0, 0 }
@@ -361,6 +361,11 @@ typedef struct drex_config {
   uint32_t reserved;
   // AUTO: of the random numbers that its predictions draw. Any number.
   uint64_t seed;
+  // AUTO: 1: a window may pass a ramp of the rule where its rows, by their
+  // requests' recent exits, are unlikely to exit. 0: never.
+  uint32_t routing;
+  // 0
+  uint32_t reserved2;
 } drex_config;
 
 // The K/V cache of one layer. The tensors stay the host's, and must stay

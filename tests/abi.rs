@@ -223,6 +223,7 @@ fn every_wrong_config_is_named() {
             "n_slots is 4, but max_requests is 8: every request may hold one row",
         ),
         (|c| c.policy = 9, "policy is 9"),
+        (|c| c.routing = 2, "routing is 2"),
         (|c| c.metric = 3, "metric is 3"),
         (|c| c.metric = DREX_METRIC_DEFAULT, "metric is 4294967295"),
         (|c| c.fill = 3, "fill is 3"),
@@ -424,7 +425,7 @@ fn sizes_from_the_past_and_the_future() {
 
 #[test]
 fn the_layout_of_version_one_is_frozen() {
-    assert_eq!(size_of::<drex_config>(), 104);
+    assert_eq!(size_of::<drex_config>(), 112);
     assert_eq!(size_of::<drex_kv_layer>(), 72);
     assert_eq!(size_of::<drex_request_config>(), 56);
     assert_eq!(size_of::<drex_request_info>(), 192);

@@ -10,6 +10,8 @@ use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
 use drex::core::request::RequestConfig;
 
+const ROUTING: bool = false;
+
 #[derive(Clone, Copy)]
 struct Cell {
     t0: f64,
@@ -49,6 +51,7 @@ fn run(cell: Cell, policy: Policy, theta: u32, tokens: u64) -> f64 {
         min_ready: 0,
         max_hold_ns: 0,
         token_deadline_ns: 0,
+        routing: ROUTING,
         seed: 1,
         art_ratio: None,
     })

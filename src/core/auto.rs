@@ -19,6 +19,9 @@ use super::rollout::{Outcome, Rule, Scene, play};
 
 /// Tokens, in units of the requests alive, per probe of the ramps.
 const PROBE_RAMPS: u64 = 80;
+/// The first probes come sooner: what the first windows of a process took may
+/// say little. The distance grows by half each time.
+const PROBE_FIRST: u64 = 4;
 /// The same for full passes, which cost more.
 const PROBE_OFF: u64 = 320;
 /// A search starts after this many steps at the latest.
@@ -99,6 +102,8 @@ pub struct Auto {
     left: u64,
     until_ramps: u64,
     until_off: u64,
+    /// Distance of probes of the ramps, of full passes a quarter.
+    distance: u64,
     steps: u32,
     searches: u64,
     basis: Option<Basis>,
@@ -132,6 +137,7 @@ impl Auto {
             left: 1,
             until_ramps: 0,
             until_off: 0,
+            distance: PROBE_FIRST,
             steps: 0,
             searches: 0,
             basis: None,
@@ -156,6 +162,11 @@ impl Auto {
             Phase::Run => self.rule,
             Phase::Probe(rule) => rule,
         }
+    }
+
+    /// A rule has been found, and is in force.
+    pub fn settled(&self) -> bool {
+        self.phase == Phase::Run
     }
 
     /// The rule that the last search chose.
@@ -201,8 +212,8 @@ impl Auto {
                     Phase::Start(k + 1)
                 }
                 Phase::Start(_) => {
-                    self.until_ramps = PROBE_RAMPS * span;
-                    self.until_off = PROBE_OFF * span;
+                    self.until_ramps = self.distance * span;
+                    self.until_off = PROBE_OFF / PROBE_RAMPS * self.distance * span;
                     self.begin(cost, exits);
                     Phase::Run
                 }
@@ -222,14 +233,15 @@ impl Auto {
 
     fn probe(&mut self, span: u64) -> Phase {
         if self.until_ramps == 0 {
-            self.until_ramps = PROBE_RAMPS * span;
+            self.distance = (self.distance + self.distance.div_ceil(2)).min(PROBE_RAMPS);
+            self.until_ramps = self.distance * span;
             if self.rule.ramps != self.allowed && self.allowed != 0 {
                 self.left = span.min(u64::from(self.batch));
                 return Phase::Probe(self.all_ramps());
             }
         }
         if self.until_off == 0 {
-            self.until_off = PROBE_OFF * span;
+            self.until_off = PROBE_OFF / PROBE_RAMPS * self.distance * span;
             if self.rule.ramps != 0 {
                 self.left = 1;
                 return Phase::Probe(Rule::OFF);

@@ -33,6 +33,13 @@ const SOLVE_ALWAYS: u64 = 48;
 /// Time of a row as a share of a pass's fixed time, before anything is known.
 const PRIOR_SLOPE: f64 = 0.02;
 
+/// A window that runs for the first time with so many rows may have its graph
+/// built, its memory touched, its kernels loaded: a time above what is expected
+/// then counts for this much.
+const FIRST_WEIGHT: f64 = 0.02;
+const FIRST_SLOWER: f64 = 1.1;
+const SEEN: usize = 4096;
+
 /// Places of the coefficients; two per segment follow.
 const C0: usize = 0;
 const C1: usize = 1;
@@ -71,6 +78,8 @@ pub struct CostModel {
     run: i32,
     run_log: f64,
     cells_per_row: f64,
+    /// Bit of a hash of (window, rows): seen before.
+    seen: [u64; SEEN / 64],
     profile: Profile,
     x: Vec<f64>,
     factor: Vec<f64>,
@@ -101,6 +110,7 @@ impl CostModel {
             run: 0,
             run_log: 0.0,
             cells_per_row: 0.0,
+            seen: [0; SEEN / 64],
             profile: Profile {
                 n_layers,
                 ramp_layers: ramp_layers.to_vec(),
@@ -262,7 +272,10 @@ impl CostModel {
         let mut y = ns / self.unit;
         let expected: f64 = self.x.iter().zip(&self.beta).map(|(x, b)| x * b).sum();
         let mut weight = 1.0;
-        if self.observed >= 4 && expected > 0.0 {
+        let first = self.first_time(begin, end, rows as u32);
+        if first && (self.observed == 0 || y > expected * FIRST_SLOWER) {
+            weight = FIRST_WEIGHT;
+        } else if self.observed >= 4 && expected > 0.0 {
             let r = y / expected - 1.0;
             let size = (HUBER * self.spread).clamp(0.03, 0.2);
             if r.abs() > size {
@@ -309,6 +322,16 @@ impl CostModel {
             self.solve();
             self.publish();
         }
+    }
+
+    fn first_time(&mut self, begin: u32, end: u32, rows: u32) -> bool {
+        let key = (u64::from(begin) << 40 | u64::from(end) << 20 | u64::from(rows))
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let at = (key >> 52) as usize % SEEN;
+        let (word, bit) = (at / 64, 1u64 << (at % 64));
+        let first = self.seen[word] & bit == 0;
+        self.seen[word] |= bit;
+        first
     }
 
     fn fade(&mut self, by: f64) {

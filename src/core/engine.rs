@@ -17,6 +17,7 @@ use super::policy::{self, Decision, Policy, RampRow};
 use super::profile::Profile;
 use super::queue::Entry;
 use super::request::{Request, RequestConfig, Requests, State};
+use super::routing::{Routing, Stop, best_stop};
 use super::{MAX_RAMPS, NONE};
 
 /// What the host is to run.
@@ -79,6 +80,7 @@ pub struct Engine {
     planner: Planner,
     exits: Exits,
     auto: Auto,
+    routing: Routing,
     gaps: Gaps,
     /// The host calls [`Engine::replan`] itself.
     host_replans: bool,
@@ -108,6 +110,7 @@ impl Engine {
             planner: Planner::new(&config),
             exits: Exits::new(config.n_ramps()),
             auto: Auto::new(config.n_ramps(), batch, config.seed),
+            routing: Routing::default(),
             gaps: Gaps::default(),
             host_replans: false,
             decoding: 0,
@@ -377,6 +380,8 @@ impl Engine {
         };
         let looked_at = marks.ramps & may_exit;
         let stop = (first..ramps.len()).find(|&r| looked_at & (1 << r) != 0);
+        let stop = self.route(marks, begin, first, stop);
+        let ramps = &self.config.ramp_layers;
         let step = Step {
             layer_begin: begin,
             layer_end: stop.map_or(self.config.n_layers, |r| ramps[r]),
@@ -388,6 +393,59 @@ impl Engine {
         self.last_rows = self.rows.len() as u32;
         self.step = Some(step);
         Ok(Some(step))
+    }
+
+    /// Under `auto`, once costs and rules are known, the stop that is best for
+    /// these rows; probes look where they are told to.
+    fn route(
+        &mut self,
+        marks: Marks,
+        begin: u32,
+        first: usize,
+        stop: Option<usize>,
+    ) -> Option<usize> {
+        if self.config.policy != Policy::Auto || !self.config.routing || !self.auto.settled() {
+            return stop;
+        }
+        let mut stops = [Stop { ramp: 0, stay: 0.0 }; MAX_RAMPS];
+        let mut n = 0;
+        for ramp in stop?..self.config.n_ramps() {
+            if marks.ramps >> ramp & 1 == 0 {
+                continue;
+            }
+            let after = first.checked_sub(1);
+            let share = self.exits.chance(after, ramp).p;
+            let mut stay = self.rows.len() as f64;
+            for row in &self.rows {
+                let r = self.requests.get(row.request);
+                if r.may_exit >> ramp & 1 == 1 {
+                    stay -= self.routing.chance(&r.recent, ramp, share);
+                }
+            }
+            stops[n] = Stop { ramp, stay };
+            n += 1;
+        }
+        let config = &self.config;
+        let (rows, flush) = (
+            self.rows.len() as u32,
+            marks.hold_rows.min(config.batch() as u32),
+        );
+        let best = best_stop(
+            &self.cost,
+            begin,
+            &config.ramp_layers,
+            config.n_layers,
+            rows,
+            flush,
+            &stops[..n],
+        );
+        self.routing.passed += u64::from(best != stop);
+        best
+    }
+
+    /// Windows that passed a ramp because their rows were unlikely to exit.
+    pub fn routed(&self) -> u64 {
+        self.routing.passed
     }
 
     /// The ramp of the planned step, if it is time for its verdicts.
@@ -469,6 +527,11 @@ impl Engine {
                 continue;
             }
             let r = self.requests.get_mut(row.request);
+            let RampRow { confidence, .. } = self.ramp_rows[k];
+            if r.may_exit >> ramp & 1 == 1 && !confidence.is_nan() {
+                let exits = self.ramp_rows[k].confident();
+                self.routing.observe(&mut r.recent, ramp, exits);
+            }
             r.last_confidence = score.confidence;
             self.counters.nonfinite_rows += u64::from(score.confidence.is_nan());
             match decision {

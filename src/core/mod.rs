@@ -20,6 +20,7 @@ pub mod profile;
 pub mod queue;
 pub mod request;
 pub mod rollout;
+pub mod routing;
 
 /// Most exit ramps that one model may have.
 pub const MAX_RAMPS: usize = 16;

@@ -5,6 +5,7 @@
 
 use super::error::{Error, Result};
 use super::metric::Metric;
+use super::routing::{self, Recent};
 use super::{MAX_RAMPS, NONE};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +81,7 @@ pub struct Request {
     pub held_ns: u64,
     pub deadline_misses: u64,
     pub last_confidence: f32,
+    pub recent: Recent,
 }
 
 impl Request {
@@ -132,6 +134,7 @@ const VACANT: Request = Request {
     held_ns: 0,
     deadline_misses: 0,
     last_confidence: f32::NAN,
+    recent: routing::UNKNOWN,
 };
 
 impl Requests {

@@ -183,6 +183,7 @@ mod tests {
             min_ready: 0,
             max_hold_ns: 0,
             token_deadline_ns: 0,
+            routing: false,
             seed: 0,
             art_ratio: None,
         })

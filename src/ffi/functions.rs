@@ -265,6 +265,10 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         other => return Err(Error::int("device", other, "DREX_DEVICE_HOST (0)").into()),
     }
     reserved(c.reserved)?;
+    reserved(c.reserved2)?;
+    if c.routing > 1 {
+        return Err(Error::int("routing", c.routing, "0 or 1").into());
+    }
     Ok(Config {
         n_layers: c.n_layers,
         ramp_layers: ramp_layers.collect(),
@@ -279,6 +283,7 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         min_ready: c.min_ready,
         max_hold_ns: c.max_hold_ns,
         token_deadline_ns: c.token_deadline_ns,
+        routing: c.routing != 0,
         seed: c.seed,
         art_ratio: (!c.art_ratio.is_nan()).then_some(c.art_ratio),
     })

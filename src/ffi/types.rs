@@ -264,6 +264,11 @@ pub struct drex_config {
     pub reserved: u32,
     /// AUTO: of the random numbers that its predictions draw. Any number.
     pub seed: u64,
+    /// AUTO: 1: a window may pass a ramp of the rule where its rows, by their
+    /// requests' recent exits, are unlikely to exit. 0: never.
+    pub routing: u32,
+    /// 0
+    pub reserved2: u32,
 }
 
 /// The K/V cache of one layer. The tensors stay the host's, and must stay

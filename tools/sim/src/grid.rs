@@ -31,6 +31,7 @@ pub struct Options {
     /// `auto` starts from a profile that is wrong by this factor in the cost
     /// of rows. 1: from nothing.
     pub wrong: f64,
+    pub routing: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -165,6 +166,7 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
         outliers: o.outliers,
         gap_ns: 0.0,
         start: None,
+        routing: o.routing,
     };
     let policy = |name: &str| run(&setup, &Contender::parse(name)?);
     let off = policy("off")?;

@@ -24,7 +24,7 @@ const RATES: [Series; 6] = [
 ];
 
 const WAITS: [Series; 4] = [
-    ("off", |c| c.off.tbt_p99_ms / c.off.tbt_p99_ms),
+    ("off", |_| 1.0),
     ("art", |c| c.art.tbt_p99_ms / c.off.tbt_p99_ms),
     ("latency", |c| c.latency.tbt_p99_ms / c.off.tbt_p99_ms),
     ("auto", |c| c.auto.tbt_p99_ms / c.off.tbt_p99_ms),

@@ -91,6 +91,8 @@ pub struct Setup {
     pub gap_ns: f64,
     /// What the engine believes at the start.
     pub start: Option<Profile>,
+    /// See `drex_config.routing`.
+    pub routing: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -145,6 +147,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         min_ready: contender.phi,
         max_hold_ns: 0,
         token_deadline_ns: w.token_deadline_ns,
+        routing: setup.routing,
         seed: w.seed,
         art_ratio: None,
     })?;
@@ -271,7 +274,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         }
         host.clock += setup.gap_ns;
     }
-    for (&id, _) in &host.live {
+    for &id in host.live.keys() {
         let missed = engine.request(id)?.deadline_misses;
         if let Some(class) = classes.iter_mut().find(|c| c.0 == w.priority(id)) {
             class.1 += missed;

@@ -26,6 +26,7 @@ fn setup(class: Class, n: u32, batch: u32, a: f64, p: f64) -> Setup {
         outliers: 0.0,
         gap_ns: 0.0,
         start: None,
+        routing: false,
     }
 }
 
@@ -82,6 +83,7 @@ fn options() -> Options {
         spread: 0.0,
         drift: 0.0,
         wrong: 1.0,
+        routing: false,
     }
 }
 
@@ -315,6 +317,7 @@ fn a_record_is_replayed() {
         outliers: 0.0,
         gap_ns: r.gap_ns,
         start: None,
+        routing: false,
     };
     let off = go(&s, "off");
     assert_eq!((off.tokens, off.finished), (80, 4));
