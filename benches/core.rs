@@ -126,7 +126,8 @@ fn steps(c: &mut Criterion) {
     ] {
         let with = if deadlines { "_deadlines" } else { "" };
         let name = |part| format!("{part}_{rows}_rows_of_{requests}{with}");
-        let parts: [(&str, fn(&Spent) -> Duration); 4] = [
+        type Part = (&'static str, fn(&Spent) -> Duration);
+        let parts: [Part; 4] = [
             ("plan", |s| s.plan),
             ("ramp", |s| s.ramp),
             // What stands between a window's end and the next one's start.
