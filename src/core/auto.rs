@@ -14,7 +14,7 @@
 
 use super::MAX_RAMPS;
 use super::cost::CostModel;
-use super::exits::Exits;
+use super::exits::{Exits, KINDS};
 use super::rollout::{Outcome, Rule, Scene, play};
 
 /// Tokens, in units of the requests alive, per probe of the ramps.
@@ -45,6 +45,8 @@ const PASSES: u32 = 400;
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Load {
     pub requests: u32,
+    /// Requests that exit often, see [`super::exits::Kind`].
+    pub often: u32,
     pub gap_ns: f64,
     pub prompt_ns: f64,
 }
@@ -467,15 +469,18 @@ impl Auto {
         // Beyond a few batches, more requests change nothing but the time
         // that it takes to see it.
         let requests = self.load.requests.min(4 * self.batch);
+        let often = u64::from(self.load.often.min(self.load.requests)) * u64::from(requests)
+            / u64::from(self.load.requests.max(1));
+        let often = often as u32;
         let mut scene = Scene {
-            requests,
+            requests: [requests - often, often],
             batch: self.batch,
             prompt_ns: self.load.prompt_ns,
             gap_ns: self.load.gap_ns,
             windows: 0,
             ns: [0.0; MAX_RAMPS + 1],
             ns_per_row: [0.0; MAX_RAMPS + 1],
-            exits: [0; MAX_RAMPS],
+            exits: [[0; KINDS]; MAX_RAMPS],
         };
         let mut begin = 0;
         let mut after = None;
@@ -491,8 +496,8 @@ impl Auto {
             scene.ns_per_row[k] = profile.time(begin, end, 1.0, cells) - at0;
             if end < segments {
                 let c = exits.chance(after, ramp);
-                let p = (c.p + c.error).min(1.0);
-                scene.exits[k] = (p * 1024.0).round() as u32;
+                let p = exits.by_kind(after, ramp).unwrap_or([c.p; KINDS]);
+                scene.exits[k] = p.map(|p| ((p + c.error).min(1.0) * 1024.0).round() as u32);
             }
             scene.windows += 1;
             begin = end;

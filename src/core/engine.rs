@@ -9,7 +9,7 @@ use super::config::{Config, check_threshold};
 use super::cost::CostModel;
 use super::counters::{Counters, Miss, Reason};
 use super::error::{Error, Result};
-use super::exits::Exits;
+use super::exits::{Exits, KINDS};
 use super::gaps::Gaps;
 use super::metric::{Metric, Score};
 use super::planner::{Choice, Marks, Planner, View};
@@ -85,6 +85,8 @@ pub struct Engine {
     /// The host calls [`Engine::replan`] itself.
     host_replans: bool,
     decoding: usize,
+    /// Those of them that exit often.
+    often: usize,
     /// Requests alive that may exit at each ramp.
     may_exit: [u32; MAX_RAMPS],
     step: Option<Step>,
@@ -114,6 +116,7 @@ impl Engine {
             gaps: Gaps::default(),
             host_replans: false,
             decoding: 0,
+            often: 0,
             may_exit: [0; MAX_RAMPS],
             step: None,
             rows: Vec::with_capacity(batch),
@@ -251,6 +254,7 @@ impl Engine {
             r.started_ns = now_ns;
             r.last_token_ns = now_ns;
             self.decoding += 1;
+            self.often += r.kind.index();
             self.gaps.began();
         }
         r.spent_ns[Miss::Host as usize] += now_ns.saturating_sub(r.last_token_ns);
@@ -272,7 +276,7 @@ impl Engine {
         let i = self.requests.find(id)?;
         let r = self.requests.get(i);
         let (state, slot, in_step, started) = (r.state, r.slot, r.in_step, r.started);
-        let (ramp, may_exit) = (r.ramp, r.may_exit);
+        let (ramp, may_exit, kind) = (r.ramp, r.may_exit, r.kind);
         if in_step != NONE {
             self.rows[in_step as usize].gone = true;
         }
@@ -291,6 +295,7 @@ impl Engine {
         }
         if started {
             self.decoding -= 1;
+            self.often -= kind.index();
         }
         self.count_may_exit(may_exit, false);
         self.requests.remove(i);
@@ -507,14 +512,24 @@ impl Engine {
             &mut self.scratch,
         );
         let after = self.step.as_ref().and_then(|s| s.after);
-        let (mut looks, mut confident) = (0, 0);
-        for r in &self.ramp_rows {
+        let p = self.exits.chance(after, ramp).p;
+        let (mut looks, mut confident) = ([0; KINDS], [0; KINDS]);
+        for (row, r) in self.rows.iter().zip(&self.ramp_rows) {
             if !r.gone && r.may_exit() && !r.confidence.is_nan() {
-                looks += 1;
-                confident += u32::from(r.confident());
+                let request = self.requests.get_mut(row.request);
+                let kind = request.kind.index();
+                looks[kind] += 1;
+                confident[kind] += u32::from(r.confident());
+                self.exits.sort(&mut request.kind, r.confident(), p);
+                self.often = self.often + request.kind.index() - kind;
             }
         }
-        self.exits.observe(after, ramp, looks, confident);
+        for kind in 0..KINDS {
+            self.exits
+                .observe_kind(kind, after, ramp, looks[kind], confident[kind]);
+        }
+        self.exits
+            .observe(after, ramp, looks.iter().sum(), confident.iter().sum());
         for (k, score) in scores.iter().enumerate() {
             let RampRow {
                 decision, forced, ..
@@ -657,6 +672,7 @@ impl Engine {
         if self.config.policy == Policy::Auto {
             let load = Load {
                 requests: self.decoding as u32,
+                often: self.often as u32,
                 gap_ns: self.gaps.gap_ns(),
                 prompt_ns: self.gaps.prompt_ns_per_token(),
             };

@@ -2,6 +2,12 @@
 
 //! How likely a row is to exit at a ramp, given the last ramp before it that
 //! was looked at and that it did not exit there.
+//!
+//! Requests differ, and a row that is held is more likely one of a request
+//! that seldom exits. Requests are therefore told apart by whether they have
+//! of late exited more often than the average, see [`Kind`], and each kind has
+//! chances of its own. A kind says what a request did *before* a look, so where
+//! all requests are alike both kinds get the same chance.
 
 use super::MAX_RAMPS;
 
@@ -13,6 +19,37 @@ const AFTER_CHANGE: f64 = 48.0;
 const CONTRADICTION: f64 = 4.5;
 /// Looks that the prior counts for.
 const PRIOR: f64 = 2.0;
+/// Looks that the chance of all requests counts for in that of a kind.
+const PRIOR_KIND: f64 = 24.0;
+/// Standard errors by which the kinds' chances must differ to matter.
+const DISTINCT: f64 = 2.0;
+/// Weight of one look in what a request did of late.
+const RECENT: f32 = 1.0 / 16.0;
+
+/// Requests that exit seldom (0), and often (1).
+pub const KINDS: usize = 2;
+
+/// Weight of one look in the middle of a kind.
+const MIDDLE: f32 = 1.0 / 64.0;
+
+/// By how much a request has of late exited more often than predicted, and
+/// which kind that makes it: the one whose middle is nearer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Kind {
+    recent: f32,
+    often: bool,
+}
+
+impl Kind {
+    pub const NEW: Kind = Kind {
+        recent: 0.0,
+        often: false,
+    };
+
+    pub fn index(self) -> usize {
+        usize::from(self.often)
+    }
+}
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Share {
@@ -20,11 +57,33 @@ struct Share {
     exits: f64,
 }
 
+impl Share {
+    fn observe(&mut self, looks: u32, exits: u32) {
+        let (n, k) = (f64::from(looks), f64::from(exits));
+        if self.looks > AFTER_CHANGE {
+            let p = ((self.exits + 0.5) / (self.looks + 1.0)).clamp(0.01, 0.99);
+            let deviation = (k - n * p).abs() / (n * p * (1.0 - p) * (1.0 + n / self.looks)).sqrt();
+            if deviation > CONTRADICTION {
+                let keep = AFTER_CHANGE / self.looks;
+                self.looks *= keep;
+                self.exits *= keep;
+            }
+        }
+        let keep = (1.0 - n / MEMORY).max(0.0);
+        self.looks = self.looks * keep + n;
+        self.exits = self.exits * keep + k;
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct Exits {
     ramps: usize,
     /// `[after + 1][ramp]`; row 0 is "no ramp before".
     shares: Vec<[Share; MAX_RAMPS]>,
+    /// The same for each kind of request.
+    kinds: Vec<[[Share; MAX_RAMPS]; KINDS]>,
+    /// Of each kind, what its requests did of late.
+    middles: [f32; KINDS],
 }
 
 /// An estimate and its standard error.
@@ -41,6 +100,8 @@ impl Exits {
         Exits {
             ramps,
             shares: vec![[Share::default(); MAX_RAMPS]; ramps + 1],
+            kinds: vec![[[Share::default(); MAX_RAMPS]; KINDS]; ramps + 1],
+            middles: [-0.1, 0.1],
         }
     }
 
@@ -50,20 +111,30 @@ impl Exits {
         if looks == 0 {
             return;
         }
-        let s = &mut self.shares[after.map_or(0, |a| a + 1)][ramp];
-        let (n, k) = (f64::from(looks), f64::from(exits));
-        if s.looks > AFTER_CHANGE {
-            let p = ((s.exits + 0.5) / (s.looks + 1.0)).clamp(0.01, 0.99);
-            let deviation = (k - n * p).abs() / (n * p * (1.0 - p) * (1.0 + n / s.looks)).sqrt();
-            if deviation > CONTRADICTION {
-                let keep = AFTER_CHANGE / s.looks;
-                s.looks *= keep;
-                s.exits *= keep;
-            }
+        self.shares[after.map_or(0, |a| a + 1)][ramp].observe(looks, exits);
+    }
+
+    /// A request exited at a look, or not, where a share `p` of all rows does.
+    pub fn sort(&mut self, kind: &mut Kind, exited: bool, p: f64) {
+        let surprise = f32::from(u8::from(exited)) - p as f32;
+        kind.recent += RECENT * (surprise - kind.recent);
+        let middle = &mut self.middles[kind.index()];
+        *middle += MIDDLE * (kind.recent - *middle);
+        kind.often = kind.recent > 0.5 * (self.middles[0] + self.middles[1]);
+    }
+
+    /// Like [`Exits::observe`], of the rows of one kind of request.
+    pub fn observe_kind(
+        &mut self,
+        kind: usize,
+        after: Option<usize>,
+        ramp: usize,
+        looks: u32,
+        exits: u32,
+    ) {
+        if looks > 0 {
+            self.kinds[after.map_or(0, |a| a + 1)][kind][ramp].observe(looks, exits);
         }
-        let keep = (1.0 - n / MEMORY).max(0.0);
-        s.looks = s.looks * keep + n;
-        s.exits = s.exits * keep + k;
     }
 
     /// Sets an estimate by hand, worth `looks` looks.
@@ -87,6 +158,22 @@ impl Exits {
             error: (p.clamp(0.05, 0.95) * (1.0 - p.clamp(0.05, 0.95)) / looks).sqrt(),
             looks: s.looks,
         }
+    }
+
+    /// Of each kind of request; `None` where they are not known to differ.
+    pub fn by_kind(&self, after: Option<usize>, ramp: usize) -> Option<[f64; KINDS]> {
+        let all = self.chance(after, ramp).p;
+        let kinds = &self.kinds[after.map_or(0, |a| a + 1)];
+        let mut p = [0.0; KINDS];
+        let mut variance = 0.0;
+        for (p, k) in p.iter_mut().zip(kinds) {
+            let s = &k[ramp];
+            let looks = s.looks + PRIOR_KIND;
+            *p = (s.exits + all * PRIOR_KIND) / looks;
+            let q = p.clamp(0.05, 0.95);
+            variance += q * (1.0 - q) / looks;
+        }
+        ((p[1] - p[0]).abs() > DISTINCT * variance.sqrt()).then_some(p)
     }
 
     fn guess(&self, after: Option<usize>, ramp: usize, own: f64) -> (f64, f64) {
@@ -161,6 +248,41 @@ mod tests {
         assert!((e.chance(None, 2).p - 0.8).abs() < 0.02);
         // ramp 2 after ramp 0: (0.8 - 0.2) / 0.8
         assert!((e.chance(Some(0), 2).p - 0.75).abs() < 0.02);
+    }
+
+    #[test]
+    fn kinds_tell_requests_apart_that_differ_and_only_those() {
+        for (chances, apart) in [([0.2, 0.9], true), ([0.5, 0.5], false)] {
+            let mut e = Exits::new(1);
+            let mut kinds = [Kind::NEW; 20];
+            let mut rng = super::super::rollout::Rng(1);
+            for _ in 0..400 {
+                let p = e.chance(None, 0).p;
+                let (mut looks, mut exits) = ([0; KINDS], [0; KINDS]);
+                for (i, kind) in kinds.iter_mut().enumerate() {
+                    let exited = rng.binomial(1, (chances[i % 2] * 1024.0) as u32);
+                    looks[kind.index()] += 1;
+                    exits[kind.index()] += exited;
+                    e.sort(kind, exited == 1, p);
+                }
+                for k in 0..KINDS {
+                    e.observe_kind(k, None, 0, looks[k], exits[k]);
+                }
+                e.observe(None, 0, 20, exits[0] + exits[1]);
+            }
+            match e.by_kind(None, 0) {
+                Some(p) if apart => {
+                    assert!((p[0] - 0.2).abs() < 0.06, "{p:?}");
+                    assert!((p[1] - 0.9).abs() < 0.06, "{p:?}");
+                    let right = kinds.iter().enumerate();
+                    let right = right.filter(|(i, k)| k.index() == i % 2).count();
+                    assert!(right >= 19, "{right} of 20");
+                }
+                // By chance, one in twenty, and then not far apart.
+                Some(p) => assert!((p[0] - p[1]).abs() < 0.12, "{p:?}"),
+                None => assert!(!apart),
+            }
+        }
     }
 
     #[test]

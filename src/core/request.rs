@@ -4,6 +4,7 @@
 //! once; adding, finding and removing touch no allocator.
 
 use super::error::{Error, Result};
+use super::exits::Kind;
 use super::metric::Metric;
 use super::routing::{self, Recent};
 use super::{MAX_RAMPS, NONE};
@@ -82,6 +83,7 @@ pub struct Request {
     pub deadline_misses: u64,
     pub last_confidence: f32,
     pub recent: Recent,
+    pub kind: Kind,
 }
 
 impl Request {
@@ -135,6 +137,7 @@ const VACANT: Request = Request {
     deadline_misses: 0,
     last_confidence: f32::NAN,
     recent: routing::UNKNOWN,
+    kind: Kind::NEW,
 };
 
 impl Requests {

@@ -5,6 +5,7 @@
 //! [`super::planner`], and runs in tens of nanoseconds a window.
 
 use super::MAX_RAMPS;
+use super::exits::KINDS;
 
 /// A threshold rule. Confident rows always exit, the others are held.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,8 +45,8 @@ impl Rule {
 /// What a rollout runs on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scene {
-    /// Requests in decode.
-    pub requests: u32,
+    /// Requests in decode, of each kind.
+    pub requests: [u32; KINDS],
     /// B
     pub batch: u32,
     /// Prompt work per token emitted: a request that ends is replaced, and
@@ -58,8 +59,9 @@ pub struct Scene {
     pub windows: usize,
     pub ns: [f64; MAX_RAMPS + 1],
     pub ns_per_row: [f64; MAX_RAMPS + 1],
-    /// Chance to exit at the end of each window but the last, in 1/1024.
-    pub exits: [u32; MAX_RAMPS],
+    /// Chance to exit at the end of each window but the last, in 1/1024, for
+    /// each kind.
+    pub exits: [[u32; KINDS]; MAX_RAMPS],
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -96,7 +98,7 @@ impl Rng {
     /// Successes among `n` trials of chance `p`/1024: 64 at a time, each bit
     /// of p one word of coin flips. Beyond 256 trials, a normal variable.
     pub fn binomial(&mut self, n: u32, p: u32) -> u32 {
-        if p == 0 {
+        if n == 0 || p == 0 {
             return 0;
         }
         if p >= 1024 {
@@ -131,6 +133,10 @@ impl Rng {
 
 /// Plays `hold` (theta) and `ready` (phi), in rows, until `tokens` were
 /// emitted after `warm` others, in at most `passes` windows.
+///
+/// What counts lies between two flushes to the last layer, so that rows held
+/// at the end were held at the start; without two, it is all after `warm`.
+/// Play starts shortly before a flush, with the rows that are held longest.
 pub fn play(
     scene: &Scene,
     hold: u32,
@@ -142,14 +148,27 @@ pub fn play(
 ) -> Outcome {
     let last = scene.windows - 1;
     let mut rng = Rng(seed);
-    let mut waiting = scene.requests;
-    // held[k]: rows that wait for window k
+    // rows[k]: rows that wait for window k, of each kind; held[k]: of all
+    let mut rows = [[0u32; KINDS]; MAX_RAMPS + 1];
+    rows[0] = scene.requests;
     let mut held = [0u32; MAX_RAMPS + 1];
+    let mut waiting = scene.requests[0] + scene.requests[1];
     let mut all_held = 0u32;
+    if last > 0 && scene.exits[last - 1] != [0; KINDS] {
+        all_held = (hold - hold.div_ceil(8)).min(waiting / 2);
+        let often = all_held.saturating_sub(rows[0][0]);
+        rows[last] = [all_held - often, often];
+        rows[0] = [rows[0][0] - rows[last][0], rows[0][1] - rows[last][1]];
+        held[last] = all_held;
+        waiting -= all_held;
+    }
     let mut made = 0u64;
     let mut clock = 0.0f64;
     let (mut made0, mut clock0) = (0u64, 0.0f64);
     let mut started = warm == 0;
+    // Tokens and time at the first and the latest flush that count.
+    let mut first = None;
+    let mut latest = (0u64, 0.0f64);
     let mut n = 0;
     let goal = u64::from(warm) + u64::from(tokens);
     while made < goal && n < passes {
@@ -159,7 +178,15 @@ pub fn play(
         }
         n += 1;
         let k = choose(&held[..=last], all_held, waiting, hold, ready);
-        let b = if k == 0 { waiting } else { held[k] }.min(scene.batch);
+        let there = if k == 0 { waiting } else { held[k] };
+        let b = there.min(scene.batch);
+        // In the order of their arrival: the kinds as they are mixed there.
+        let often = if b == there {
+            rows[k][1]
+        } else {
+            (rows[k][1] * b + there / 2) / there
+        };
+        let taken = [b - often, often];
         if k == 0 {
             waiting -= b;
         } else {
@@ -167,17 +194,34 @@ pub fn play(
             all_held -= b;
         }
         clock += scene.ns[k] + scene.ns_per_row[k] * f64::from(b) + scene.gap_ns;
-        let out = if k == last {
-            b
-        } else {
-            rng.binomial(b, scene.exits[k])
-        };
+        let mut out = 0;
+        for (kind, &n) in taken.iter().enumerate() {
+            let gone = if k == last {
+                n
+            } else {
+                rng.binomial(n, scene.exits[k][kind])
+            };
+            rows[k][kind] -= n;
+            rows[0][kind] += gone;
+            if k < last {
+                rows[k + 1][kind] += n - gone;
+            }
+            out += gone;
+        }
         if k < last {
             held[k + 1] += b - out;
             all_held += b - out;
         }
         waiting += out;
         made += u64::from(out);
+        if k == last && started {
+            latest = (made, clock);
+            first = first.or(Some(latest));
+        }
+    }
+    if let Some(f) = first.filter(|f| f.0 < latest.0) {
+        (made0, clock0) = f;
+        (made, clock) = latest;
     }
     let tokens = (made - made0) as f64;
     Outcome {
@@ -249,14 +293,14 @@ mod tests {
     fn agrees_with_the_reference_simulation() {
         let (t0, t1) = (1.0, 0.002);
         let mut scene = Scene {
-            requests: 64,
+            requests: [64, 0],
             batch: 64,
             prompt_ns: 0.0,
             gap_ns: 0.0,
             windows: 2,
             ns: [0.0; MAX_RAMPS + 1],
             ns_per_row: [0.0; MAX_RAMPS + 1],
-            exits: [819; MAX_RAMPS],
+            exits: [[819, 0]; MAX_RAMPS],
         };
         scene.ns[0] = 0.25 * t0 + 0.02 * t0;
         scene.ns_per_row[0] = 0.25 * t1;

@@ -447,12 +447,8 @@ fn replay(cli: &Cli, path: &str) -> Result<Setup> {
     if cli.workload.is_none() {
         setup.max_requests = record.max_batch;
         setup.workload.arrivals = record.trace();
-    } else if matches!(setup.workload.arrivals, Arrivals::Closed(_)) {
-        // Endless requests go around in what was recorded.
-        let n = record.arrivals.len() as u32;
-        if n < cli.requests {
-            bail!("--requests is {}; the recording has {n}", cli.requests);
-        }
+    } else if cli.length.is_empty() {
+        setup.workload.lengths = record.arrivals.iter().map(|a| a.1).collect();
     }
     Ok(setup)
 }

@@ -42,6 +42,8 @@ pub struct Workload {
     pub confidence: Confidence,
     /// Tokens of an answer: from, to (uniform). 0: endless.
     pub length: (u64, u64),
+    /// Instead, lengths of recorded requests, which go around.
+    pub lengths: Vec<u64>,
     pub prompt_rows: u64,
     pub token_deadline_ns: u64,
     pub request_deadline_ns: u64,
@@ -56,6 +58,7 @@ impl Workload {
             arrivals: Arrivals::Closed(n),
             confidence: Confidence::Fixed(p),
             length: (0, 0),
+            lengths: Vec::new(),
             prompt_rows: 0,
             token_deadline_ns: 0,
             request_deadline_ns: 0,
@@ -68,6 +71,9 @@ impl Workload {
     pub fn tokens(&self, id: u64) -> Option<u64> {
         if let Arrivals::Trace(all) = &self.arrivals {
             return all.get(id as usize).map(|a| a.1);
+        }
+        if !self.lengths.is_empty() {
+            return Some(self.lengths[id as usize % self.lengths.len()]);
         }
         let (low, high) = self.length;
         if high == 0 {
@@ -132,7 +138,11 @@ impl Workload {
                     .map(|&p| (p * (1.0 + swing * phase)).clamp(0.0, 1.0)))
             }
             Confidence::Recorded(all) => {
-                // Longer runs than recorded go around.
+                // Requests, and their tokens, go around.
+                let id = match self.lengths.len() as u64 {
+                    0 => id,
+                    n => id % n,
+                };
                 let Some(tokens) = all.get(&id).filter(|t| !t.is_empty()) else {
                     return f32::NAN;
                 };

@@ -88,6 +88,8 @@ fn options() -> Options {
 }
 
 /// From a cold start, where everything fits into one batch: the hard half.
+/// Requests that differ are told apart, and swings followed, within longer
+/// runs: 60,000 tokens, three swings of the chance among them.
 #[test]
 fn auto_keeps_its_promise() {
     let variants = [
@@ -106,11 +108,13 @@ fn auto_keeps_its_promise() {
         Options {
             spread: 0.5,
             seed: 3,
+            tokens: 60_000,
             ..options()
         },
         Options {
             drift: 0.6,
             seed: 4,
+            tokens: 60_000,
             ..options()
         },
         Options {
@@ -130,12 +134,12 @@ fn auto_keeps_its_promise() {
                 for (a, p) in [(0.25, 0.8), (0.5, 0.2)] {
                     let c = cell(class(name), n, batch, a, p, &o).unwrap();
                     assert!(
-                        c.vs_off() >= 0.98,
+                        c.vs_off() >= 0.99,
                         "{name} {n} {a} {p} {o:?}: {:.4} of off",
                         c.vs_off()
                     );
                     assert!(
-                        c.vs_best() >= 0.95,
+                        c.vs_best() >= 0.97,
                         "{name} {n} {a} {p} {o:?}: {:.4} of the best",
                         c.vs_best()
                     );
