@@ -9,7 +9,7 @@ use super::config::{Config, check_threshold};
 use super::cost::CostModel;
 use super::counters::{Counters, Miss, Reason};
 use super::error::{Error, Result};
-use super::exits::{Exits, KINDS};
+use super::exits::Exits;
 use super::gaps::Gaps;
 use super::metric::{Metric, Score};
 use super::planner::{Choice, Marks, Planner, View};
@@ -489,21 +489,23 @@ impl Engine {
             });
         }
         self.ramp_rows.clear();
-        for (row, score) in self.rows.iter().zip(scores) {
+        let (requests, config) = (&self.requests, &self.config);
+        let rows = self.rows.iter().zip(scores).map(|(row, score)| {
             let threshold = if row.gone {
                 f32::INFINITY
             } else {
-                let own = self.requests.get(row.request).threshold;
-                own.unwrap_or(self.config.thresholds[ramp])
+                let own = requests.get(row.request).threshold;
+                own.unwrap_or(config.thresholds[ramp])
             };
-            self.ramp_rows.push(RampRow {
+            RampRow {
                 confidence: score.confidence,
                 threshold,
                 gone: row.gone,
                 decision: Decision::Gone,
                 forced: false,
-            });
-        }
+            }
+        });
+        self.ramp_rows.extend(rows);
         let ratio = self.ratio_at(ramp).unwrap_or(0.0);
         policy::decide(
             self.config.policy,
@@ -512,29 +514,10 @@ impl Engine {
             &mut self.scratch,
         );
         let after = self.step.as_ref().and_then(|s| s.after);
-        let p = self.exits.chance(after, ramp).p;
-        let (mut looks, mut confident) = ([0; KINDS], [0; KINDS]);
-        for (row, r) in self.rows.iter().zip(&self.ramp_rows) {
-            if !r.gone && r.may_exit() && !r.confidence.is_nan() {
-                let request = self.requests.get_mut(row.request);
-                let kind = request.kind.index();
-                looks[kind] += 1;
-                confident[kind] += u32::from(r.confident());
-                self.exits.sort(&mut request.kind, r.confident(), p);
-                self.often = self.often + request.kind.index() - kind;
-            }
-        }
-        for kind in 0..KINDS {
-            self.exits
-                .observe_kind(kind, after, ramp, looks[kind], confident[kind]);
-        }
-        self.exits
-            .observe(after, ramp, looks.iter().sum(), confident.iter().sum());
-        for (k, score) in scores.iter().enumerate() {
-            let RampRow {
-                decision, forced, ..
-            } = self.ramp_rows[k];
-            let row = &mut self.rows[k];
+        let mut sorter = self.exits.sorter(after, ramp);
+        let decided = self.ramp_rows.iter().zip(scores);
+        for (row, (own, score)) in self.rows.iter_mut().zip(decided) {
+            let (decision, forced) = (own.decision, own.forced);
             row.decision = decision;
             row.forced = forced;
             row.score = if row.gone { Score::NONE } else { *score };
@@ -542,10 +525,13 @@ impl Engine {
                 continue;
             }
             let r = self.requests.get_mut(row.request);
-            let RampRow { confidence, .. } = self.ramp_rows[k];
-            if r.may_exit >> ramp & 1 == 1 && !confidence.is_nan() {
-                let exits = self.ramp_rows[k].confident();
-                self.routing.observe(&mut r.recent, ramp, exits);
+            if own.may_exit() && !own.confidence.is_nan() {
+                let (exits, kind) = (own.confident(), r.kind.index());
+                sorter.look(&mut r.kind, exits);
+                self.often = self.often + r.kind.index() - kind;
+                if self.config.routing {
+                    self.routing.observe(&mut r.recent, ramp, exits);
+                }
             }
             r.last_confidence = score.confidence;
             self.counters.nonfinite_rows += u64::from(score.confidence.is_nan());
@@ -571,6 +557,7 @@ impl Engine {
                 Decision::Gone => {}
             }
         }
+        self.exits.observe_sorted(after, ramp, &sorter);
         self.ramped = true;
         Ok(())
     }

@@ -52,6 +52,37 @@ impl Kind {
 }
 
 #[derive(Debug, Clone, Copy, Default)]
+struct Sorted {
+    looks: u32,
+    exits: u32,
+    /// Sum of what the requests did of late.
+    recent: f32,
+}
+
+/// Sorts the requests of one batch at one ramp.
+#[derive(Debug, Clone)]
+pub struct Sorter {
+    /// Chance of all rows.
+    p: f32,
+    /// Between the middles of the kinds.
+    border: f32,
+    kinds: [Sorted; KINDS],
+}
+
+impl Sorter {
+    /// A request's row was looked at, and exited or not.
+    pub fn look(&mut self, kind: &mut Kind, exited: bool) {
+        let s = &mut self.kinds[kind.index()];
+        s.looks += 1;
+        s.exits += u32::from(exited);
+        let surprise = f32::from(u8::from(exited)) - self.p;
+        kind.recent += RECENT * (surprise - kind.recent);
+        s.recent += kind.recent;
+        kind.often = kind.recent > self.border;
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default)]
 struct Share {
     looks: f64,
     exits: f64,
@@ -114,27 +145,29 @@ impl Exits {
         self.shares[after.map_or(0, |a| a + 1)][ramp].observe(looks, exits);
     }
 
-    /// A request exited at a look, or not, where a share `p` of all rows does.
-    pub fn sort(&mut self, kind: &mut Kind, exited: bool, p: f64) {
-        let surprise = f32::from(u8::from(exited)) - p as f32;
-        kind.recent += RECENT * (surprise - kind.recent);
-        let middle = &mut self.middles[kind.index()];
-        *middle += MIDDLE * (kind.recent - *middle);
-        kind.often = kind.recent > 0.5 * (self.middles[0] + self.middles[1]);
+    /// What is needed to sort the requests of a batch, whose rows' last ramp
+    /// was `after`.
+    pub fn sorter(&self, after: Option<usize>, ramp: usize) -> Sorter {
+        Sorter {
+            p: self.chance(after, ramp).p as f32,
+            border: 0.5 * (self.middles[0] + self.middles[1]),
+            kinds: [Sorted::default(); KINDS],
+        }
     }
 
-    /// Like [`Exits::observe`], of the rows of one kind of request.
-    pub fn observe_kind(
-        &mut self,
-        kind: usize,
-        after: Option<usize>,
-        ramp: usize,
-        looks: u32,
-        exits: u32,
-    ) {
-        if looks > 0 {
-            self.kinds[after.map_or(0, |a| a + 1)][kind][ramp].observe(looks, exits);
+    /// A batch was looked at.
+    pub fn observe_sorted(&mut self, after: Option<usize>, ramp: usize, batch: &Sorter) {
+        let at = after.map_or(0, |a| a + 1);
+        for (kind, s) in batch.kinds.iter().enumerate() {
+            if s.looks > 0 {
+                self.kinds[at][kind][ramp].observe(s.looks, s.exits);
+                let looks = s.looks as f32;
+                let weight = (looks * MIDDLE).min(0.5);
+                self.middles[kind] += weight * (s.recent / looks - self.middles[kind]);
+            }
         }
+        let [a, b] = batch.kinds;
+        self.observe(after, ramp, a.looks + b.looks, a.exits + b.exits);
     }
 
     /// Sets an estimate by hand, worth `looks` looks.
@@ -257,18 +290,12 @@ mod tests {
             let mut kinds = [Kind::NEW; 20];
             let mut rng = super::super::rollout::Rng(1);
             for _ in 0..400 {
-                let p = e.chance(None, 0).p;
-                let (mut looks, mut exits) = ([0; KINDS], [0; KINDS]);
+                let mut batch = e.sorter(None, 0);
                 for (i, kind) in kinds.iter_mut().enumerate() {
-                    let exited = rng.binomial(1, (chances[i % 2] * 1024.0) as u32);
-                    looks[kind.index()] += 1;
-                    exits[kind.index()] += exited;
-                    e.sort(kind, exited == 1, p);
+                    let exited = rng.binomial(1, (chances[i % 2] * 1024.0) as u32) == 1;
+                    batch.look(kind, exited);
                 }
-                for k in 0..KINDS {
-                    e.observe_kind(k, None, 0, looks[k], exits[k]);
-                }
-                e.observe(None, 0, 20, exits[0] + exits[1]);
+                e.observe_sorted(None, 0, &batch);
             }
             match e.by_kind(None, 0) {
                 Some(p) if apart => {

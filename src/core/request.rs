@@ -49,41 +49,44 @@ pub struct RequestConfig {
     pub priority: i32,
 }
 
+/// In the order of use: what every ramp touches lies in the first cache line,
+/// what every token touches in the second.
 #[derive(Debug, Clone)]
+#[repr(C, align(64))]
 pub struct Request {
-    pub id: u64,
+    pub state: State,
     pub metric: Metric,
+    /// Has had a token to run: it counts as decoding from then on.
+    pub started: bool,
     pub threshold: Option<f32>,
-    pub deadline_ns: u64,
-    pub request_deadline_ns: u64,
-    pub max_tokens: u64,
-    pub priority: i32,
     /// Bit r: a row of this request may exit at ramp r.
     pub may_exit: u32,
-
-    pub state: State,
     /// Ramp where its row is held, else `NONE`.
     pub ramp: u32,
     pub slot: u32,
     /// Index of its row in the planned step, else `NONE`.
     pub in_step: u32,
-    /// Has had a token to run: it counts as decoding from then on.
-    pub started: bool,
-    pub started_ns: u64,
+    pub last_confidence: f32,
+    pub kind: Kind,
+    pub priority: i32,
+    pub tokens: u64,
+    pub id: u64,
+
     pub last_token_ns: u64,
     /// Where the time since its last token went: the host's part, waiting for
     /// the first window, held.
     pub spent_ns: [u64; 3],
+    pub deadline_ns: u64,
+    pub request_deadline_ns: u64,
+    pub max_tokens: u64,
+    pub started_ns: u64,
 
-    pub tokens: u64,
-    pub exits: [u64; MAX_RAMPS],
+    pub held_ns: u64,
     pub involuntary_exits: u64,
     pub involuntary_stays: u64,
-    pub held_ns: u64,
     pub deadline_misses: u64,
-    pub last_confidence: f32,
+    pub exits: [u64; MAX_RAMPS],
     pub recent: Recent,
-    pub kind: Kind,
 }
 
 impl Request {

@@ -72,7 +72,6 @@ fn against(
         "--drex-threshold",
         &threshold,
     ];
-    let server = suite.start(patched, 8, &[args, &flags].concat())?;
     let requests: Vec<_> = (0..32)
         .map(|i| {
             let mut request = greedy(&prompt(i), 48);
@@ -80,6 +79,9 @@ fn against(
             request
         })
         .collect();
+    // A slot for each request: a KV cell that is used again may lie before older ones of its request, and then attention
+    // adds up in another order.
+    let server = suite.start(patched, requests.len(), &[args, &flags].concat())?;
     let mut streams = Vec::new();
     for (request, generation) in requests.iter().zip(generate(server.client, &requests, 8)?) {
         let text = request["prompt"].as_str().unwrap_or_default();

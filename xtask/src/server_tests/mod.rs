@@ -10,6 +10,7 @@ mod first_ramp;
 mod lifecycle;
 mod programs;
 mod requests;
+mod scheduler;
 mod transparency;
 
 use std::{
@@ -80,6 +81,7 @@ pub fn all() -> Vec<Test> {
         bad_input::TESTS,
         requests::TESTS,
         lifecycle::TESTS,
+        scheduler::TESTS,
         exact::TESTS,
         transparency::TESTS,
         first_ramp::TESTS,

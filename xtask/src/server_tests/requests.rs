@@ -69,8 +69,8 @@ fn involuntary(suite: &Suite) -> Result<()> {
             metrics.get("drex_tokens_total")
         );
         ensure!(
-            // What `art` does depends on measured times.
-            exited > 100 || ["lazy", "art"].contains(&policy),
+            // What `art` and `auto` do depends on measured times.
+            exited > 100 || ["lazy", "art", "auto"].contains(&policy),
             "{policy}: only {exited} exits"
         );
     }
