@@ -210,7 +210,7 @@ impl Auto {
         if self.left == 0 {
             self.phase = match self.phase {
                 Phase::Start(k) if k < 3 => {
-                    self.left = span;
+                    self.left = span.min(u64::from(self.batch));
                     Phase::Start(k + 1)
                 }
                 Phase::Start(_) => {
