@@ -35,11 +35,17 @@
  *             HOLD and STAY: leave the arena row alone, the row comes back in a
  *             later step. GONE: forget it. Otherwise: sample every row.
  *   fill      drex_fill() fills the K/V that exited rows left out.
+ *   verify    Only with DREX_FILL_VERIFY, after a window that ends at the last
+ *             layer: drex_verify() says which drafts stand.
  *   complete  drex_complete() ends the step and says how long the window took.
  *
  * For each token that was emitted, drex_request_ready() when the next one can
  * run, or drex_request_remove() when the request is finished. Prompts are the
  * host's: run them through all layers, then say ready.
+ *
+ * With DREX_FILL_POSTFILL and DREX_FILL_VERIFY, rows that exited come back in
+ * later steps as *pending rows* (drex_row.back > 0), before their request's own
+ * row: several rows of one sequence, causal among themselves.
  *
  *   drex_config config = DREX_CONFIG_INITIALIZER;
  *   const uint32_t ramps[1] = { 8 };
@@ -173,7 +179,7 @@
 
 #define DREX_STATS_INITIALIZER                                               \
   { sizeof(drex_stats), 0, 0, { 0 }, 0, 0, { 0 }, 0, { 0 }, 0, 0, 0, 0, 0,   \
-    0, 0, 0, 0, { 0 }, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, { 0 } }
+    0, 0, 0, 0, { 0 }, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0 }
 
 // The version of this interface. It changes only when something that worked
 // stops working; new functions, constants and fields at the end of structs
@@ -297,8 +303,7 @@ typedef uint32_t drex_metric;
 #define DREX_METRIC_DEFAULT UINT32_MAX
 
 // How the K/V entries of the layers that an exited token skipped (its
-// *hole*) are filled: DREX_FILL_*. 1 and 2 are reserved and give
-// DREX_ERROR_UNSUPPORTED.
+// *hole*) are filled: DREX_FILL_*. Requests of one batch may differ.
 typedef uint32_t drex_fill_mode;
 
 // State-copy: K and V of the last computed layer at the token's cell are
@@ -328,7 +333,9 @@ typedef struct drex_config {
   // follows layers [0, L). Not NULL.
   const uint32_t *ramp_layers;
   // Rows of the host's hidden-state arena, 1..1048576; at least
-  // max_requests, since every request may hold one.
+  // max_requests, since every request may hold one. What is beyond is room
+  // for pending rows, see DREX_FILL_POSTFILL; when it is full, rows go deep
+  // rather than exit.
   uint32_t n_slots;
   // Most requests alive at once, 1..1048576.
   uint32_t max_requests;
@@ -364,8 +371,10 @@ typedef struct drex_config {
   // AUTO: 1: a window may pass a ramp of the rule where its rows, by their
   // requests' recent exits, are unlikely to exit. 0: never.
   uint32_t routing;
-  // 0
-  uint32_t reserved2;
+  // POSTFILL, VERIFY: pending rows of a request at most; 0: 8. When it has
+  // so many, its next row goes deep even if it is confident (an involuntary
+  // stay). They and that row must fit into max_batch, which cuts it.
+  uint32_t max_pending;
 } drex_config;
 
 // The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -485,8 +494,10 @@ typedef struct drex_row {
   // above layer 0 reads its input there; a window that ends at a ramp
   // leaves its last hidden state there.
   uint32_t slot;
-  // 0
-  uint32_t reserved;
+  // 0: the request's own row, of its newest token. n: a pending row, n
+  // tokens before that one, or before the next one when the request has no
+  // row of its own here. A request's rows stand together, the oldest first.
+  uint32_t back;
 } drex_row;
 
 // Why a step runs: DREX_FLUSH_*.
@@ -563,6 +574,14 @@ typedef uint32_t drex_decision;
 #define DREX_DECISION_STAY 2
 // The request was removed while the step ran.
 #define DREX_DECISION_GONE 3
+// A pending row: it left before, and goes along.
+#define DREX_DECISION_PENDING 4
+// drex_verify(): the draft stands; it is a token now.
+#define DREX_DECISION_ACCEPT 5
+// drex_verify(): the full model's token is emitted in place of the draft.
+#define DREX_DECISION_REPLACE 6
+// drex_verify(): the row follows a draft that was replaced, and is void.
+#define DREX_DECISION_DROP 7
 
 // What a ramp says about a row.
 typedef struct drex_verdict {
@@ -669,11 +688,31 @@ typedef struct drex_stats {
   // Measured share of rows that are confident at each ramp, of those
   // scored there that were scored nowhere before; NaN before the first.
   double exit_share[DREX_MAX_RAMPS];
+  // Pending rows now.
+  uint64_t pending_rows;
+  // Pending rows whose skipped layers were computed.
+  uint64_t rows_filled;
+  // VERIFY: drafts that were accepted or replaced.
+  uint64_t drafts;
+  uint64_t drafts_accepted;
+  // VERIFY: rows that followed a draft that was replaced.
+  uint64_t rows_dropped;
 } drex_stats;
 
 // Where most of the time went of a token that missed its deadline:
 // DREX_MISS_*.
 typedef uint32_t drex_miss_reason;
+
+// They are computed. The token's hidden row stays in the arena, *pending*,
+// and goes along when its request next goes through the skipped layers:
+// exactly what the full model would have put there for this text.
+#define DREX_FILL_POSTFILL 1
+
+// As POSTFILL, and the token is a draft: emitted, that is given to the
+// client, when the full model's logits for the pending row agree; else
+// replaced, and what was made after it is void. See drex_verify(). The output
+// is that of the full model.
+#define DREX_FILL_VERIFY 2
 
 // Between its last token and drex_request_ready(): in the host.
 #define DREX_MISS_HOST 0
@@ -732,7 +771,7 @@ drex_status drex_metric_from_name(const char *name, drex_metric *out);
 //         drex_destroy()
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT;
-// UNSUPPORTED for a reserved fill mode or device; CAPACITY when 256 engines
+// UNSUPPORTED for a reserved device; CAPACITY when 256 engines
 // are alive in this process.
 drex_status drex_create(const drex_config *config, drex_engine **out);
 
@@ -766,9 +805,9 @@ drex_status drex_bind_kv(drex_engine *engine,
 // Makes a request known. It is IDLE: say drex_request_ready() when its
 // prompt is done and its first token can run.
 //
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED for a
-// reserved fill mode; DUPLICATE_REQUEST; CAPACITY when max_requests are
-// alive.
+// Errors: NULL_ARGUMENT, STRUCT_SIZE; INVALID_ARGUMENT, also for a fill mode
+// that n_slots or max_batch leave no room for; DUPLICATE_REQUEST; CAPACITY
+// when max_requests are alive.
 drex_status drex_request_add(drex_engine *engine,
                              const drex_request_config *request);
 
@@ -860,7 +899,8 @@ drex_status drex_ramp(drex_engine *engine,
                       drex_verdict *verdicts,
                       uint32_t capacity);
 
-// Fills the holes of the rows that the last drex_ramp() let out: for each,
+// Fills the holes of the rows that the last drex_ramp() let out and whose
+// requests have DREX_FILL_COPY: for each,
 // K and V of the window's last layer at the row's cell are copied to all
 // layers from layer_end on. Does nothing when none exited, or when done
 // already. Nothing else may touch these cells during the call.
@@ -869,13 +909,84 @@ drex_status drex_ramp(drex_engine *engine,
 // called since the last plan; DEVICE.
 drex_status drex_fill(drex_engine *engine);
 
+// At the end of a window that ends at n_layers and has drafts: says which of
+// them stand. A draft is the token that a row of a request with
+// DREX_FILL_VERIFY emitted at a ramp; the row is in the step as a pending
+// one. Allowed, and without consequence, in a step without drafts.
+//
+// For each request, going through its rows in their order (the oldest first):
+// choose a token from the row's logits, and compare it with the draft. After
+// the first that differs, the request's later rows are void. Hosts that sample
+// choose by drex_speculate().
+//
+// agrees     [n_rows] 1: the token chosen from the row's logits is its draft;
+//            0: it is not. Looked at for drafts only, up to the first 0 of
+//            each request.
+// n_rows     drex_step.n_rows
+// decisions  [capacity] receives one per row: ACCEPT or REPLACE for drafts,
+//            PENDING for pending rows without, EXIT for the request's own row:
+//            emit the token chosen from its logits; DROP for what follows a
+//            draft that was replaced; GONE
+// capacity   at least n_rows
+//
+// After REPLACE, the request's next token is the one chosen; the rows after it
+// never were: the host takes their tokens back and frees their KV cells. The
+// request is IDLE after drex_complete() in any case.
+//
+// Errors: NULL_ARGUMENT, INVALID_ARGUMENT, CAPACITY; CALL_ORDER when no step is
+// planned, when it ends at a ramp, or when it is verified already.
+drex_status drex_verify(drex_engine *engine,
+                        const uint8_t *agrees,
+                        uint32_t n_rows,
+                        drex_decision *decisions,
+                        uint32_t capacity);
+
+// Sends an IDLE request's pending rows to the last layer without a newer
+// row, in the next steps: at the request's end under DREX_FILL_VERIFY, or
+// wherever its K/V must be whole (before it is saved or shared). The request
+// is RUNNING until the last of them is through, then IDLE.
+//
+// pending  receives how many rows; 0: there is none, and the request stays
+//          IDLE; may be NULL
+//
+// Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE, or when a row of it
+// is in a step that is not complete.
+drex_status drex_request_settle(drex_engine *engine,
+                                uint64_t id,
+                                uint64_t now_ns,
+                                uint32_t *pending);
+
+// Speculative sampling: makes a token that was drawn from the ramp's
+// distribution one of the full model's, by keeping or replacing it. For hosts
+// that sample (greedy ones compare). The result is distributed as `deep`,
+// whatever `draft` is; it equals draft_token as often as is possible.
+// Leviathan et al. 2023, arXiv 2211.17192, section 2.3.
+//
+// deep         [n_vocab] probabilities by the full model, after temperature,
+//              top-k and the like; finite, >= 0, not all 0; need not sum to 1
+// draft        the same, by the ramp, as draft_token was drawn from them; NULL:
+//              draft_token was certain
+// draft_token  below n_vocab
+// u, v         two random numbers, uniform in [0, 1)
+// token        receives the token
+//
+// Takes no engine. Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
+drex_status drex_speculate(const float *deep,
+                           const float *draft,
+                           uint32_t n_vocab,
+                           int32_t draft_token,
+                           double u,
+                           double v,
+                           int32_t *token);
+
 // The planned step ran, and its tokens are out. Rows of a window that ended
 // at n_layers have emitted theirs, and their requests are IDLE; held rows
 // enter the buffer; the arena rows of those that emitted are free.
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
-// step is planned, when its ramp was not called, or when K/V is bound and
-// rows exited and drex_fill() was not called.
+// step is planned, when its ramp was not called, when it has drafts and
+// drex_verify() was not called, or when K/V is bound, rows exited with
+// DREX_FILL_COPY and drex_fill() was not called.
 drex_status drex_complete(drex_engine *engine,
                           const drex_completion *completion);
 

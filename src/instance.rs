@@ -26,7 +26,7 @@ pub struct Instance {
 impl Instance {
     pub fn new(config: Config) -> Result<Self> {
         let engine = Engine::new(config)?;
-        let batch = engine.config().batch();
+        let batch = engine.config().pass_rows();
         Ok(Instance {
             engine,
             device: Box::new(Host::new()),
@@ -105,7 +105,7 @@ impl Instance {
         self.metrics.clear();
         self.scores.clear();
         for row in rows {
-            let metric = (!row.gone).then(|| self.engine.metric_of(row));
+            let metric = (!row.gone && row.back == 0).then(|| self.engine.metric_of(row));
             self.metrics.push(metric);
             self.scores.push(Score::NONE);
         }
@@ -137,7 +137,7 @@ impl Instance {
         for (row, &cell) in self.engine.step_rows().iter().zip(&self.cells) {
             // A request that was removed since has no use for its cells, and
             // the host may have given them to another one.
-            if row.exited() {
+            if row.copies() {
                 self.holes.push(Hole { cell });
             }
         }
@@ -157,7 +157,7 @@ impl Instance {
         let unfilled = self.kv.is_some()
             && self.engine.ramped()
             && !self.filled
-            && self.engine.step_rows().iter().any(StepRow::exited);
+            && self.engine.step_rows().iter().any(StepRow::copies);
         if unfilled {
             return Err(Error::CallOrder(
                 "rows exited and their skipped layers are not filled; expected drex_fill first",

@@ -227,6 +227,11 @@ fn every_wrong_config_is_named() {
         (|c| c.metric = 3, "metric is 3"),
         (|c| c.metric = DREX_METRIC_DEFAULT, "metric is 4294967295"),
         (|c| c.fill = 3, "fill is 3"),
+        (|c| c.fill = 1, "n_slots is 4|max_requests is 4|POSTFILL"),
+        (
+            |c| (c.fill, c.n_slots, c.max_batch) = (2, 8, 1),
+            "max_batch is 1|VERIFY",
+        ),
         (|c| c.device = 2, "device is 2"),
         (
             |c| c.threshold = f32::NAN,
@@ -263,8 +268,6 @@ fn every_wrong_config_is_named() {
             DREX_ERROR_NULL_ARGUMENT,
             "ramp_layers is NULL",
         ),
-        (|c| c.fill = 1, DREX_ERROR_UNSUPPORTED, "fill is 1|postfill"),
-        (|c| c.fill = 2, DREX_ERROR_UNSUPPORTED, "fill is 2|verify"),
         (|c| c.device = 1, DREX_ERROR_UNSUPPORTED, "device is 1|CUDA"),
     ];
     let invalid = invalid
@@ -439,7 +442,7 @@ fn the_layout_of_version_one_is_frozen() {
     assert_eq!(offset_of!(drex_config, ramp_thresholds), 56);
     assert_eq!(offset_of!(drex_config, art_ratio), 88);
     assert_eq!(offset_of!(drex_stats, wait_us_buckets), 416);
-    assert_eq!(size_of::<drex_stats>(), 888);
+    assert_eq!(size_of::<drex_stats>(), 928);
 }
 
 #[test]
@@ -557,7 +560,7 @@ fn requests_that_do_not_fit() {
     );
     fails(wrong(|c| c.fill = 9), invalid, "fill is 9");
     fails(wrong(|c| c.reserved = 1), invalid, "reserved is 1");
-    fails(wrong(|c| c.fill = 1), DREX_ERROR_UNSUPPORTED, "postfill");
+    fails(wrong(|c| c.fill = 1), invalid, "n_slots is 4");
     e.add(0).unwrap();
     e.ready(0, 0).unwrap();
     fails(e.ready(0, 0), DREX_ERROR_CALL_ORDER, "request 0 is ready");

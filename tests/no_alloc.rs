@@ -52,10 +52,12 @@ const ROW: usize = 16;
 
 /// A host's loop with all of its buffers made beforehand. Returns how often
 /// the allocator was called.
-fn serve(policy: drex_policy, iterations: u64) -> u64 {
+fn serve(policy: drex_policy, fill: drex_fill_mode, iterations: u64) -> u64 {
     let ramps = [4, 8];
     let mut config = config(&ramps, N as u32, 8, policy);
     config.max_hold_ns = 5000;
+    config.fill = fill;
+    config.n_slots = N as u32 + 16;
     config.token_deadline_ns = 20_000;
     let engine = Engine::new(&config);
     let mut k = vec![[0u8; CELLS * ROW]; LAYERS];
@@ -139,6 +141,20 @@ fn serve(policy: drex_policy, iterations: u64) -> u64 {
             assert_eq!(status, DREX_OK);
             // SAFETY: a handle.
             assert_eq!(unsafe { drex_fill(engine.raw) }, DREX_OK);
+        } else if step.n_rows > 0 {
+            let agrees = [1, 0, 1, 1, 0, 1, 1, 1];
+            let mut out = [0; 8];
+            // SAFETY: at most 8 rows.
+            let status = unsafe {
+                drex_verify(
+                    engine.raw,
+                    agrees.as_ptr(),
+                    step.n_rows,
+                    out.as_mut_ptr(),
+                    8,
+                )
+            };
+            assert_eq!(status, DREX_OK);
         }
         let mut c = sized!(drex_completion);
         c.now_ns = now + 500;
@@ -150,11 +166,15 @@ fn serve(policy: drex_policy, iterations: u64) -> u64 {
         assert_eq!(unsafe { drex_stats_get(engine.raw, &mut stats) }, DREX_OK);
         // Requests come and go too.
         let id = x % N as u64;
+        let mut n = 0;
+        // SAFETY: a handle; it fails where the request is not idle.
+        unsafe { drex_request_settle(engine.raw, (id + 1) % N as u64, now + 600, &mut n) };
         if i % 5 == 0 {
             let mut c = sized!(drex_request_config);
             c.metric = DREX_METRIC_MAXPROB;
             c.id = id;
             c.threshold = f32::NAN;
+            c.fill = DREX_FILL_DEFAULT;
             // SAFETY: a handle.
             unsafe {
                 assert_eq!(drex_request_remove(engine.raw, id), DREX_OK);
@@ -166,9 +186,15 @@ fn serve(policy: drex_policy, iterations: u64) -> u64 {
     // It did serve.
     let _: Vec<drex_verdict> = verdicts;
     assert!(steps > 0 && idle_error > 0);
-    assert!(engine.stats().tokens > iterations / 4);
+    let stats = engine.stats();
+    assert!(stats.tokens > iterations / 4, "{policy} {fill} {stats:?}");
     if policy != DREX_POLICY_OFF {
-        assert!(engine.stats().cells_filled > 0);
+        let copies = fill == DREX_FILL_COPY;
+        assert_eq!(
+            (stats.cells_filled > 0, stats.rows_filled > 0),
+            (copies, !copies)
+        );
+        assert_eq!(stats.drafts > 0, fill == DREX_FILL_VERIFY);
     }
     calls
 }
@@ -176,7 +202,9 @@ fn serve(policy: drex_policy, iterations: u64) -> u64 {
 #[test]
 fn the_decode_path_does_not_allocate() {
     for policy in DREX_POLICY_OFF..=DREX_POLICY_AUTO {
-        assert_eq!(serve(policy, 3000), 0, "policy {policy}");
+        for fill in DREX_FILL_COPY..=DREX_FILL_VERIFY {
+            assert_eq!(serve(policy, fill, 1000), 0, "policy {policy}, fill {fill}");
+        }
     }
 }
 

@@ -397,9 +397,10 @@ impl Auto {
         match self.stage {
             Stage::Idle => {}
             Stage::Single | Stage::Grow => {
+                // Nothing to try where the requests that could exit are gone.
                 let top = best_of(&self.list);
-                let better = top.rate > self.best.rate * 1.002;
-                if better {
+                let better = top.is_some_and(|t| t.rate > self.best.rate * 1.002);
+                if let (Some(top), true) = (top, better) {
                     self.best = top;
                 }
                 self.list.clear();
@@ -448,7 +449,7 @@ impl Auto {
             }
             Stage::Final => {
                 let off = self.final_list[0];
-                let top = best_of(&self.final_list[1..]);
+                let top = best_of(&self.final_list[1..]).unwrap_or(off);
                 let winner = if top.rate > off.rate { top } else { off };
                 let present = self.final_list.iter().find(|c| c.rule == self.rule);
                 self.predicted_off = off.rate;
@@ -530,12 +531,12 @@ impl Auto {
     }
 }
 
-fn best_of(list: &[Candidate]) -> Candidate {
-    let mut best = list[0];
+fn best_of(list: &[Candidate]) -> Option<Candidate> {
+    let mut best = *list.first()?;
     for c in list {
         if c.rate > best.rate {
             best = *c;
         }
     }
-    best
+    Some(best)
 }

@@ -13,8 +13,25 @@ pub const MAX_LAYERS: u32 = 1 << 16;
 /// How the K/V entries that an exited token leaves out are filled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fill {
+    /// K and V of the last computed layer, copied.
     Copy,
+    /// Computed: the token's row stays pending until its request next goes
+    /// through the skipped layers.
+    Postfill,
+    /// The same, and what the full model says there decides: the token is a
+    /// draft until then.
+    Verify,
 }
+
+impl Fill {
+    /// Exited rows stay in the arena.
+    pub fn keeps(self) -> bool {
+        self != Fill::Copy
+    }
+}
+
+/// Pending rows of a request at most, where the host does not say.
+pub const MAX_PENDING: u32 = 8;
 
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -29,6 +46,8 @@ pub struct Config {
     pub policy: Policy,
     pub metric: Metric,
     pub fill: Fill,
+    /// Pending rows of a request at most; 0: [`MAX_PENDING`].
+    pub max_pending: u32,
     /// 0: the policy's own rule.
     pub flush_rows: u32,
     pub min_ready: u32,
@@ -112,6 +131,7 @@ impl Config {
                 why: "every request may hold one row",
             });
         }
+        self.check_fill(self.fill)?;
         for (i, &t) in self.thresholds.iter().enumerate() {
             check_threshold("ramp_thresholds", t).map_err(|e| e.at(i))?;
         }
@@ -138,8 +158,51 @@ impl Config {
         self.ramp_layers.len()
     }
 
-    /// Most rows that one pass can have.
+    /// Most requests that one pass can have rows of.
     pub fn batch(&self) -> usize {
         self.max_batch.min(self.max_requests) as usize
+    }
+
+    /// Most rows that one pass can have.
+    pub fn pass_rows(&self) -> usize {
+        let rows = u64::from(self.max_requests) * (1 + u64::from(self.pending()));
+        rows.min(self.max_batch.into()) as usize
+    }
+
+    /// Pending rows of a request at most: they and the next row have to fit
+    /// into one pass. 0 where the arena has no room for any.
+    pub fn pending(&self) -> u32 {
+        if self.n_slots <= self.max_requests {
+            return 0;
+        }
+        let most = match self.max_pending {
+            0 => MAX_PENDING,
+            n => n,
+        };
+        most.min(self.max_batch - 1)
+    }
+
+    /// Whether requests may fill their holes so.
+    pub fn check_fill(&self, fill: Fill) -> Result<()> {
+        if !fill.keeps() || self.pending() > 0 {
+            return Ok(());
+        }
+        if self.max_batch < 2 {
+            return Err(Error::int(
+                "max_batch",
+                self.max_batch,
+                "at least 2 with fill POSTFILL or VERIFY, whose deep windows have several rows of \
+                 a request",
+            ));
+        }
+        Err(Error::Conflict {
+            field: "n_slots",
+            index: None,
+            value: self.n_slots.into(),
+            other: "max_requests",
+            other_value: self.max_requests.into(),
+            why: "with fill POSTFILL or VERIFY exited rows stay in the arena, which needs slots \
+                  beyond one for each request",
+        })
     }
 }

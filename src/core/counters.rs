@@ -47,6 +47,14 @@ pub struct Counters {
     pub deadline_misses: u64,
     pub misses: [u64; MISSES],
     pub nonfinite_rows: u64,
+    /// Pending rows whose skipped layers were computed.
+    pub rows_filled: u64,
+    /// Tokens that left at a ramp and were verified, and those of them that
+    /// the full model confirmed.
+    pub drafts: u64,
+    pub accepted: u64,
+    /// Drafts and deep rows that followed a draft that was replaced.
+    pub dropped: u64,
     pub steps: u64,
     pub step_rows: u64,
     pub wait_us_buckets: [u64; WAIT_BUCKETS],

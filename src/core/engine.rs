@@ -5,13 +5,14 @@
 
 use super::auto::{Auto, Load};
 use super::buffer::Buffer;
-use super::config::{Config, check_threshold};
+use super::config::{Config, Fill, check_threshold};
 use super::cost::CostModel;
 use super::counters::{Counters, Miss, Reason};
 use super::error::{Error, Result};
 use super::exits::Exits;
 use super::gaps::Gaps;
 use super::metric::{Metric, Score};
+use super::pending::Pending;
 use super::planner::{Choice, Marks, Planner, View};
 use super::policy::{self, Decision, Policy, RampRow};
 use super::profile::Profile;
@@ -39,6 +40,8 @@ enum Origin {
     Ready,
     Held(usize),
     Stay(usize),
+    /// Stays in its request's chain.
+    Pending,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -47,9 +50,12 @@ pub struct StepRow {
     pub request: u32,
     pub id: u64,
     pub slot: u32,
+    /// 0: the request's own row. n: a pending one, n tokens before.
+    pub back: u32,
+    pub fill: Fill,
     /// The request was removed since the plan.
     pub gone: bool,
-    /// Set by `ramp`.
+    /// Set by `ramp` and `verify`.
     pub decision: Decision,
     pub forced: bool,
     pub score: Score,
@@ -57,9 +63,14 @@ pub struct StepRow {
 }
 
 impl StepRow {
-    /// Left at the ramp, and still wants its skipped layers filled.
-    pub fn exited(&self) -> bool {
-        self.decision == Decision::Exit && !self.gone
+    /// Left at the ramp, and wants the K/V of its skipped layers copied.
+    pub fn copies(&self) -> bool {
+        self.decision == Decision::Exit && !self.gone && self.fill == Fill::Copy
+    }
+
+    /// Waits for [`Engine::verify`] in a step that ends at the last layer.
+    pub fn is_draft(&self) -> bool {
+        self.back > 0 && self.fill == Fill::Verify && !self.gone
     }
 }
 
@@ -92,6 +103,8 @@ pub struct Engine {
     step: Option<Step>,
     rows: Vec<StepRow>,
     ramped: bool,
+    verified: bool,
+    pending: Pending,
     /// Rows of the last step that had any.
     last_rows: u32,
     ramp_rows: Vec<RampRow>,
@@ -104,6 +117,7 @@ impl Engine {
     pub fn new(config: Config) -> Result<Self> {
         config.validate()?;
         let (batch, requests) = (config.batch(), config.max_requests as usize);
+        let pass = config.pass_rows();
         Ok(Engine {
             requests: Requests::new(requests),
             buffer: Buffer::new(config.n_slots as usize, requests, config.n_ramps()),
@@ -119,11 +133,13 @@ impl Engine {
             often: 0,
             may_exit: [0; MAX_RAMPS],
             step: None,
-            rows: Vec::with_capacity(batch),
+            rows: Vec::with_capacity(pass),
             ramped: false,
+            verified: false,
+            pending: Pending::new(config.n_slots, config.max_requests),
             last_rows: 0,
-            ramp_rows: Vec::with_capacity(batch),
-            scratch: Vec::with_capacity(batch),
+            ramp_rows: Vec::with_capacity(pass),
+            scratch: Vec::with_capacity(pass),
             seq: 0,
             clock_ns: 0,
             config,
@@ -201,6 +217,8 @@ impl Engine {
         if let Some(t) = request.threshold {
             check_threshold("threshold", t)?;
         }
+        let fill = request.fill.unwrap_or(self.config.fill);
+        self.config.check_fill(fill)?;
         let i = self.requests.add(request.id)?;
         let mut may_exit = 0;
         for (r, &t) in self.config.thresholds.iter().enumerate() {
@@ -211,6 +229,7 @@ impl Engine {
         let item = self.requests.get_mut(i);
         item.metric = request.metric.unwrap_or(self.config.metric);
         item.threshold = request.threshold;
+        item.fill = fill;
         item.deadline_ns = match request.token_deadline_ns {
             0 => self.config.token_deadline_ns,
             ns => ns,
@@ -270,6 +289,51 @@ impl Engine {
         Ok(())
     }
 
+    /// Sends an idle request's pending rows on to the last layer, without a
+    /// newer one: at its end, or where its K/V must be whole. False: it has
+    /// none, and stays idle.
+    pub fn settle(&mut self, id: u64, now_ns: u64) -> Result<bool> {
+        let i = self.requests.find(id)?;
+        let r = self.requests.get(i);
+        if r.state != State::Idle {
+            return Err(Error::NotIdle {
+                id,
+                state: r.state.name(),
+            });
+        }
+        let Some(slot) = r.pending.newest() else {
+            return Ok(false);
+        };
+        if r.in_step != NONE {
+            return Err(Error::CallOrder(
+                "the request's row is in the planned step; expected drex_complete first",
+            ));
+        }
+        self.tick(now_ns);
+        let ramp = self.pending.ramp(slot);
+        let r = self.requests.get_mut(i);
+        r.settling = true;
+        r.state = State::Running;
+        r.slot = slot;
+        self.wait_at(i, ramp, slot, true, now_ns);
+        Ok(true)
+    }
+
+    /// A row waits at a ramp from now on.
+    fn wait_at(&mut self, request: u32, ramp: usize, slot: u32, stay: bool, now_ns: u64) {
+        let seq = self.next_seq();
+        let r = self.requests.get_mut(request);
+        r.ramp = ramp as u32;
+        let entry = Entry {
+            seq,
+            since_ns: now_ns,
+            due_ns: r.due_ns().unwrap_or(0),
+            priority: r.priority,
+            plans: self.planner.plans,
+        };
+        self.buffer.push(ramp, slot, stay, entry);
+    }
+
     /// Forgets a request, whatever it is doing. A row that is in the planned
     /// step gives its slot back when the step ends.
     pub fn remove(&mut self, id: u64) -> Result<()> {
@@ -277,13 +341,19 @@ impl Engine {
         let r = self.requests.get(i);
         let (state, slot, in_step, started) = (r.state, r.slot, r.in_step, r.started);
         let (ramp, may_exit, kind) = (r.ramp, r.may_exit, r.kind);
-        if in_step != NONE {
-            self.rows[in_step as usize].gone = true;
+        let (settling, mut chain) = (r.settling, r.pending);
+        let in_step = match in_step {
+            NONE => 0..0,
+            first => first as usize..(first + r.step_rows) as usize,
+        };
+        let own = in_step.end > in_step.start;
+        for row in &mut self.rows[in_step.clone()] {
+            row.gone = true;
         }
         if state == State::Ready {
             self.buffer.pop_ready(i);
         }
-        if in_step == NONE && slot != NONE {
+        if !own && slot != NONE {
             debug_assert_ne!(ramp, NONE);
             let stay = state == State::Running;
             if !stay {
@@ -291,7 +361,15 @@ impl Engine {
                 self.counters.wait(self.clock_ns.saturating_sub(since));
             }
             self.buffer.remove(slot, stay);
-            self.buffer.return_slot(slot);
+            if !settling {
+                self.buffer.return_slot(slot);
+            }
+        }
+        while let Some(slot) = self.pending.pop(&mut chain) {
+            // Those in the step give theirs back with it.
+            if self.rows[in_step.clone()].iter().all(|r| r.slot != slot) {
+                self.buffer.return_slot(slot);
+            }
         }
         if started {
             self.decoding -= 1;
@@ -321,6 +399,7 @@ impl Engine {
         self.tick(now_ns);
         self.rows.clear();
         self.ramped = false;
+        self.verified = false;
 
         let marks = Marks::new(&self.config, self.decoding, self.auto.rule());
         let mut view = View {
@@ -329,6 +408,7 @@ impl Engine {
             cost: &self.cost,
             marks,
         };
+        let room = self.config.pass_rows().min(capacity);
         let mut limit = self.config.batch().min(capacity);
         let choice = self.planner.choose(&mut view, now_ns, limit);
         let (after, reason) = match choice {
@@ -342,10 +422,29 @@ impl Engine {
             }
             Choice::Flush(ramp, reason) => (Some(ramp), reason),
         };
+        let first = after.map_or(0, |r| r + 1);
         let mut may_exit = 0;
+        // Where pending rows wait that must not be passed.
+        let mut barrier = None;
+        let mut short = 0;
         for &handle in self.planner.pick(&mut view, choice, now_ns, limit) {
             let (request, mut slot) = view.buffer.owner(handle);
             let r = self.requests.get_mut(request);
+            let chain = r.pending;
+            let along = match after {
+                Some(ramp) if !chain.is_empty() => self.pending.at(&chain, ramp),
+                _ => 0,
+            };
+            let rows = along + u32::from(!r.settling);
+            if short > 0 || self.rows.len() + rows as usize > room {
+                // Back to where it was: it comes first next time.
+                match after {
+                    None => view.buffer.restore_ready(request),
+                    Some(ramp) => view.buffer.restore(ramp, slot, r.state == State::Running),
+                }
+                short = short.max(rows);
+                continue;
+            }
             let origin = match after {
                 None => {
                     // `limit` was cut to the free slots.
@@ -359,16 +458,46 @@ impl Engine {
             r.ramp = NONE;
             r.slot = slot;
             r.in_step = self.rows.len() as u32;
-            may_exit |= r.may_exit;
-            self.rows.push(StepRow {
+            r.step_rows = rows;
+            may_exit |= if r.settling { 0 } else { r.may_exit };
+            let row = StepRow {
                 request,
                 id: r.id,
                 slot,
+                back: 0,
+                fill: r.fill,
                 gone: false,
                 decision: Decision::Stay,
                 forced: false,
                 score: Score::NONE,
                 origin,
+            };
+            if !chain.is_empty() {
+                let stop = self.pending.stop(&chain, first);
+                barrier = [barrier, stop].into_iter().flatten().min();
+                let older = self.pending.iter(&chain).enumerate();
+                for (k, slot) in older.skip((chain.len() - along) as usize) {
+                    let back = chain.len() - k as u32;
+                    let last = r.settling && back == 1;
+                    self.rows.push(StepRow {
+                        slot,
+                        back,
+                        decision: Decision::Pending,
+                        origin: if last { origin } else { Origin::Pending },
+                        ..row
+                    });
+                }
+            }
+            if !r.settling {
+                self.rows.push(row);
+            }
+        }
+        if self.rows.is_empty() && short > 0 {
+            return Err(Error::Capacity {
+                field: "capacity",
+                value: capacity as u64,
+                need: short.into(),
+                why: "the pending rows of a request run in one window; give max_batch",
             });
         }
         if self.rows.is_empty() {
@@ -379,13 +508,11 @@ impl Engine {
         // The window ends at the first ramp that is looked at and where one
         // of its rows may exit: any other is not worth its head.
         let ramps = &self.config.ramp_layers;
-        let (begin, first) = match after {
-            None => (0, 0),
-            Some(ramp) => (ramps[ramp], ramp + 1),
-        };
+        let begin = after.map_or(0, |r| ramps[r]);
         let looked_at = marks.ramps & may_exit;
         let stop = (first..ramps.len()).find(|&r| looked_at & (1 << r) != 0);
         let stop = self.route(marks, begin, first, stop);
+        let stop = [stop, barrier].into_iter().flatten().min();
         let ramps = &self.config.ramp_layers;
         let step = Step {
             layer_begin: begin,
@@ -491,7 +618,8 @@ impl Engine {
         self.ramp_rows.clear();
         let (requests, config) = (&self.requests, &self.config);
         let rows = self.rows.iter().zip(scores).map(|(row, score)| {
-            let threshold = if row.gone {
+            let aside = row.gone || row.back > 0;
+            let threshold = if aside {
                 f32::INFINITY
             } else {
                 let own = requests.get(row.request).threshold;
@@ -500,7 +628,7 @@ impl Engine {
             RampRow {
                 confidence: score.confidence,
                 threshold,
-                gone: row.gone,
+                gone: aside,
                 decision: Decision::Gone,
                 forced: false,
             }
@@ -517,14 +645,30 @@ impl Engine {
         let mut sorter = self.exits.sorter(after, ramp);
         let decided = self.ramp_rows.iter().zip(scores);
         for (row, (own, score)) in self.rows.iter_mut().zip(decided) {
-            let (decision, forced) = (own.decision, own.forced);
-            row.decision = decision;
-            row.forced = forced;
-            row.score = if row.gone { Score::NONE } else { *score };
-            if row.gone {
+            let (mut decision, mut forced) = (own.decision, own.forced);
+            if row.gone || row.back > 0 {
+                if !row.gone {
+                    decision = Decision::Pending;
+                    self.pending.advance(row.slot, ramp);
+                }
+                row.decision = decision;
+                row.score = Score::NONE;
                 continue;
             }
             let r = self.requests.get_mut(row.request);
+            if decision == Decision::Exit && r.fill.keeps() {
+                if self.pending.full() || r.pending.len() >= self.config.pending() {
+                    // No room to stay pending: it goes deep now, and takes
+                    // the others along.
+                    decision = self.config.policy.otherwise();
+                    forced = own.confident();
+                } else {
+                    self.pending.push(&mut r.pending, row.slot, ramp);
+                }
+            }
+            row.decision = decision;
+            row.forced = forced;
+            row.score = *score;
             if own.may_exit() && !own.confidence.is_nan() {
                 let (exits, kind) = (own.confident(), r.kind.index());
                 sorter.look(&mut r.kind, exits);
@@ -539,26 +683,88 @@ impl Engine {
                 Decision::Exit => {
                     r.state = State::Idle;
                     r.slot = NONE;
-                    r.tokens += 1;
+                    // A draft becomes a token when it is verified.
+                    let token = u64::from(r.fill != Fill::Verify);
+                    r.tokens += token;
                     r.exits[ramp] += 1;
                     r.involuntary_exits += u64::from(forced);
-                    self.counters.tokens += 1;
+                    self.counters.tokens += token;
                     self.counters.exits[ramp] += 1;
                     self.counters.involuntary_exits += u64::from(forced);
                 }
                 Decision::Hold => {
                     r.state = State::Held;
                     r.ramp = ramp as u32;
+                    r.involuntary_stays += u64::from(forced);
+                    self.counters.involuntary_stays += u64::from(forced);
                 }
                 Decision::Stay => {
                     r.involuntary_stays += u64::from(forced);
                     self.counters.involuntary_stays += u64::from(forced);
                 }
-                Decision::Gone => {}
+                _ => {}
             }
         }
         self.exits.observe_sorted(after, ramp, &sorter);
         self.ramped = true;
+        Ok(())
+    }
+
+    /// In a step that ends at the last layer: `agrees` says of each row
+    /// whether the full model's token is the one that it emitted as a draft;
+    /// it is looked at for drafts only. The verdicts are in
+    /// [`Engine::step_rows`].
+    pub fn verify(&mut self, agrees: impl ExactSizeIterator<Item = bool>) -> Result<()> {
+        match &self.step {
+            None => {
+                return Err(Error::CallOrder(
+                    "no step is planned; expected drex_plan first",
+                ));
+            }
+            Some(step) if step.ramp.is_some() => {
+                return Err(Error::CallOrder(
+                    "the planned window ends at a ramp; expected drex_ramp",
+                ));
+            }
+            Some(_) if self.verified => {
+                return Err(Error::CallOrder(
+                    "the planned step is verified; expected drex_complete",
+                ));
+            }
+            Some(_) => {}
+        }
+        if agrees.len() != self.rows.len() {
+            return Err(Error::Conflict {
+                field: "n_rows",
+                index: None,
+                value: agrees.len() as u64,
+                other: "the planned step's n_rows",
+                other_value: self.rows.len() as u64,
+                why: "every planned row has one answer",
+            });
+        }
+        // A request's rows stand together, the oldest first.
+        let mut replaced = NONE;
+        for (row, agrees) in self.rows.iter_mut().zip(agrees) {
+            let void = replaced == row.request;
+            row.decision = if row.gone {
+                Decision::Gone
+            } else if void {
+                Decision::Drop
+            } else if !row.is_draft() {
+                if row.back > 0 {
+                    Decision::Pending
+                } else {
+                    Decision::Exit
+                }
+            } else if agrees {
+                Decision::Accept
+            } else {
+                replaced = row.request;
+                Decision::Replace
+            };
+        }
+        self.verified = true;
         Ok(())
     }
 
@@ -579,6 +785,11 @@ impl Engine {
         if step.ramp.is_some() && !self.ramped {
             return Err(Error::CallOrder(
                 "the planned window ends at a ramp; expected drex_ramp first",
+            ));
+        }
+        if step.ramp.is_none() && !self.verified && self.rows.iter().any(StepRow::is_draft) {
+            return Err(Error::CallOrder(
+                "the planned step has drafts; expected drex_verify first",
             ));
         }
         self.tick(now_ns);
@@ -615,41 +826,12 @@ impl Engine {
                         r.spent_ns[Miss::Queue as usize] += ns;
                     }
                 }
-                Origin::Ready | Origin::Stay(_) => {}
+                Origin::Ready | Origin::Stay(_) | Origin::Pending => {}
             }
             if !row.gone {
                 self.requests.get_mut(row.request).in_step = NONE;
             }
-            match (row.gone, step.ramp, row.decision) {
-                (true, ..) | (false, _, Decision::Gone) => self.buffer.return_slot(row.slot),
-                (false, None, _) => {
-                    self.buffer.return_slot(row.slot);
-                    let r = self.requests.get_mut(row.request);
-                    r.state = State::Idle;
-                    r.slot = NONE;
-                    r.tokens += 1;
-                    self.counters.tokens += 1;
-                    self.emitted(row.request, now_ns);
-                }
-                (false, Some(_), Decision::Exit) => {
-                    self.buffer.return_slot(row.slot);
-                    self.emitted(row.request, now_ns);
-                }
-                (false, Some(ramp), Decision::Hold | Decision::Stay) => {
-                    let stay = row.decision == Decision::Stay;
-                    let seq = self.next_seq();
-                    let r = self.requests.get_mut(row.request);
-                    r.ramp = ramp as u32;
-                    let entry = Entry {
-                        seq,
-                        since_ns: now_ns,
-                        due_ns: r.due_ns().unwrap_or(0),
-                        priority: r.priority,
-                        plans: self.planner.plans,
-                    };
-                    self.buffer.push(ramp, row.slot, stay, entry);
-                }
-            }
+            self.leave(row, step.ramp, now_ns);
         }
         let held = u64::from(self.buffer.held());
         self.counters.held_rows_max = self.counters.held_rows_max.max(held);
@@ -672,6 +854,75 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Where a row goes when its window has run.
+    fn leave(&mut self, row: StepRow, ramp: Option<usize>, now_ns: u64) {
+        if row.gone {
+            return self.buffer.return_slot(row.slot);
+        }
+        let r = self.requests.get_mut(row.request);
+        if row.back > 0 {
+            let settled = row.origin != Origin::Pending;
+            if let Some(ramp) = ramp {
+                // It stays pending, further on.
+                if settled {
+                    self.wait_at(row.request, ramp, row.slot, true, now_ns);
+                }
+                return;
+            }
+            let slot = self.pending.pop(&mut r.pending);
+            debug_assert_eq!(slot, Some(row.slot));
+            if settled {
+                r.settling = false;
+                r.state = State::Idle;
+                r.slot = NONE;
+            }
+            self.buffer.return_slot(row.slot);
+            let emits = row.decision.emits();
+            r.tokens += u64::from(emits);
+            let c = &mut self.counters;
+            c.rows_filled += u64::from(row.decision != Decision::Drop);
+            c.tokens += u64::from(emits);
+            c.drafts += u64::from(emits);
+            c.accepted += u64::from(row.decision == Decision::Accept);
+            c.dropped += u64::from(row.decision == Decision::Drop);
+            if emits {
+                self.emitted(row.request, now_ns);
+            }
+            return;
+        }
+        match (ramp, row.decision) {
+            (None, decision) => {
+                self.buffer.return_slot(row.slot);
+                r.state = State::Idle;
+                r.slot = NONE;
+                if decision == Decision::Drop {
+                    self.counters.dropped += 1;
+                    return;
+                }
+                r.tokens += 1;
+                self.counters.tokens += 1;
+                self.emitted(row.request, now_ns);
+            }
+            (Some(_), Decision::Exit) => {
+                if !row.fill.keeps() {
+                    self.buffer.return_slot(row.slot);
+                }
+                if row.fill != Fill::Verify {
+                    self.emitted(row.request, now_ns);
+                }
+            }
+            (Some(ramp), decision) => {
+                let stay = decision == Decision::Stay;
+                self.wait_at(row.request, ramp, row.slot, stay, now_ns);
+            }
+        }
+    }
+
+    /// Pending rows, without counting those of other kinds.
+    pub fn pending_rows(&self) -> u32 {
+        self.pending.total()
     }
 
     fn replan_some(&mut self, windows: u32) -> bool {
@@ -720,11 +971,11 @@ impl Engine {
     /// had not been planned. Rows that a ramp already let out have given
     /// their token, and stay out.
     pub fn abandon(&mut self) -> Result<()> {
-        if self.step.is_none() {
+        let Some(step) = self.step else {
             return Err(Error::CallOrder(
                 "no step is planned; expected drex_plan first",
             ));
-        }
+        };
         for k in 0..self.rows.len() {
             let row = self.rows[k];
             // The ramp's verdicts are taken back with the step, those of
@@ -743,8 +994,14 @@ impl Engine {
             r.in_step = NONE;
             r.involuntary_stays -= forced;
             if self.ramped && row.decision == Decision::Exit {
-                self.buffer.return_slot(row.slot);
+                if !row.fill.keeps() {
+                    self.buffer.return_slot(row.slot);
+                }
                 continue;
+            }
+            if let (true, true, Some(after)) = (row.back > 0, r.settling, step.after) {
+                // Without a newer row that may have left, all of it goes back.
+                self.pending.advance(row.slot, after);
             }
             match row.origin {
                 Origin::Ready => {
@@ -763,6 +1020,7 @@ impl Engine {
                     r.ramp = ramp as u32;
                     self.buffer.restore(ramp, row.slot, true);
                 }
+                Origin::Pending => {}
             }
         }
         self.end_step();

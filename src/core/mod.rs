@@ -14,6 +14,7 @@ pub mod error;
 pub mod exits;
 pub mod gaps;
 pub mod metric;
+pub mod pending;
 pub mod planner;
 pub mod policy;
 pub mod profile;
@@ -21,6 +22,7 @@ pub mod queue;
 pub mod request;
 pub mod rollout;
 pub mod routing;
+pub mod speculate;
 
 /// Most exit ramps that one model may have.
 pub const MAX_RAMPS: usize = 16;

@@ -35,6 +35,32 @@ pub enum Decision {
     Hold,
     Stay,
     Gone,
+    /// Left before; the row goes along with its request.
+    Pending,
+    /// The draft is what the full model says.
+    Accept,
+    /// The full model says otherwise, and that is emitted instead.
+    Replace,
+    /// Follows a draft that was replaced.
+    Drop,
+}
+
+impl Decision {
+    /// A token is the host's to give to its client, at a ramp where nothing
+    /// is left to verify or at the last layer.
+    pub fn emits(self) -> bool {
+        matches!(self, Decision::Exit | Decision::Accept | Decision::Replace)
+    }
+}
+
+impl Policy {
+    /// What becomes of a confident row that may not exit.
+    pub fn otherwise(self) -> Decision {
+        match self {
+            Policy::Hold | Policy::Art | Policy::Auto => Decision::Hold,
+            _ => Decision::Stay,
+        }
+    }
 }
 
 /// One row at a ramp; `decide` fills in the last two fields.
@@ -73,7 +99,7 @@ impl RampRow {
         self.forced = match self.decision {
             Decision::Exit => !self.confident(),
             Decision::Stay => self.confident(),
-            Decision::Hold | Decision::Gone => false,
+            _ => false,
         };
     }
 }

@@ -3,9 +3,11 @@
 //! The requests alive, found by the host's id. Storage and index are made
 //! once; adding, finding and removing touch no allocator.
 
+use super::config::Fill;
 use super::error::{Error, Result};
 use super::exits::Kind;
 use super::metric::Metric;
+use super::pending::Chain;
 use super::routing::{self, Recent};
 use super::{MAX_RAMPS, NONE};
 
@@ -39,6 +41,8 @@ pub struct RequestConfig {
     pub metric: Option<Metric>,
     /// `None`: the engine's, per ramp.
     pub threshold: Option<f32>,
+    /// `None`: the engine's.
+    pub fill: Option<Fill>,
     /// 0: the engine's.
     pub token_deadline_ns: u64,
     /// From the first time that it is ready to its last token; 0: none.
@@ -64,11 +68,15 @@ pub struct Request {
     /// Ramp where its row is held, else `NONE`.
     pub ramp: u32,
     pub slot: u32,
-    /// Index of its row in the planned step, else `NONE`.
+    /// Index of its first row in the planned step, else `NONE`.
     pub in_step: u32,
     pub last_confidence: f32,
     pub kind: Kind,
     pub priority: i32,
+    pub fill: Fill,
+    /// Its newest pending row is on its way to the last layer, without a
+    /// newer row.
+    pub settling: bool,
     pub tokens: u64,
     pub id: u64,
 
@@ -81,6 +89,9 @@ pub struct Request {
     pub max_tokens: u64,
     pub started_ns: u64,
 
+    pub pending: Chain,
+    /// Rows in the planned step, from `in_step` on.
+    pub step_rows: u32,
     pub held_ns: u64,
     pub involuntary_exits: u64,
     pub involuntary_stays: u64,
@@ -141,6 +152,10 @@ const VACANT: Request = Request {
     last_confidence: f32::NAN,
     recent: routing::UNKNOWN,
     kind: Kind::NEW,
+    fill: Fill::Copy,
+    settling: false,
+    pending: Chain::EMPTY,
+    step_rows: 0,
 };
 
 impl Requests {

@@ -179,6 +179,7 @@ mod tests {
             policy: Policy::Hold,
             metric: Metric::Gap,
             fill: Fill::Copy,
+            max_pending: 0,
             flush_rows: 0,
             min_ready: 0,
             max_hold_ns: 0,

@@ -16,6 +16,7 @@ use crate::core::error::Error;
 use crate::core::metric::Metric;
 use crate::core::policy::{Decision, Policy};
 use crate::core::request::{RequestConfig, State};
+use crate::core::speculate::speculate;
 use crate::device::kv::{Layer, Layout, Side};
 use crate::device::{Dtype, Logits};
 use crate::instance::Instance;
@@ -173,12 +174,22 @@ fn metric(value: u32, expected: &'static str) -> Result<Metric, Error> {
 fn fill(value: u32, expected: &'static str) -> Result<Fill, Error> {
     match value {
         DREX_FILL_COPY => Ok(Fill::Copy),
-        1 | 2 => Err(Error::Unsupported {
-            field: "fill",
-            value: value.into(),
-            why: "postfill (1) and verify (2) are reserved for a later version",
-        }),
+        DREX_FILL_POSTFILL => Ok(Fill::Postfill),
+        DREX_FILL_VERIFY => Ok(Fill::Verify),
         _ => Err(Error::int("fill", value, expected)),
+    }
+}
+
+fn decision(d: Decision) -> drex_decision {
+    match d {
+        Decision::Exit => DREX_DECISION_EXIT,
+        Decision::Hold => DREX_DECISION_HOLD,
+        Decision::Stay => DREX_DECISION_STAY,
+        Decision::Gone => DREX_DECISION_GONE,
+        Decision::Pending => DREX_DECISION_PENDING,
+        Decision::Accept => DREX_DECISION_ACCEPT,
+        Decision::Replace => DREX_DECISION_REPLACE,
+        Decision::Drop => DREX_DECISION_DROP,
     }
 }
 
@@ -197,7 +208,7 @@ fn reserved(value: u32) -> Result<(), Error> {
 ///         drex_destroy()
 ///
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT;
-/// UNSUPPORTED for a reserved fill mode or device; CAPACITY when 256 engines
+/// UNSUPPORTED for a reserved device; CAPACITY when 256 engines
 /// are alive in this process.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_create(
@@ -265,7 +276,6 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         other => return Err(Error::int("device", other, "DREX_DEVICE_HOST (0)").into()),
     }
     reserved(c.reserved)?;
-    reserved(c.reserved2)?;
     if c.routing > 1 {
         return Err(Error::int("routing", c.routing, "0 or 1").into());
     }
@@ -278,7 +288,8 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         max_batch: c.max_batch,
         policy: policy.ok_or(Error::int("policy", c.policy, "DREX_POLICY_* (0..8)"))?,
         metric: metric(c.metric, "DREX_METRIC_* (0..2)")?,
-        fill: fill(c.fill, "DREX_FILL_COPY (0)")?,
+        fill: fill(c.fill, "DREX_FILL_* (0..2)")?,
+        max_pending: c.max_pending,
         flush_rows: c.flush_rows,
         min_ready: c.min_ready,
         max_hold_ns: c.max_hold_ns,
@@ -404,9 +415,9 @@ fn kv_layer(l: &drex_kv_layer) -> Result<Layer, Error> {
 /// Makes a request known. It is IDLE: say drex_request_ready() when its
 /// prompt is done and its first token can run.
 ///
-/// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED for a
-/// reserved fill mode; DUPLICATE_REQUEST; CAPACITY when max_requests are
-/// alive.
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE; INVALID_ARGUMENT, also for a fill mode
+/// that n_slots or max_batch leave no room for; DUPLICATE_REQUEST; CAPACITY
+/// when max_requests are alive.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_request_add(
     engine: *mut drex_engine,
@@ -419,14 +430,16 @@ pub unsafe extern "C" fn drex_request_add(
             DREX_METRIC_DEFAULT => None,
             m => Some(metric(m, "DREX_METRIC_* (0..2) or DREX_METRIC_DEFAULT")?),
         };
-        if c.fill != DREX_FILL_DEFAULT {
-            fill(c.fill, "DREX_FILL_COPY (0) or DREX_FILL_DEFAULT")?;
-        }
+        let fill = match c.fill {
+            DREX_FILL_DEFAULT => None,
+            f => Some(fill(f, "DREX_FILL_* (0..2) or DREX_FILL_DEFAULT")?),
+        };
         reserved(c.reserved)?;
         Ok(instance.engine.add(RequestConfig {
             id: c.id,
             metric,
             threshold: (!c.threshold.is_nan()).then_some(c.threshold),
+            fill,
             token_deadline_ns: c.token_deadline_ns,
             request_deadline_ns: c.request_deadline_ns,
             max_tokens: c.max_tokens,
@@ -575,7 +588,7 @@ pub unsafe extern "C" fn drex_plan(
                 let row = drex_row {
                     request: row.id,
                     slot: row.slot,
-                    reserved: 0,
+                    back: row.back,
                 };
                 // SAFETY: at most `capacity` rows are planned.
                 unsafe { rows.add(i).write_unaligned(row) };
@@ -645,12 +658,7 @@ pub unsafe extern "C" fn drex_ramp(
         unsafe { instance.ramp(&logits, cells)? };
         for (i, row) in instance.engine.step_rows().iter().enumerate() {
             let verdict = drex_verdict {
-                decision: match row.decision {
-                    Decision::Exit => DREX_DECISION_EXIT,
-                    Decision::Hold => DREX_DECISION_HOLD,
-                    Decision::Stay => DREX_DECISION_STAY,
-                    Decision::Gone => DREX_DECISION_GONE,
-                },
+                decision: decision(row.decision),
                 token: row.score.token,
                 confidence: row.score.confidence,
                 forced: row.forced.into(),
@@ -705,7 +713,8 @@ fn convert_logits(l: &drex_logits) -> Result<Logits, Fault> {
     })
 }
 
-/// Fills the holes of the rows that the last drex_ramp() let out: for each,
+/// Fills the holes of the rows that the last drex_ramp() let out and whose
+/// requests have DREX_FILL_COPY: for each,
 /// K and V of the window's last layer at the row's cell are copied to all
 /// layers from layer_end on. Does nothing when none exited, or when done
 /// already. Nothing else may touch these cells during the call.
@@ -717,13 +726,188 @@ pub unsafe extern "C" fn drex_fill(engine: *mut drex_engine) -> drex_status {
     with("drex_fill", engine, |instance| Ok(instance.fill()?))
 }
 
+/// At the end of a window that ends at n_layers and has drafts: says which of
+/// them stand. A draft is the token that a row of a request with
+/// DREX_FILL_VERIFY emitted at a ramp; the row is in the step as a pending
+/// one. Allowed, and without consequence, in a step without drafts.
+///
+/// For each request, going through its rows in their order (the oldest first):
+/// choose a token from the row's logits, and compare it with the draft. After
+/// the first that differs, the request's later rows are void. Hosts that sample
+/// choose by drex_speculate().
+///
+/// agrees     [n_rows] 1: the token chosen from the row's logits is its draft;
+///            0: it is not. Looked at for drafts only, up to the first 0 of
+///            each request.
+/// n_rows     drex_step.n_rows
+/// decisions  [capacity] receives one per row: ACCEPT or REPLACE for drafts,
+///            PENDING for pending rows without, EXIT for the request's own row:
+///            emit the token chosen from its logits; DROP for what follows a
+///            draft that was replaced; GONE
+/// capacity   at least n_rows
+///
+/// After REPLACE, the request's next token is the one chosen; the rows after it
+/// never were: the host takes their tokens back and frees their KV cells. The
+/// request is IDLE after drex_complete() in any case.
+///
+/// Errors: NULL_ARGUMENT, INVALID_ARGUMENT, CAPACITY; CALL_ORDER when no step is
+/// planned, when it ends at a ramp, or when it is verified already.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_verify(
+    engine: *mut drex_engine,
+    agrees: *const u8,
+    n_rows: u32,
+    decisions: *mut drex_decision,
+    capacity: u32,
+) -> drex_status {
+    with("drex_verify", engine, |instance| {
+        if agrees.is_null() {
+            return Err(Fault::Null("agrees"));
+        }
+        if decisions.is_null() {
+            return Err(Fault::Null("decisions"));
+        }
+        if capacity < n_rows {
+            return Err(Error::Capacity {
+                field: "capacity",
+                value: capacity.into(),
+                need: n_rows.into(),
+                why: "every row has a decision",
+            }
+            .into());
+        }
+        // SAFETY: the caller's contract.
+        let at = |i| unsafe { agrees.add(i as usize).read() };
+        for i in 0..n_rows {
+            if at(i) > 1 {
+                let e = Error::int("agrees", at(i), "0 or 1");
+                return Err(e.at(i as usize).into());
+            }
+        }
+        let agrees = (0..n_rows as usize).map(|i| at(i as u32) == 1);
+        instance.engine.verify(agrees)?;
+        for (i, row) in instance.engine.step_rows().iter().enumerate() {
+            // SAFETY: `capacity` is at least the number of rows.
+            unsafe { decisions.add(i).write_unaligned(decision(row.decision)) };
+        }
+        Ok(())
+    })
+}
+
+/// Sends an IDLE request's pending rows to the last layer without a newer
+/// row, in the next steps: at the request's end under DREX_FILL_VERIFY, or
+/// wherever its K/V must be whole (before it is saved or shared). The request
+/// is RUNNING until the last of them is through, then IDLE.
+///
+/// pending  receives how many rows; 0: there is none, and the request stays
+///          IDLE; may be NULL
+///
+/// Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE, or when a row of it
+/// is in a step that is not complete.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_request_settle(
+    engine: *mut drex_engine,
+    id: u64,
+    now_ns: u64,
+    pending: *mut u32,
+) -> drex_status {
+    with("drex_request_settle", engine, |instance| {
+        let n = instance.engine.request(id)?.pending.len();
+        instance.engine.settle(id, now_ns)?;
+        if !pending.is_null() {
+            // SAFETY: not NULL.
+            unsafe { pending.write_unaligned(n) };
+        }
+        Ok(())
+    })
+}
+
+/// Speculative sampling: makes a token that was drawn from the ramp's
+/// distribution one of the full model's, by keeping or replacing it. For hosts
+/// that sample (greedy ones compare). The result is distributed as `deep`,
+/// whatever `draft` is; it equals draft_token as often as is possible.
+/// Leviathan et al. 2023, arXiv 2211.17192, section 2.3.
+///
+/// deep         [n_vocab] probabilities by the full model, after temperature,
+///              top-k and the like; finite, >= 0, not all 0; need not sum to 1
+/// draft        the same, by the ramp, as draft_token was drawn from them; NULL:
+///              draft_token was certain
+/// draft_token  below n_vocab
+/// u, v         two random numbers, uniform in [0, 1)
+/// token        receives the token
+///
+/// Takes no engine. Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_speculate(
+    deep: *const f32,
+    draft: *const f32,
+    n_vocab: u32,
+    draft_token: i32,
+    u: f64,
+    v: f64,
+    token: *mut i32,
+) -> drex_status {
+    call("drex_speculate", || {
+        if deep.is_null() {
+            return Err(Fault::Null("deep"));
+        }
+        if token.is_null() {
+            return Err(Fault::Null("token"));
+        }
+        if n_vocab == 0 || i32::try_from(n_vocab).is_err() {
+            return Err(Error::int("n_vocab", n_vocab, "1..2147483647").into());
+        }
+        let drafted = match u32::try_from(draft_token) {
+            Ok(t) if t < n_vocab => t as usize,
+            _ => {
+                let got = draft_token as i64 as u64;
+                return Err(Error::int("draft_token", got, "0..n_vocab-1").into());
+            }
+        };
+        for (name, x) in [("u", u), ("v", v)] {
+            if !(0.0..1.0).contains(&x) {
+                return Err(Error::float(name, x as f32, "a number in [0, 1)").into());
+            }
+        }
+        let read = |name, p: *const f32| -> Result<&[f32], Fault> {
+            if !p.is_aligned() {
+                return Err(Error::int(name, p.addr() as u64, "an aligned pointer").into());
+            }
+            // SAFETY: the caller's contract.
+            let all = unsafe { std::slice::from_raw_parts(p, n_vocab as usize) };
+            let mut sum = 0.0f64;
+            for (i, &x) in all.iter().enumerate() {
+                if !(x.is_finite() && x >= 0.0) {
+                    let e = Error::float(name, x, "a finite number >= 0");
+                    return Err(e.at(i).into());
+                }
+                sum += f64::from(x);
+            }
+            if sum <= 0.0 {
+                return Err(Error::float(name, 0.0, "a sum above 0").into());
+            }
+            Ok(all)
+        };
+        let p = read("deep", deep)?;
+        let q = match draft.is_null() {
+            true => None,
+            false => Some(read("draft", draft)?),
+        };
+        let out = speculate(p, q, drafted, u, v);
+        // SAFETY: not NULL.
+        unsafe { token.write_unaligned(out as i32) };
+        Ok(())
+    })
+}
+
 /// The planned step ran, and its tokens are out. Rows of a window that ended
 /// at n_layers have emitted theirs, and their requests are IDLE; held rows
 /// enter the buffer; the arena rows of those that emitted are free.
 ///
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
-/// step is planned, when its ramp was not called, or when K/V is bound and
-/// rows exited and drex_fill() was not called.
+/// step is planned, when its ramp was not called, when it has drafts and
+/// drex_verify() was not called, or when K/V is bound, rows exited with
+/// DREX_FILL_COPY and drex_fill() was not called.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_complete(
     engine: *mut drex_engine,
@@ -931,6 +1115,11 @@ pub unsafe extern "C" fn drex_stats_get(
             predicted_tokens_per_s: predicted.0 * 1e9,
             predicted_off_tokens_per_s: predicted.1 * 1e9,
             exit_share,
+            pending_rows: engine.pending_rows().into(),
+            rows_filled: c.rows_filled,
+            drafts: c.drafts,
+            drafts_accepted: c.accepted,
+            rows_dropped: c.dropped,
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &stats) };

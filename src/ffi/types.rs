@@ -123,13 +123,21 @@ pub const DREX_METRIC_ENTROPY: drex_metric = 2;
 pub const DREX_METRIC_DEFAULT: drex_metric = u32::MAX;
 
 /// How the K/V entries of the layers that an exited token skipped (its
-/// *hole*) are filled: DREX_FILL_*. 1 and 2 are reserved and give
-/// DREX_ERROR_UNSUPPORTED.
+/// *hole*) are filled: DREX_FILL_*. Requests of one batch may differ.
 pub type drex_fill_mode = u32;
 
 /// State-copy: K and V of the last computed layer at the token's cell are
 /// copied to all skipped layers.
 pub const DREX_FILL_COPY: drex_fill_mode = 0;
+/// They are computed. The token's hidden row stays in the arena, *pending*,
+/// and goes along when its request next goes through the skipped layers:
+/// exactly what the full model would have put there for this text.
+pub const DREX_FILL_POSTFILL: drex_fill_mode = 1;
+/// As POSTFILL, and the token is a draft: emitted, that is given to the
+/// client, when the full model's logits for the pending row agree; else
+/// replaced, and what was made after it is void. See drex_verify(). The output
+/// is that of the full model.
+pub const DREX_FILL_VERIFY: drex_fill_mode = 2;
 /// In a request: the engine's mode.
 pub const DREX_FILL_DEFAULT: drex_fill_mode = u32::MAX;
 
@@ -207,6 +215,14 @@ pub const DREX_DECISION_HOLD: drex_decision = 1;
 pub const DREX_DECISION_STAY: drex_decision = 2;
 /// The request was removed while the step ran.
 pub const DREX_DECISION_GONE: drex_decision = 3;
+/// A pending row: it left before, and goes along.
+pub const DREX_DECISION_PENDING: drex_decision = 4;
+/// drex_verify(): the draft stands; it is a token now.
+pub const DREX_DECISION_ACCEPT: drex_decision = 5;
+/// drex_verify(): the full model's token is emitted in place of the draft.
+pub const DREX_DECISION_REPLACE: drex_decision = 6;
+/// drex_verify(): the row follows a draft that was replaced, and is void.
+pub const DREX_DECISION_DROP: drex_decision = 7;
 
 /// One engine: the scheduler of one model instance. Opaque, and not an
 /// address: never read through it. Made by drex_create(), ended by
@@ -231,7 +247,9 @@ pub struct drex_config {
     /// follows layers [0, L). Not NULL.
     pub ramp_layers: *const u32,
     /// Rows of the host's hidden-state arena, 1..1048576; at least
-    /// max_requests, since every request may hold one.
+    /// max_requests, since every request may hold one. What is beyond is room
+    /// for pending rows, see DREX_FILL_POSTFILL; when it is full, rows go deep
+    /// rather than exit.
     pub n_slots: u32,
     /// Most requests alive at once, 1..1048576.
     pub max_requests: u32,
@@ -267,8 +285,10 @@ pub struct drex_config {
     /// AUTO: 1: a window may pass a ramp of the rule where its rows, by their
     /// requests' recent exits, are unlikely to exit. 0: never.
     pub routing: u32,
-    /// 0
-    pub reserved2: u32,
+    /// POSTFILL, VERIFY: pending rows of a request at most; 0: 8. When it has
+    /// so many, its next row goes deep even if it is confident (an involuntary
+    /// stay). They and that row must fit into max_batch, which cuts it.
+    pub max_pending: u32,
 }
 
 /// The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -385,8 +405,10 @@ pub struct drex_row {
     /// above layer 0 reads its input there; a window that ends at a ramp
     /// leaves its last hidden state there.
     pub slot: u32,
-    /// 0
-    pub reserved: u32,
+    /// 0: the request's own row, of its newest token. n: a pending row, n
+    /// tokens before that one, or before the next one when the request has no
+    /// row of its own here. A request's rows stand together, the oldest first.
+    pub back: u32,
 }
 
 /// What drex_plan() says: run layers [layer_begin, layer_end) over the rows.
@@ -541,6 +563,15 @@ pub struct drex_stats {
     /// Measured share of rows that are confident at each ramp, of those
     /// scored there that were scored nowhere before; NaN before the first.
     pub exit_share: [f64; DREX_MAX_RAMPS],
+    /// Pending rows now.
+    pub pending_rows: u64,
+    /// Pending rows whose skipped layers were computed.
+    pub rows_filled: u64,
+    /// VERIFY: drafts that were accepted or replaced.
+    pub drafts: u64,
+    pub drafts_accepted: u64,
+    /// VERIFY: rows that followed a draft that was replaced.
+    pub rows_dropped: u64,
 }
 
 const _: () = {
