@@ -471,8 +471,9 @@ typedef struct drex_request_info {
   uint64_t deadline_misses;
   // At the last ramp that its row passed; NaN before the first.
   float last_confidence;
-  // 0
-  uint32_t reserved;
+  // Pending rows, see DREX_FILL_POSTFILL: of the tokens right before its
+  // next one, or before its own row if it has one.
+  uint32_t n_pending;
 } drex_request_info;
 
 // What drex_plan() is told.

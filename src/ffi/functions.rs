@@ -521,7 +521,7 @@ pub unsafe extern "C" fn drex_request_get(
             held_ns: r.held_ns,
             deadline_misses: r.deadline_misses,
             last_confidence: r.last_confidence,
-            reserved: 0,
+            n_pending: r.pending.len(),
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &info) };

@@ -378,8 +378,9 @@ pub struct drex_request_info {
     pub deadline_misses: u64,
     /// At the last ramp that its row passed; NaN before the first.
     pub last_confidence: f32,
-    /// 0
-    pub reserved: u32,
+    /// Pending rows, see DREX_FILL_POSTFILL: of the tokens right before its
+    /// next one, or before its own row if it has one.
+    pub n_pending: u32,
 }
 
 /// What drex_plan() is told.

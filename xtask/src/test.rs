@@ -22,6 +22,9 @@ pub struct Options {
     /// Only the bit-exact comparison of the patched server with the unpatched one
     #[arg(long, conflicts_with = "quick")]
     exact: bool,
+    /// Only the comparison of fill `verify` with the unpatched server
+    #[arg(long, conflicts_with_all = ["quick", "exact", "only"])]
+    lossless: bool,
     /// Leave out the slow server tests and the exact builds
     #[arg(long)]
     quick: bool,
@@ -65,7 +68,7 @@ impl Count {
 /// Whether everything passed.
 pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
-    if !options.exact && options.only.is_none() {
+    if !options.exact && !options.lossless && options.only.is_none() {
         rust(&mut count);
     }
     server(options, &mut count);
@@ -181,6 +184,7 @@ fn server(options: &Options, count: &mut Count) {
     let mut chosen = 0;
     for test in server_tests::all() {
         let wanted = match (&options.only, options.exact) {
+            _ if options.lossless => test.name.contains("lossless"),
             (Some(text), _) => test.name.contains(text.as_str()),
             (None, true) => test.exact,
             (None, false) => !(options.quick && (test.slow || test.exact)),

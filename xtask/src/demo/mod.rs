@@ -51,7 +51,7 @@ pub struct Options {
     #[arg(long)]
     json: bool,
     /// How the skipped layers' K/V of an exited token is filled
-    #[arg(long, default_value = "copy", value_parser = ["copy"])]
+    #[arg(long, default_value = "copy", value_parser = ["copy", "postfill", "verify"])]
     fill: String,
     /// Policies to compare; `reference` is the unpatched server
     #[arg(
@@ -270,6 +270,7 @@ fn server_args(
         if policy != OFF {
             add("--drex-threshold", options.threshold.to_string());
             add("--drex-metric", "gap".into());
+            add("--drex-fill", options.fill.clone());
             if options.exit_layers != "model" {
                 add("--drex-exit-layers", options.exit_layers.clone());
             }

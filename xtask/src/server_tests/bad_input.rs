@@ -50,13 +50,22 @@ fn flags(suite: &Suite) -> Result<()> {
         ),
         (&["--drex-metric", "vibes"], &["vibes"]),
         (
-            &["--drex-fill", "verify"],
-            &["--drex-fill verify is not supported"],
+            &["--drex-fill", "guess"],
+            &["--drex-fill guess", "copy, postfill or verify"],
         ),
         (
             &["--drex-slots", "2"],
             &["n_slots is 2", "max_requests is 4"],
         ),
+        (
+            &["--drex-fill", "verify", "--drex-slots", "4"],
+            &["n_slots is 4", "VERIFY"],
+        ),
+        (
+            &["--drex-fill", "verify", "--drex-record", "/dev/null"],
+            &["--drex-record", "--drex-fill verify"],
+        ),
+        (&["--drex-max-pending", "-1"], &["--drex-max-pending is -1"]),
         (
             &["--drex-max-batch", "4096"],
             &["--drex-max-batch 4096", "--ubatch-size 512"],
@@ -190,7 +199,7 @@ fn requests(suite: &Suite) -> Result<()> {
         with("drex_threshold", json!([0.5])),
         with("drex_metric", json!("vibes")),
         with("drex_metric", json!(3)),
-        with("drex_fill", json!("verify")),
+        with("drex_fill", json!("guess")),
         with("drex_deadline_ms", json!(-5)),
         with("drex_request_deadline_ms", json!(-5)),
         with("drex_request_deadline_ms", json!("soon")),

@@ -5,7 +5,10 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Build, Suite, Test, generate, greedy};
+use serde_json::json;
+
+use super::{Build, Suite, Test, generate, greedy, program, prompt};
+use crate::score;
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
@@ -27,6 +30,11 @@ pub const TESTS: fn() -> Vec<Test> = || {
                 "policy off",
             )
         })
+        .exact(),
+        Test::new(
+            "exact: lossless: verified output equals unpatched",
+            lossless,
+        )
         .exact(),
     ]
 };
@@ -117,6 +125,111 @@ fn compare(suite: &Suite, build: &Build, args: &[&str], what: &str) -> Result<()
     println!(
         "        {what}: {} requests, {tokens} tokens compared, all equal",
         alone.len()
+    );
+    Ok(())
+}
+
+/// Fill `verify`: whatever leaves early, the output is the unpatched server's.
+///
+/// One at a time, stream by stream, greedy or sampled with a seed. Several at a time, a draft that is taken back frees KV
+/// cells that other requests get, so that attention adds up in another order: there each token is compared with the full
+/// model's choice after the same text, and may differ only where its two best are close.
+fn lossless(suite: &Suite) -> Result<()> {
+    let (reference, patched) = builds(suite)?;
+    let requests = |sampled: bool| -> Vec<_> {
+        let all = (0..40).map(|i| {
+            let mut request = greedy(&prompt(i), 24 + (i as u32 % 5) * 12);
+            match i % 4 {
+                1 if sampled => {
+                    request["temperature"] = json!(0.8);
+                    request["seed"] = json!(i);
+                }
+                2 if sampled => request["ignore_eos"] = json!(false),
+                _ => {}
+            }
+            request
+        });
+        all.collect()
+    };
+    let (mut drafts, mut accepted) = (0, 0);
+    let mut serve = |n: usize, policy: &str, threshold: &str, sampled: bool| -> Result<_> {
+        let flags = [
+            "--drex-policy",
+            policy,
+            "--drex-threshold",
+            threshold,
+            "--drex-fill",
+            "verify",
+        ];
+        let server = suite.start(patched, 40, &[EXACT, &flags].concat())?;
+        let got = generate(server.client, &requests(sampled), n)?;
+        for g in &got {
+            let count = |name: &str| g.last["timings"][name].as_u64().unwrap_or(0);
+            drafts += count("drex_drafts");
+            accepted += count("drex_drafts_accepted");
+        }
+        let mut pairs = Vec::new();
+        for i in 0..40 {
+            pairs.push((server.client.tokenize(&prompt(i))?, got[i].tokens.clone()));
+        }
+        Ok((got, pairs))
+    };
+
+    let alone = generate(suite.start(reference, 1, EXACT)?.client, &requests(true), 1)?;
+    let (mut streams, mut tokens) = (0, 0);
+    for threshold in ["0.3", "0.5", "0.7", "0.9", "0.99"] {
+        let (got, _) = serve(1, "hold", threshold, true)?;
+        for (i, (a, b)) in alone.iter().zip(&got).enumerate() {
+            let at = a.tokens.iter().zip(&b.tokens).position(|(a, b)| a != b);
+            ensure!(
+                a.tokens == b.tokens && a.text == b.text,
+                "threshold {threshold}: request {i} differs from token {at:?} on:\n  {:?}\n  {:?}",
+                a.text,
+                b.text
+            );
+            streams += 1;
+            tokens += a.tokens.len();
+        }
+    }
+    let (mut compared, mut near) = (0, 0);
+    for (n, policy, threshold) in [
+        (8, "auto", "0.3"),
+        (8, "latency", "0.7"),
+        (32, "hold", "0.3"),
+        (32, "art", "0.7"),
+        (32, "hold", "0.99"),
+    ] {
+        let (got, pairs) = serve(n, policy, threshold, false)?;
+        let scorer = program(reference, "drex-score")?;
+        let choices = score::choices(scorer, &suite.model, "q8_0", &pairs)?;
+        for (i, (g, choice)) in got.iter().zip(&choices).enumerate() {
+            for (t, &token) in g.tokens.iter().enumerate() {
+                if token == choice.choices[t] {
+                    compared += 1;
+                } else {
+                    ensure!(
+                        choice.gaps[t] < 0.05,
+                        "threshold {threshold}, {n} at a time, {policy}: request {i}, token {t}: {token}, but the full \
+                         model says {} by {}",
+                        choice.choices[t],
+                        choice.gaps[t]
+                    );
+                    near += 1;
+                }
+            }
+        }
+    }
+    ensure!(
+        near * 200 < compared,
+        "{near} of {compared} tokens are close calls that went the other way"
+    );
+    ensure!(
+        drafts > 2000 && accepted > drafts / 2 && accepted < drafts,
+        "{accepted} of {drafts} drafts accepted: too few to test anything"
+    );
+    println!(
+        "        {streams} requests, {tokens} tokens compared with the unpatched server, all equal; {compared} at 8 and 32 in \
+         flight equal to the full model's choice, {near} close calls; {accepted} of {drafts} drafts accepted"
     );
     Ok(())
 }
