@@ -168,10 +168,11 @@ fn lossless(suite: &Suite) -> Result<()> {
             drafts += count("drex_drafts");
             accepted += count("drex_drafts_accepted");
         }
-        let mut pairs = Vec::new();
-        for i in 0..40 {
-            pairs.push((server.client.tokenize(&prompt(i))?, got[i].tokens.clone()));
-        }
+        let pairs = got
+            .iter()
+            .enumerate()
+            .map(|(i, g)| Ok((server.client.tokenize(&prompt(i))?, g.tokens.clone())));
+        let pairs = pairs.collect::<Result<Vec<_>>>()?;
         Ok((got, pairs))
     };
 
