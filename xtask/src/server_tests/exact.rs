@@ -129,108 +129,64 @@ fn compare(suite: &Suite, build: &Build, args: &[&str], what: &str) -> Result<()
     Ok(())
 }
 
-/// Fill `verify`: whatever leaves early, the output is the unpatched server's.
-///
-/// One at a time, stream by stream, greedy or sampled with a seed. Several at a time, a draft that is taken back frees KV
-/// cells that other requests get, so that attention adds up in another order: there each token is compared with the full
-/// model's choice after the same text, and may differ only where its two best are close.
+/// Fill `verify`: whatever leaves early, every stream is the unpatched server's, greedy or sampled with a seed, one at a
+/// time or 32.
 fn lossless(suite: &Suite) -> Result<()> {
     let (reference, patched) = builds(suite)?;
-    let requests = |sampled: bool| -> Vec<_> {
+    let requests = || -> Vec<_> {
         let all = (0..40).map(|i| {
             let mut request = greedy(&prompt(i), 24 + (i as u32 % 5) * 12);
             match i % 4 {
-                1 if sampled => {
+                1 => {
                     request["temperature"] = json!(0.8);
                     request["seed"] = json!(i);
                 }
-                2 if sampled => request["ignore_eos"] = json!(false),
+                2 => request["ignore_eos"] = json!(false),
                 _ => {}
             }
             request
         });
         all.collect()
     };
-    let (mut drafts, mut accepted) = (0, 0);
-    let mut serve = |n: usize, policy: &str, threshold: &str, sampled: bool| -> Result<_> {
-        let flags = [
-            "--drex-policy",
-            policy,
-            "--drex-threshold",
-            threshold,
-            "--drex-fill",
-            "verify",
-        ];
-        let server = suite.start(patched, 40, &[EXACT, &flags].concat())?;
-        let got = generate(server.client, &requests(sampled), n)?;
-        for g in &got {
-            let count = |name: &str| g.last["timings"][name].as_u64().unwrap_or(0);
-            drafts += count("drex_drafts");
-            accepted += count("drex_drafts_accepted");
-        }
-        let pairs = got
-            .iter()
-            .enumerate()
-            .map(|(i, g)| Ok((server.client.tokenize(&prompt(i))?, g.tokens.clone())));
-        let pairs = pairs.collect::<Result<Vec<_>>>()?;
-        Ok((got, pairs))
-    };
-
-    let alone = generate(suite.start(reference, 1, EXACT)?.client, &requests(true), 1)?;
-    let (mut streams, mut tokens) = (0, 0);
+    let requests = requests();
+    let alone = generate(suite.start(reference, 1, EXACT)?.client, &requests, 1)?;
+    let (mut streams, mut tokens, mut drafts, mut accepted) = (0, 0, 0, 0);
     for threshold in ["0.3", "0.5", "0.7", "0.9", "0.99"] {
-        let (got, _) = serve(1, "hold", threshold, true)?;
-        for (i, (a, b)) in alone.iter().zip(&got).enumerate() {
-            let at = a.tokens.iter().zip(&b.tokens).position(|(a, b)| a != b);
-            ensure!(
-                a.tokens == b.tokens && a.text == b.text,
-                "threshold {threshold}: request {i} differs from token {at:?} on:\n  {:?}\n  {:?}",
-                a.text,
-                b.text
-            );
-            streams += 1;
-            tokens += a.tokens.len();
-        }
-    }
-    let (mut compared, mut near) = (0, 0);
-    for (n, policy, threshold) in [
-        (8, "auto", "0.3"),
-        (8, "latency", "0.7"),
-        (32, "hold", "0.3"),
-        (32, "art", "0.7"),
-        (32, "hold", "0.99"),
-    ] {
-        let (got, pairs) = serve(n, policy, threshold, false)?;
-        let scorer = program(reference, "drex-score")?;
-        let choices = score::choices(scorer, &suite.model, "q8_0", &pairs)?;
-        for (i, (g, choice)) in got.iter().zip(&choices).enumerate() {
-            for (t, &token) in g.tokens.iter().enumerate() {
-                if token == choice.choices[t] {
-                    compared += 1;
-                } else {
-                    ensure!(
-                        choice.gaps[t] < 0.05,
-                        "threshold {threshold}, {n} at a time, {policy}: request {i}, token {t}: {token}, but the full \
-                         model says {} by {}",
-                        choice.choices[t],
-                        choice.gaps[t]
-                    );
-                    near += 1;
-                }
+        for (n, policy) in [(1, "hold"), (8, "auto"), (32, "art")] {
+            let flags = [
+                "--drex-policy",
+                policy,
+                "--drex-threshold",
+                threshold,
+                "--drex-fill",
+                "verify",
+            ];
+            // slots enough that no request gets a cell that another had
+            let server = suite.start(patched, requests.len(), &[EXACT, &flags].concat())?;
+            let got = generate(server.client, &requests, n)?;
+            for (i, (a, b)) in alone.iter().zip(&got).enumerate() {
+                let at = a.tokens.iter().zip(&b.tokens).position(|(a, b)| a != b);
+                ensure!(
+                    a.tokens == b.tokens && a.text == b.text,
+                    "threshold {threshold}, {n} at a time, {policy}: request {i} differs from token {at:?} on:\n  {:?}\n  {:?}",
+                    a.text,
+                    b.text
+                );
+                streams += 1;
+                tokens += a.tokens.len();
+                let count = |name: &str| b.last["timings"][name].as_u64().unwrap_or(0);
+                drafts += count("drex_drafts");
+                accepted += count("drex_drafts_accepted");
             }
         }
     }
-    ensure!(
-        near * 200 < compared,
-        "{near} of {compared} tokens are close calls that went the other way"
-    );
     ensure!(
         drafts > 2000 && accepted > drafts / 2 && accepted < drafts,
         "{accepted} of {drafts} drafts accepted: too few to test anything"
     );
     println!(
-        "        {streams} requests, {tokens} tokens compared with the unpatched server, all equal; {compared} at 8 and 32 in \
-         flight equal to the full model's choice, {near} close calls; {accepted} of {drafts} drafts accepted"
+        "        {streams} requests, {tokens} tokens at 1, 8 and 32 in flight compared with the unpatched server, all equal; \
+         {accepted} of {drafts} drafts accepted"
     );
     Ok(())
 }
