@@ -13,7 +13,9 @@
 //! is dropped for what is known of it, not for what is not.
 
 use super::MAX_RAMPS;
+use super::config::Config;
 use super::cost::CostModel;
+use super::drafts::{Acceptance, Cycle};
 use super::exits::{Exits, KINDS};
 use super::rollout::{Outcome, Rule, Scene, play};
 
@@ -49,6 +51,18 @@ pub struct Load {
     pub often: u32,
     pub gap_ns: f64,
     pub prompt_ns: f64,
+    /// Share of the requests whose exited rows stay pending, and of those
+    /// whose tokens are verified.
+    pub keeping: f64,
+    pub verifying: f64,
+}
+
+/// What times and exits are known by.
+#[derive(Clone, Copy)]
+pub struct Known<'a> {
+    pub cost: &'a CostModel,
+    pub exits: &'a Exits,
+    pub acceptance: &'a Acceptance,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -62,6 +76,7 @@ struct Candidate {
 struct Basis {
     requests: f64,
     chances: [f64; MAX_RAMPS],
+    accepted: [f64; MAX_RAMPS],
     times: [f64; 3],
 }
 
@@ -90,6 +105,9 @@ enum Phase {
 /// The rule in force and the search for the next one.
 pub struct Auto {
     batch: u32,
+    /// Rows in one pass at most, and pending rows of a request.
+    pass_rows: u32,
+    max_pending: u32,
     ramps: usize,
     seed: u64,
     /// Bit r: some request may exit at ramp r.
@@ -119,7 +137,8 @@ pub struct Auto {
 }
 
 impl Auto {
-    pub fn new(ramps: usize, batch: usize, seed: u64) -> Self {
+    pub fn new(config: &Config) -> Self {
+        let ramps = config.n_ramps();
         let all = ((1u64 << ramps) - 1) as u32;
         let half = Rule {
             ramps: all,
@@ -127,9 +146,11 @@ impl Auto {
             ready: 0.0,
         };
         Auto {
-            batch: batch as u32,
+            batch: config.batch() as u32,
+            pass_rows: config.pass_rows() as u32,
+            max_pending: config.pending(),
             ramps,
-            seed,
+            seed: config.seed,
             allowed: all,
             rule: Rule::OFF,
             other: half,
@@ -199,7 +220,7 @@ impl Auto {
 
     /// A step ended: `tokens` were emitted. Moves through start and probes,
     /// and starts a search when it is time.
-    pub fn step(&mut self, tokens: u64, load: Load, allowed: u32, cost: &CostModel, exits: &Exits) {
+    pub fn step(&mut self, tokens: u64, load: Load, allowed: u32, known: Known) {
         self.load = load;
         self.allowed = allowed;
         self.steps += 1;
@@ -216,19 +237,19 @@ impl Auto {
                 Phase::Start(_) => {
                     self.until_ramps = self.distance * span;
                     self.until_off = PROBE_OFF / PROBE_RAMPS * self.distance * span;
-                    self.begin(cost, exits);
+                    self.begin(known);
                     Phase::Run
                 }
                 Phase::Probe(_) => Phase::Run,
                 Phase::Run => self.probe(span),
             };
         }
-        if self.phase == Phase::Run && self.stage == Stage::Idle && cost.known() {
+        if self.phase == Phase::Run && self.stage == Stage::Idle && known.cost.known() {
             let late = self.steps >= SEARCH_AFTER;
             // Soon after the start every step tells a lot.
             let early = self.searches < 12 && self.steps >= 4 << (self.searches / 3);
-            if late || early || self.moved(cost, exits) {
-                self.begin(cost, exits);
+            if late || early || self.moved(known) {
+                self.begin(known);
             }
         }
     }
@@ -252,10 +273,13 @@ impl Auto {
         Phase::Run
     }
 
-    fn basis(&self, cost: &CostModel, exits: &Exits) -> Basis {
+    fn basis(&self, known: Known) -> Basis {
+        let cost = known.cost;
         let mut chances = [0.0; MAX_RAMPS];
-        for (r, c) in chances.iter_mut().enumerate().take(self.ramps) {
-            *c = exits.chance(None, r).p;
+        let mut accepted = [0.0; MAX_RAMPS];
+        for r in 0..self.ramps {
+            chances[r] = known.exits.chance(None, r).p;
+            accepted[r] = known.acceptance.chance(r);
         }
         let p = cost.profile();
         let (n, b) = (
@@ -266,6 +290,7 @@ impl Auto {
         Basis {
             requests: f64::from(self.load.requests),
             chances,
+            accepted,
             times: [
                 time(0, n, b),
                 time(0, 1, b),
@@ -274,22 +299,23 @@ impl Auto {
         }
     }
 
-    fn moved(&self, cost: &CostModel, exits: &Exits) -> bool {
+    fn moved(&self, known: Known) -> bool {
         let Some(old) = self.basis else { return true };
-        let new = self.basis(cost, exits);
+        let new = self.basis(known);
+        let apart = |a: &[f64], b: &[f64]| {
+            let mut pairs = a.iter().zip(b);
+            pairs.any(|(a, b)| (a - b).abs() > MOVED_CHANCE)
+        };
         let share = |a: f64, b: f64| (a - b).abs() > MOVED_SHARE * a.abs().max(b.abs());
         share(old.requests, new.requests)
             || old.times.iter().zip(&new.times).any(|(a, b)| share(*a, *b))
-            || old
-                .chances
-                .iter()
-                .zip(&new.chances)
-                .any(|(a, b)| (a - b).abs() > MOVED_CHANCE)
+            || apart(&old.chances, &new.chances)
+            || self.load.verifying > 0.0 && apart(&old.accepted, &new.accepted)
     }
 
     /// Starts a search; one that was under way starts anew.
-    pub fn begin(&mut self, cost: &CostModel, exits: &Exits) {
-        self.basis = Some(self.basis(cost, exits));
+    pub fn begin(&mut self, known: Known) {
+        self.basis = Some(self.basis(known));
         self.steps = 0;
         self.searches += 1;
         self.list.clear();
@@ -366,22 +392,22 @@ impl Auto {
 
     /// Does up to about `budget` windows' worth of the search, at least one
     /// rollout. True when none is under way any more.
-    pub fn work(&mut self, budget: u32, cost: &CostModel, exits: &Exits) -> bool {
+    pub fn work(&mut self, budget: u32, known: Known) -> bool {
         let mut spent = 0;
         while self.stage != Stage::Idle && spent < budget.max(1) {
-            spent += self.one(cost, exits);
+            spent += self.one(known);
         }
         self.stage == Stage::Idle
     }
 
-    fn one(&mut self, cost: &CostModel, exits: &Exits) -> u32 {
+    fn one(&mut self, known: Known) -> u32 {
         let long = self.stage == Stage::Final;
         let list = if long { &self.final_list } else { &self.list };
         let Some(&candidate) = list.get(self.next) else {
             self.advance();
             return 1;
         };
-        let outcome = self.evaluate(candidate.rule, long, cost, exits);
+        let outcome = self.evaluate(candidate.rule, long, known);
         let list = if long {
             &mut self.final_list
         } else {
@@ -464,7 +490,8 @@ impl Auto {
         }
     }
 
-    fn evaluate(&self, rule: Rule, long: bool, cost: &CostModel, exits: &Exits) -> Outcome {
+    fn evaluate(&self, rule: Rule, long: bool, known: Known) -> Outcome {
+        let Known { cost, exits, .. } = known;
         let profile = cost.profile();
         let segments = profile.segments.len();
         // Beyond a few batches, more requests change nothing but the time
@@ -476,13 +503,17 @@ impl Auto {
         let mut scene = Scene {
             requests: [requests - often, often],
             batch: self.batch,
+            deep_batch: self.batch,
             prompt_ns: self.load.prompt_ns,
             gap_ns: self.load.gap_ns,
             windows: 0,
             ns: [0.0; MAX_RAMPS + 1],
             ns_per_row: [0.0; MAX_RAMPS + 1],
             exits: [[0; KINDS]; MAX_RAMPS],
+            pending_ns: [0.0; MAX_RAMPS],
+            worth: 1.0,
         };
+        let mut looked_at = [0; MAX_RAMPS];
         let mut begin = 0;
         let mut after = None;
         let cells = cost.cells_per_row();
@@ -499,6 +530,7 @@ impl Auto {
                 let c = exits.chance(after, ramp);
                 let p = exits.by_kind(after, ramp).unwrap_or([c.p; KINDS]);
                 scene.exits[k] = p.map(|p| ((p + c.error).min(1.0) * 1024.0).round() as u32);
+                looked_at[k] = ramp;
             }
             scene.windows += 1;
             begin = end;
@@ -512,6 +544,9 @@ impl Auto {
                 ns: ns + b * scene.prompt_ns,
                 passes: 1,
             };
+        }
+        if self.load.keeping > 0.0 {
+            self.keep(&mut scene, &looked_at, known.acceptance);
         }
         let scale = Rule::scale(self.load.requests as usize, self.batch as usize);
         let (warm, tokens) = if long {
@@ -528,6 +563,40 @@ impl Auto {
             PASSES,
             self.seed,
         )
+    }
+
+    /// What it changes that exited rows stay pending: they go deep later on,
+    /// at most so many of a request, and a draft may turn out wrong.
+    fn keep(&self, scene: &mut Scene, ramps: &[usize; MAX_RAMPS], acceptance: &Acceptance) {
+        let (keeping, verifying) = (self.load.keeping, self.load.verifying);
+        let last = scene.windows - 1;
+        let mut behind = 0.0;
+        for k in (0..last).rev() {
+            behind += scene.ns_per_row[k + 1];
+            scene.pending_ns[k] = behind * keeping;
+        }
+        let all = f64::from(scene.requests[0] + scene.requests[1]);
+        let (mut rows, mut worth) = (0.0, 0.0);
+        for kind in 0..KINDS {
+            let share = f64::from(scene.requests[kind]) / all;
+            let mut stay = 1.0;
+            let mut exits = [0.0; MAX_RAMPS];
+            for k in 0..last {
+                let p = f64::from(scene.exits[k][kind]) / 1024.0;
+                exits[ramps[k]] = stay * p;
+                stay *= 1.0 - p;
+            }
+            let accept = acceptance.mean(&exits);
+            let cycle = Cycle::new(1.0 - stay, self.max_pending, accept);
+            rows += share * cycle.rows;
+            worth += share * cycle.worth;
+            for e in &mut scene.exits[..last] {
+                e[kind] = (f64::from(e[kind]) * (1.0 - keeping * cycle.full)).round() as u32;
+            }
+        }
+        scene.worth = 1.0 - verifying * (1.0 - worth);
+        let fit = f64::from(self.pass_rows) / (1.0 + keeping * rows);
+        scene.deep_batch = self.batch.min((fit as u32).max(1));
     }
 }
 

@@ -24,6 +24,8 @@ pub enum Fill {
 }
 
 impl Fill {
+    pub const ALL: [Fill; 3] = [Fill::Copy, Fill::Postfill, Fill::Verify];
+
     /// Exited rows stay in the arena.
     pub fn keeps(self) -> bool {
         self != Fill::Copy

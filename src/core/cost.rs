@@ -474,6 +474,19 @@ impl CostModel {
         Some(sum)
     }
 
+    /// Of the time of a deep pass behind `layer`, the share that goes with its
+    /// rows; the rest is the same for any number of them.
+    pub fn share_per_row(&self, layer: u32, rows: u32) -> Option<f64> {
+        let first = self.bounds.iter().position(|&b| b == layer)?;
+        let (n, rows) = (self.segments(), f64::from(rows));
+        let time = |rows: f64| {
+            self.profile
+                .time(first, n, rows, rows * self.cells_per_row())
+        };
+        let all = time(rows);
+        (all > 0.0).then(|| ((all - time(0.0)) / all).clamp(0.0, 1.0))
+    }
+
     /// c / t_d at a ramp for a batch of `rows`: what splitting costs, as a
     /// share of the deep pass that a row saves. In [0, 1]; `None` until full
     /// passes and both parts of the split have been seen.

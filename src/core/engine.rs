@@ -3,11 +3,12 @@
 //! Ties the parts together: the life of requests and rows through
 //! plan, ramp and complete.
 
-use super::auto::{Auto, Load};
+use super::auto::{Auto, Known, Load};
 use super::buffer::Buffer;
 use super::config::{Config, Fill, check_threshold};
 use super::cost::CostModel;
 use super::counters::{Counters, Miss, Reason};
+use super::drafts::Acceptance;
 use super::error::{Error, Result};
 use super::exits::Exits;
 use super::gaps::Gaps;
@@ -32,6 +33,8 @@ pub struct Step {
     pub now_ns: u64,
     /// The ramp that its rows were looked at before.
     after: Option<usize>,
+    /// The window ends where pending rows wait, and nobody is to exit.
+    only_meets: bool,
 }
 
 /// Where a row of the step goes back to if the step fails.
@@ -98,6 +101,9 @@ pub struct Engine {
     decoding: usize,
     /// Those of them that exit often.
     often: usize,
+    /// Those of them that fill their holes in each way.
+    fills: [usize; Fill::ALL.len()],
+    acceptance: Acceptance,
     /// Requests alive that may exit at each ramp.
     may_exit: [u32; MAX_RAMPS],
     step: Option<Step>,
@@ -116,7 +122,7 @@ pub struct Engine {
 impl Engine {
     pub fn new(config: Config) -> Result<Self> {
         config.validate()?;
-        let (batch, requests) = (config.batch(), config.max_requests as usize);
+        let requests = config.max_requests as usize;
         let pass = config.pass_rows();
         Ok(Engine {
             requests: Requests::new(requests),
@@ -125,12 +131,14 @@ impl Engine {
             counters: Counters::default(),
             planner: Planner::new(&config),
             exits: Exits::new(config.n_ramps()),
-            auto: Auto::new(config.n_ramps(), batch, config.seed),
+            auto: Auto::new(&config),
             routing: Routing::default(),
             gaps: Gaps::default(),
             host_replans: false,
             decoding: 0,
             often: 0,
+            fills: [0; Fill::ALL.len()],
+            acceptance: Acceptance::default(),
             may_exit: [0; MAX_RAMPS],
             step: None,
             rows: Vec::with_capacity(pass),
@@ -274,6 +282,7 @@ impl Engine {
             r.last_token_ns = now_ns;
             self.decoding += 1;
             self.often += r.kind.index();
+            self.fills[r.fill as usize] += 1;
             self.gaps.began();
         }
         r.spent_ns[Miss::Host as usize] += now_ns.saturating_sub(r.last_token_ns);
@@ -340,7 +349,7 @@ impl Engine {
         let i = self.requests.find(id)?;
         let r = self.requests.get(i);
         let (state, slot, in_step, started) = (r.state, r.slot, r.in_step, r.started);
-        let (ramp, may_exit, kind) = (r.ramp, r.may_exit, r.kind);
+        let (ramp, may_exit, kind, fill) = (r.ramp, r.may_exit, r.kind, r.fill);
         let (settling, mut chain) = (r.settling, r.pending);
         let in_step = match in_step {
             NONE => 0..0,
@@ -374,6 +383,7 @@ impl Engine {
         if started {
             self.decoding -= 1;
             self.often -= kind.index();
+            self.fills[fill as usize] -= 1;
         }
         self.count_may_exit(may_exit, false);
         self.requests.remove(i);
@@ -407,6 +417,7 @@ impl Engine {
             buffer: &mut self.buffer,
             cost: &self.cost,
             marks,
+            rows_each: 1.0 + f64::from(self.pending.total()) / self.decoding.max(1) as f64,
         };
         let room = self.config.pass_rows().min(capacity);
         let mut limit = self.config.batch().min(capacity);
@@ -521,6 +532,7 @@ impl Engine {
             reason,
             now_ns,
             after,
+            only_meets: stop.is_some_and(|r| looked_at >> r & 1 == 0),
         };
         self.last_rows = self.rows.len() as u32;
         self.step = Some(step);
@@ -617,9 +629,10 @@ impl Engine {
         }
         self.ramp_rows.clear();
         let (requests, config) = (&self.requests, &self.config);
+        let only_meets = self.step.is_some_and(|s| s.only_meets);
         let rows = self.rows.iter().zip(scores).map(|(row, score)| {
             let aside = row.gone || row.back > 0;
-            let threshold = if aside {
+            let threshold = if aside || only_meets {
                 f32::INFINITY
             } else {
                 let own = requests.get(row.request).threshold;
@@ -771,7 +784,14 @@ impl Engine {
     fn ratio_at(&self, ramp: usize) -> Option<f64> {
         self.config.art_ratio.map(f64::from).or_else(|| {
             let layer = self.config.ramp_layers[ramp];
-            self.cost.art_ratio(layer, self.rows.len() as u32)
+            let rows = self.rows.len() as u32;
+            let ratio = self.cost.art_ratio(layer, rows)?;
+            // A row that stays pending saves only its part of what a deep
+            // pass costs without rows, and nothing if it was a wrong draft.
+            let per_row = self.cost.share_per_row(layer, rows)?;
+            let wrong = self.share_of(Fill::Verify) * (1.0 - self.acceptance.chance(ramp));
+            let saved = (1.0 - self.share_keeping() * per_row) * (1.0 - wrong);
+            Some(ratio / saved.max(1e-3))
         })
     }
 
@@ -844,10 +864,12 @@ impl Engine {
                 often: self.often as u32,
                 gap_ns: self.gaps.gap_ns(),
                 prompt_ns: self.gaps.prompt_ns_per_token(),
+                keeping: self.share_keeping(),
+                verifying: self.share_of(Fill::Verify),
             };
             let allowed = self.allowed();
-            self.auto
-                .step(tokens, load, allowed, &self.cost, &self.exits);
+            let (auto, known) = self.auto_and_known();
+            auto.step(tokens, load, allowed, known);
             if !self.host_replans {
                 let share = duration_ns / REPLAN_SHARE / WINDOW_NS;
                 self.replan_some(share.clamp(REPLAN_MIN, REPLAN_MAX) as u32);
@@ -871,6 +893,8 @@ impl Engine {
                 }
                 return;
             }
+            let left = self.pending.left(row.slot);
+            self.acceptance.observe(left, row.decision);
             let slot = self.pending.pop(&mut r.pending);
             debug_assert_eq!(slot, Some(row.slot));
             if settled {
@@ -925,8 +949,28 @@ impl Engine {
         self.pending.total()
     }
 
+    fn auto_and_known(&mut self) -> (&mut Auto, Known<'_>) {
+        let known = Known {
+            cost: &self.cost,
+            exits: &self.exits,
+            acceptance: &self.acceptance,
+        };
+        (&mut self.auto, known)
+    }
+
+    /// Share of the requests in decode that fill their holes so.
+    fn share_of(&self, fill: Fill) -> f64 {
+        self.fills[fill as usize] as f64 / self.decoding.max(1) as f64
+    }
+
+    fn share_keeping(&self) -> f64 {
+        let keep = Fill::ALL.into_iter().filter(|f| f.keeps());
+        keep.map(|f| self.share_of(f)).sum()
+    }
+
     fn replan_some(&mut self, windows: u32) -> bool {
-        self.auto.work(windows, &self.cost, &self.exits)
+        let (auto, known) = self.auto_and_known();
+        auto.work(windows, known)
     }
 
     /// Does up to about `windows` simulated windows' worth of the search for
@@ -939,7 +983,8 @@ impl Engine {
 
     /// A whole search for a rule from what is known now.
     pub fn search_anew(&mut self) {
-        self.auto.begin(&self.cost, &self.exits);
+        let (auto, known) = self.auto_and_known();
+        auto.begin(known);
         self.replan_some(u32::MAX);
     }
 

@@ -9,6 +9,7 @@ pub mod buffer;
 pub mod config;
 pub mod cost;
 pub mod counters;
+pub mod drafts;
 pub mod engine;
 pub mod error;
 pub mod exits;

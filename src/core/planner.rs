@@ -76,6 +76,18 @@ pub struct View<'a> {
     pub buffer: &'a mut Buffer,
     pub cost: &'a CostModel,
     pub marks: Marks,
+    /// Rows of a request in a deep window, pending ones included.
+    pub rows_each: f64,
+}
+
+impl View<'_> {
+    /// Rows of a window from `layer` on over so many requests.
+    fn deep_rows(&self, requests: usize, layer: u32) -> u32 {
+        match layer {
+            0 => requests as u32,
+            _ => (requests as f64 * self.rows_each).round() as u32,
+        }
+    }
 }
 
 pub struct Planner {
@@ -194,7 +206,7 @@ impl Planner {
             }
         }
         let waiting = v.buffer.queues().len(q);
-        let n = waiting.min(limit) as u32;
+        let n = v.deep_rows(waiting.min(limit), layer);
         let ahead = v.cost.remaining(layer, n).unwrap_or(0.0) * MARGIN;
         let horizon = now_ns.saturating_add(ahead as u64);
         let places = limit.min(waiting);
@@ -247,7 +259,8 @@ impl Planner {
 /// passed over once more. 0 while nothing is known.
 fn time_to_token(v: &View, ramp: usize, rows: usize, limit: usize) -> u64 {
     let layers = &v.config.ramp_layers;
-    let deep = v.cost.remaining(layers[ramp], rows as u32).unwrap_or(0.0);
+    let rows = v.deep_rows(rows, layers[ramp]);
+    let deep = v.cost.remaining(layers[ramp], rows).unwrap_or(0.0);
     let shallow = match v.buffer.ready_rows().min(limit) {
         0 => 0.0,
         n => v.cost.predict(0, layers[0], n as u32).unwrap_or(0.0),

@@ -49,6 +49,8 @@ pub struct Scene {
     pub requests: [u32; KINDS],
     /// B
     pub batch: u32,
+    /// The same behind the first window, where pending rows come along.
+    pub deep_batch: u32,
     /// Prompt work per token emitted: a request that ends is replaced, and
     /// its prompt runs before anything else.
     pub prompt_ns: f64,
@@ -62,6 +64,12 @@ pub struct Scene {
     /// Chance to exit at the end of each window but the last, in 1/1024, for
     /// each kind.
     pub exits: [[u32; KINDS]; MAX_RAMPS],
+    /// What an exit there costs later on, as a pending row of the windows
+    /// behind it: each is taken along once, whenever that is.
+    pub pending_ns: [f64; MAX_RAMPS],
+    /// Tokens that come out, as a share of those that exit or pass the last
+    /// layer, see [`super::drafts::Cycle`].
+    pub worth: f64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -179,7 +187,11 @@ pub fn play(
         n += 1;
         let k = choose(&held[..=last], all_held, waiting, hold, ready);
         let there = if k == 0 { waiting } else { held[k] };
-        let b = there.min(scene.batch);
+        let b = there.min(if k == 0 {
+            scene.batch
+        } else {
+            scene.deep_batch
+        });
         // In the order of their arrival: the kinds as they are mixed there.
         let often = if b == there {
             rows[k][1]
@@ -211,6 +223,7 @@ pub fn play(
         if k < last {
             held[k + 1] += b - out;
             all_held += b - out;
+            clock += scene.pending_ns[k] * f64::from(out);
         }
         waiting += out;
         made += u64::from(out);
@@ -223,7 +236,7 @@ pub fn play(
         (made0, clock0) = f;
         (made, clock) = latest;
     }
-    let tokens = (made - made0) as f64;
+    let tokens = (made - made0) as f64 * scene.worth;
     Outcome {
         tokens,
         ns: clock - clock0 + tokens * scene.prompt_ns,
@@ -295,12 +308,15 @@ mod tests {
         let mut scene = Scene {
             requests: [64, 0],
             batch: 64,
+            deep_batch: 64,
             prompt_ns: 0.0,
             gap_ns: 0.0,
             windows: 2,
             ns: [0.0; MAX_RAMPS + 1],
             ns_per_row: [0.0; MAX_RAMPS + 1],
             exits: [[819, 0]; MAX_RAMPS],
+            pending_ns: [0.0; MAX_RAMPS],
+            worth: 1.0,
         };
         scene.ns[0] = 0.25 * t0 + 0.02 * t0;
         scene.ns_per_row[0] = 0.25 * t1;

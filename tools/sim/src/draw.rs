@@ -38,4 +38,5 @@ pub mod purpose {
     pub const OUTLIER: u64 = 6;
     pub const PRIORITY: u64 = 7;
     pub const UNKNOWN: u64 = 8;
+    pub const ACCEPT: u64 = 9;
 }

@@ -7,12 +7,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
+use drex::core::config::Fill;
+use drex::core::drafts::Cycle;
 use drex::core::policy::Policy;
 use drex::core::profile::Profile;
 use serde_json::{Value, json};
 
 use crate::profiles::{CLASSES, Class};
-use crate::run::{Contender, Report, Setup, run};
+use crate::run::{Contender, Filling, Report, Setup, run};
 use crate::workload::{Confidence, Workload};
 
 const SIZES: [(u32, u32); 6] = [(8, 8), (16, 8), (32, 16), (64, 64), (96, 64), (128, 64)];
@@ -32,6 +34,7 @@ pub struct Options {
     /// of rows. 1: from nothing.
     pub wrong: f64,
     pub routing: bool,
+    pub filling: Filling,
 }
 
 #[derive(Debug, Clone)]
@@ -88,22 +91,35 @@ impl Cell {
 }
 
 /// Tokens per second of full batches at every window: b over the sum of
-/// (share of rows that get there) x (time of the window).
-pub fn limit(profile: &Profile, rows: u32, chances: &[f64]) -> f64 {
+/// (share of rows that get there) x (time of the window). Rows that stay
+/// pending get everywhere, but in windows that run for others.
+pub fn limit(profile: &Profile, rows: u32, chances: &[f64], filling: &Filling) -> f64 {
     let b = f64::from(rows);
+    let left: f64 = chances.iter().map(|p| 1.0 - p).product();
+    let cycle = Cycle::new(1.0 - left, filling.max_pending, filling.accept);
+    let keeps = filling.fill.keeps();
     let mut share = 1.0;
     let mut ns = 0.0;
     for k in 0..profile.segments.len() {
-        ns += share * profile.time(k, k + 1, b, 0.0);
-        share *= 1.0 - chances.get(k).copied().unwrap_or(0.0);
+        let empty = profile.time(k, k + 1, 0.0, 0.0);
+        let rows = profile.time(k, k + 1, b, 0.0) - empty;
+        ns += share * empty + if keeps { rows } else { share * rows };
+        let p = chances.get(k).copied().unwrap_or(0.0);
+        share *= 1.0 - if keeps { p * (1.0 - cycle.full) } else { p };
     }
-    b / ns * 1e9
+    let verify = filling.fill == Fill::Verify;
+    b / ns * 1e9 * if verify { cycle.worth } else { 1.0 }
 }
 
 pub fn run_grid(o: &Options, progress: impl Fn(usize, usize) + Sync) -> Result<Vec<Cell>> {
     let mut places = Vec::new();
     for class in CLASSES {
         for (n, batch) in SIZES {
+            // Deep windows have room for what comes along.
+            let batch = match o.filling.max_pending {
+                0 => batch,
+                _ => o.filling.pass_rows(n),
+            };
             for a in DEPTHS {
                 for p in CHANCES {
                     places.push((class, n, batch, a, p));
@@ -167,6 +183,7 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
         gap_ns: 0.0,
         start: None,
         routing: o.routing,
+        filling: o.filling,
     };
     let policy = |name: &str| run(&setup, &Contender::parse(name)?);
     let off = policy("off")?;
@@ -229,7 +246,7 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
         theta,
         phi,
         best_phi1,
-        limit: limit(&profile, n.min(batch), &[p]),
+        limit: limit(&profile, n.min(batch), &[p], &o.filling),
     })
 }
 

@@ -7,8 +7,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
+use drex::core::config::Fill;
 use drex_sim::record::Record;
-use drex_sim::run::{Contender, Setup, run};
+use drex_sim::run::{Contender, Filling, Setup, run};
 use drex_sim::workload::{Arrivals, Confidence, Workload};
 use drex_sim::{grid, plot, profiles, report, scale};
 
@@ -20,6 +21,16 @@ enum Kind {
     Poisson,
     /// The same, in bursts
     Bursty,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Holes {
+    /// State-copy
+    Copy,
+    /// Exited rows go deep later on
+    Postfill,
+    /// The same, and their tokens are drafts until then
+    Verify,
 }
 
 /// Simulates drex's scheduler: the engine's own code under a cost profile and a workload.
@@ -78,9 +89,18 @@ struct Cli {
     /// Requests at all times (closed), or decoding at most (others)
     #[arg(long, default_value_t = 32)]
     requests: u32,
-    /// Rows in one pass at most
-    #[arg(long, default_value_t = 32)]
-    batch: u32,
+    /// Rows in one pass at most [default: 32; with pending rows, enough for all]
+    #[arg(long)]
+    batch: Option<u32>,
+    /// How the K/V of exited rows is completed
+    #[arg(long, value_enum, default_value = "copy")]
+    fill: Holes,
+    /// Pending rows of a request at most (postfill, verify)
+    #[arg(long, default_value_t = 8)]
+    max_pending: u32,
+    /// Chance that a draft is what the full model says (verify)
+    #[arg(long, default_value_t = 0.95)]
+    accept: f64,
     /// Requests per second (poisson, bursty)
     #[arg(long, conflicts_with = "load")]
     rate: Option<f64>,
@@ -183,7 +203,9 @@ fn check(cli: &Cli) -> Result<()> {
     range("wrong-profile", cli.wrong_profile, 1e-3, 1e3)?;
     range("tokens", cli.tokens as f64, 100.0, 1e9)?;
     range("requests", f64::from(cli.requests), 1.0, 1_048_576.0)?;
-    range("batch", f64::from(cli.batch), 1.0, 1_048_576.0)?;
+    range("max-pending", f64::from(cli.max_pending), 1.0, 1024.0)?;
+    range("accept", cli.accept, 0.0, 1.0)?;
+    range("batch", f64::from(batch(cli)), 1.0, 1_048_576.0)?;
     if let Some(r) = cli.rate {
         range("rate", r, 1e-6, 1e9)?;
     }
@@ -207,6 +229,7 @@ fn run_grid(cli: &Cli) -> Result<()> {
         drift: cli.p_drift,
         wrong: cli.wrong_profile,
         routing: cli.routing,
+        filling: filling(cli),
     };
     let show = std::io::stderr().is_terminal();
     let cells = grid::run_grid(&o, |done, all| {
@@ -284,8 +307,9 @@ fn compare(cli: &Cli) -> Result<()> {
             let setup = synthetic(cli)?;
             let limit = grid::limit(
                 &setup.profile,
-                cli.requests.min(cli.batch),
+                cli.requests.min(batch(cli)),
                 &chances(cli, setup.thresholds.len())?,
+                &setup.filling,
             );
             (setup, Some(limit))
         }
@@ -341,7 +365,7 @@ fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
             .collect::<Result<_>>()?;
     }
     let mean = (w.length.0 + w.length.1) as f64 / 2.0;
-    let b = f64::from(cli.requests.min(cli.batch));
+    let b = f64::from(cli.requests.min(batch(cli)));
     let full = setup.profile.time(0, setup.profile.segments.len(), b, 0.0) + setup.gap_ns;
     let prompt = setup
         .profile
@@ -372,7 +396,7 @@ fn base(cli: &Cli, profile: drex::core::profile::Profile, thresholds: Vec<f32>) 
         }),
         profile,
         workload: Workload::closed(cli.requests, Vec::new(), cli.seed),
-        batch: cli.batch,
+        batch: batch(cli),
         max_requests: cli.requests,
         thresholds,
         tokens: cli.tokens,
@@ -380,6 +404,28 @@ fn base(cli: &Cli, profile: drex::core::profile::Profile, thresholds: Vec<f32>) 
         outliers: cli.outliers,
         gap_ns: cli.gap_us * 1e3,
         routing: cli.routing,
+        filling: filling(cli),
+    }
+}
+
+fn filling(cli: &Cli) -> Filling {
+    let fill = match cli.fill {
+        Holes::Copy => return Filling::COPY,
+        Holes::Postfill => Fill::Postfill,
+        Holes::Verify => Fill::Verify,
+    };
+    Filling {
+        fill,
+        max_pending: cli.max_pending,
+        accept: cli.accept,
+    }
+}
+
+fn batch(cli: &Cli) -> u32 {
+    match (cli.batch, cli.fill) {
+        (Some(n), _) => n,
+        (None, Holes::Copy) => 32,
+        _ => filling(cli).pass_rows(cli.requests),
     }
 }
 
@@ -443,7 +489,9 @@ fn replay(cli: &Cli, path: &str) -> Result<Setup> {
     setup.workload = workload(cli, &setup)?;
     setup.workload.confidence = record.confidence();
     setup.workload.prompt_rows = record.prompt_rows;
-    setup.batch = cli.batch.min(record.max_batch);
+    if !setup.filling.fill.keeps() {
+        setup.batch = batch(cli).min(record.max_batch);
+    }
     if cli.workload.is_none() {
         setup.max_requests = record.max_batch;
         setup.workload.arrivals = record.trace();

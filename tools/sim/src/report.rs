@@ -73,7 +73,8 @@ pub fn grid_json(cells: &[Cell], o: &Options) -> Value {
         "worst_vs_off": (off * 1e4).round() / 1e4,
         "worst_vs_best": (best * 1e4).round() / 1e4,
         "tokens_per_run": o.tokens, "seed": o.seed, "noise": o.noise, "outliers": o.outliers,
-        "p_spread": o.spread, "p_drift": o.drift, "wrong_profile": o.wrong,
+        "fill": format!("{:?}", o.filling.fill).to_lowercase(), "max_pending": o.filling.max_pending,
+        "accept": o.filling.accept, "p_spread": o.spread, "p_drift": o.drift, "wrong_profile": o.wrong,
     })
 }
 
@@ -179,6 +180,7 @@ pub fn run_json(runs: &[Report], limit: Option<f64>) -> Value {
                 "misses": {"host": r.misses[0], "queue": r.misses[1], "held": r.misses[2], "run": r.misses[3]},
                 "by_priority": r.by_priority.iter().map(|c| json!({"priority": c.0, "misses": c.1, "tokens": c.2})).collect::<Vec<_>>(),
                 "held_max": r.held_max, "unknown_rows": r.unknown, "rows_scored": r.rows_scored,
+                "drafts": r.drafts, "drafts_accepted": r.accepted,
             })
         })
         .collect();

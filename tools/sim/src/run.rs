@@ -6,7 +6,7 @@ use std::collections::{HashMap, VecDeque};
 
 use anyhow::{Context, Result, bail};
 use drex::core::config::{Config, Fill};
-use drex::core::engine::Engine;
+use drex::core::engine::{Engine, StepRow};
 use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
 use drex::core::profile::Profile;
@@ -73,6 +73,29 @@ impl Contender {
     }
 }
 
+/// How holes are filled.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Filling {
+    pub fill: Fill,
+    /// Pending rows of a request at most.
+    pub max_pending: u32,
+    /// Chance that a draft is what the full model says.
+    pub accept: f64,
+}
+
+impl Filling {
+    pub const COPY: Filling = Filling {
+        fill: Fill::Copy,
+        max_pending: 0,
+        accept: 1.0,
+    };
+
+    /// Rows of `requests` in one pass at most.
+    pub fn pass_rows(&self, requests: u32) -> u32 {
+        requests * (1 + self.max_pending)
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct Setup {
     pub profile: Profile,
@@ -93,6 +116,7 @@ pub struct Setup {
     pub start: Option<Profile>,
     /// See `drex_config.routing`.
     pub routing: bool,
+    pub filling: Filling,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -121,11 +145,18 @@ pub struct Report {
     /// Rows whose recorded confidence did not tell.
     pub unknown: u64,
     pub rows_scored: u64,
+    /// With fill `verify`: judged, and accepted.
+    pub drafts: u64,
+    pub accepted: u64,
 }
 
 struct Live {
     arrived_ns: f64,
     made: u64,
+    /// Drafts that wait to be verified.
+    ahead: u64,
+    /// How often drafts were taken back: what comes then is another text.
+    turn: u64,
     want: Option<u64>,
     last_ns: f64,
 }
@@ -137,13 +168,13 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         n_layers: setup.profile.n_layers,
         ramp_layers: setup.profile.ramp_layers.clone(),
         thresholds: setup.thresholds.clone(),
-        n_slots: setup.max_requests,
+        n_slots: setup.filling.pass_rows(setup.max_requests),
         max_requests: setup.max_requests,
         max_batch: setup.batch,
         policy: contender.policy,
         metric: Metric::Gap,
-        fill: Fill::Copy,
-        max_pending: 0,
+        fill: setup.filling.fill,
+        max_pending: setup.filling.max_pending,
         flush_rows: contender.theta,
         min_ready: contender.phi,
         max_hold_ns: 0,
@@ -198,7 +229,10 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         let cells: u64 = engine
             .step_rows()
             .iter()
-            .map(|r| w.prompt_rows + host.live[&r.id].made + 1)
+            .map(|r| {
+                let l = &host.live[&r.id];
+                w.prompt_rows + l.made + l.ahead - u64::from(r.back) + 1
+            })
             .sum();
         let mut ns = setup.profile.time(
             bound(step.layer_begin),
@@ -218,7 +252,11 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         if let Some(ramp) = step.ramp {
             scores.clear();
             for r in engine.step_rows() {
-                let token = host.live[&r.id].made;
+                if r.back > 0 {
+                    scores.push(Score::NONE);
+                    continue;
+                }
+                let token = host.live[&r.id].token(0);
                 let mut confidence = w.confidence(r.id, token, ramp, began);
                 out.rows_scored += 1;
                 if confidence.is_nan() && matches!(w.confidence, Confidence::Recorded(_)) {
@@ -231,30 +269,60 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
                 });
             }
             engine.ramp(&scores)?;
+        } else if engine.step_rows().iter().any(StepRow::is_draft) {
+            let right = engine.step_rows().iter().map(|r| {
+                let token = host.live[&r.id].token(r.back);
+                uniform(w.seed, purpose::ACCEPT, r.id, token) < setup.filling.accept
+            });
+            engine.verify(right.collect::<Vec<_>>().into_iter())?;
         }
-        let done: Vec<u64> = engine
-            .step_rows()
-            .iter()
-            .filter(|r| step.ramp.is_none() || r.decision == Decision::Exit)
-            .map(|r| r.id)
-            .collect();
+        // Tokens for the client, and who goes on.
+        let mut done: Vec<(u64, u64)> = Vec::new();
+        for r in engine.step_rows() {
+            let l = host.live.get_mut(&r.id).context("a row of nobody")?;
+            let n = match (step.ramp, r.decision) {
+                (Some(_), Decision::Exit) if r.fill == Fill::Verify => {
+                    l.ahead += 1;
+                    0
+                }
+                (Some(_), Decision::Exit) => 1,
+                (Some(_), _) => continue,
+                (None, Decision::Accept) => {
+                    l.ahead -= 1;
+                    1
+                }
+                (None, Decision::Replace) => {
+                    (l.ahead, l.turn) = (0, l.turn + 1);
+                    1
+                }
+                (None, _) => u64::from(r.back == 0 && r.decision != Decision::Drop),
+            };
+            match done.last_mut() {
+                Some(d) if d.0 == r.id => d.1 += n,
+                _ => done.push((r.id, n)),
+            }
+        }
         engine.complete(
             host.clock as u64,
             ns as u64,
             if w.prompt_rows > 0 { cells } else { 0 },
         )?;
-        for id in done {
-            made += 1;
-            if made == setup.tokens / 2 {
+        for (id, n) in done {
+            let l = host.live.get_mut(&id).context("a token of nobody")?;
+            // A host stops at the last token, whatever was drafted behind it.
+            let n = n.min(l.want.map_or(n, |want| want - l.made));
+            made += n;
+            if half.0 == 0 && made >= setup.tokens / 2 {
                 half = (made, host.clock);
             }
-            let l = host.live.get_mut(&id).context("a token of nobody")?;
-            l.made += 1;
-            intervals.push((host.clock - l.last_ns) as f32);
-            l.last_ns = host.clock;
-            let class = classes.iter_mut().find(|c| c.0 == w.priority(id));
-            if let Some(class) = class {
-                class.2 += 1;
+            l.made += n;
+            if n > 0 {
+                intervals.push((host.clock - l.last_ns) as f32);
+                l.last_ns = host.clock;
+                let class = classes.iter_mut().find(|c| c.0 == w.priority(id));
+                if let Some(class) = class {
+                    class.2 += n;
+                }
             }
             if l.want.is_some_and(|n| l.made >= n) {
                 completions.0 += 1;
@@ -269,6 +337,9 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
                     host.waiting.push_back((host.next_id, host.clock));
                     host.next_id += 1;
                 }
+            } else if l.ahead > 0 && l.want.is_some_and(|w| l.made + l.ahead >= w) {
+                // Drafts enough for all that is wanted.
+                engine.settle(id, host.clock as u64)?;
             } else {
                 engine.ready(id, host.clock as u64)?;
             }
@@ -282,9 +353,12 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         }
     }
     let c = engine.counters();
-    if c.tokens != made {
+    // Of a request that is done, the engine counts tokens that are not wanted.
+    let over = c.tokens.wrapping_sub(made);
+    if over > 0 && setup.filling.fill != Fill::Verify || over > c.drafts {
         bail!("the engine counted {} tokens, the host {made}", c.tokens);
     }
+    (out.drafts, out.accepted) = (c.drafts, c.accepted);
     out.tokens = made;
     out.seconds = host.clock / 1e9;
     out.tokens_per_s = made as f64 / out.seconds;
@@ -300,7 +374,9 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
     (out.tbt_p50_ms, out.tbt_p99_ms, out.tbt_max_ms) = (at(0.5), at(0.99), at(1.0));
     out.finished = completions.0;
     out.completion_ms = completions.1 / completions.0.max(1) as f64 / 1e6;
-    out.exit_share = c.exits.iter().sum::<u64>() as f64 / made.max(1) as f64;
+    // Drafts that were taken back left, too.
+    let left = made.max(1) + c.dropped;
+    out.exit_share = c.exits.iter().sum::<u64>() as f64 / left as f64;
     out.involuntary_exits = c.involuntary_exits;
     out.involuntary_stays = c.involuntary_stays;
     out.deadline_misses = c.deadline_misses;
@@ -338,6 +414,14 @@ struct Host<'a> {
     /// When request `next_id` comes.
     next_at: f64,
     clock: f64,
+}
+
+impl Live {
+    /// The row runs the token after so many, of a text that has changed so
+    /// often.
+    fn token(&self, back: u32) -> u64 {
+        (self.made + self.ahead - u64::from(back)) | self.turn << 40
+    }
 }
 
 impl Host<'_> {
@@ -380,6 +464,8 @@ impl Host<'_> {
                 Live {
                     arrived_ns,
                     made: 0,
+                    ahead: 0,
+                    turn: 0,
                     want: w.tokens(id),
                     last_ns: self.clock,
                 },

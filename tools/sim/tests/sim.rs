@@ -4,10 +4,12 @@
 //! (tests/reference.csv, made by a program that shares no line with ours),
 //! and the scheduler under load, overload, deadlines and drift.
 
+use drex::core::config::Fill;
+use drex::core::drafts::Cycle;
 use drex_sim::grid::{Options, cell, limit};
 use drex_sim::profiles::{CLASSES, Class};
 use drex_sim::record::Record;
-use drex_sim::run::{Contender, Report, Setup, run};
+use drex_sim::run::{Contender, Filling, Report, Setup, run};
 use drex_sim::workload::{Arrivals, Confidence, Workload};
 
 fn class(name: &str) -> Class {
@@ -27,6 +29,7 @@ fn setup(class: Class, n: u32, batch: u32, a: f64, p: f64) -> Setup {
         gap_ns: 0.0,
         start: None,
         routing: false,
+        filling: Filling::COPY,
     }
 }
 
@@ -64,7 +67,7 @@ fn agrees_with_the_reference_simulation() {
                 "{line}: {rule} {got:.3}"
             );
         }
-        let bound = limit(&s.profile, n.min(batch), &[p]) / off;
+        let bound = limit(&s.profile, n.min(batch), &[p], &Filling::COPY) / off;
         assert!(
             (bound / number(9) - 1.0).abs() < 2e-3,
             "{line}: limit {bound:.3}"
@@ -84,6 +87,7 @@ fn options() -> Options {
         drift: 0.0,
         wrong: 1.0,
         routing: false,
+        filling: Filling::COPY,
     }
 }
 
@@ -147,6 +151,78 @@ fn auto_keeps_its_promise() {
                 }
             }
         }
+    }
+}
+
+fn filling(fill: Fill, accept: f64) -> Filling {
+    Filling {
+        fill,
+        max_pending: 8,
+        accept,
+    }
+}
+
+/// Exited rows that go deep later, and drafts that may be wrong: `auto` knows
+/// what they cost, and turns early exit off where that is too much.
+#[test]
+fn auto_keeps_its_promise_with_pending_rows() {
+    for (fill, accept) in [
+        (Fill::Postfill, 1.0),
+        (Fill::Verify, 0.95),
+        (Fill::Verify, 0.5),
+    ] {
+        let o = Options {
+            filling: filling(fill, accept),
+            ..options()
+        };
+        let (mut on, mut off) = (0, 0);
+        for name in ["memory", "mixed", "compute"] {
+            for (a, p) in [(0.25, 0.8), (0.5, 0.5)] {
+                let c = cell(class(name), 16, 144, a, p, &o).unwrap();
+                let place = format!("{name} {a} {p} {:?}", o.filling);
+                // Probes cost more where drafts are wrong.
+                let bar = if accept < 0.9 { 0.97 } else { 0.99 };
+                assert!(c.vs_off() >= bar, "{place}: {:.4} of off", c.vs_off());
+                assert!(c.vs_best() >= 0.97, "{place}: {:.4} of best", c.vs_best());
+                assert_eq!(c.auto.involuntary_exits, 0);
+                let accepted = c.auto.accepted as f64 / c.auto.drafts.max(1) as f64;
+                match fill {
+                    Fill::Verify if c.auto.drafts > 500 => {
+                        assert!((accepted - accept).abs() < 0.05, "{place}: {accepted}");
+                    }
+                    Fill::Verify => {}
+                    _ => assert_eq!(c.auto.drafts, 0),
+                }
+                on += u32::from(c.auto.exit_share > 0.3);
+                off += u32::from(c.auto.exit_share < 0.1);
+            }
+        }
+        assert!(
+            off > 0,
+            "{fill:?} {accept}: early exit was never turned off"
+        );
+        assert_eq!(on > 0, accept > 0.9, "{fill:?} {accept}: {on} cells exit");
+    }
+}
+
+/// With one request at a time the tokens per deep window are those of the
+/// closed form, and a wrong draft is never emitted.
+#[test]
+fn drafts_come_out_as_the_theory_says() {
+    for accept in [1.0, 0.9, 0.5] {
+        let mut s = setup(class("memory"), 1, 9, 0.25, 0.8);
+        s.filling = filling(Fill::Verify, accept);
+        let r = go(&s, "latency");
+        let c = Cycle::new(0.8, 8, accept);
+        let profile = &s.profile;
+        let ns =
+            (1.0 + c.rows) * profile.time(0, 1, 1.0, 0.0) + profile.time(1, 2, 1.0 + c.rows, 0.0);
+        let expect = (1.0 + c.rows) * c.worth / ns * 1e9;
+        assert!(
+            (r.tokens_per_s / expect - 1.0).abs() < 0.02,
+            "{accept}: {} and {expect}",
+            r.tokens_per_s
+        );
     }
 }
 
@@ -322,6 +398,7 @@ fn a_record_is_replayed() {
         gap_ns: r.gap_ns,
         start: None,
         routing: false,
+        filling: Filling::COPY,
     };
     let off = go(&s, "off");
     assert_eq!((off.tokens, off.finished), (80, 4));

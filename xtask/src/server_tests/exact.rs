@@ -7,8 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use serde_json::json;
 
-use super::{Build, Suite, Test, generate, greedy, program, prompt};
-use crate::score;
+use super::{Build, Suite, Test, generate, greedy, prompt};
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
