@@ -26,6 +26,8 @@ const PROBE_RAMPS: u64 = 80;
 const PROBE_FIRST: u64 = 4;
 /// The same for full passes, which cost more.
 const PROBE_OFF: u64 = 320;
+/// A probe that loses the inverse of this of its time waits twice as long.
+const IMPATIENT: f64 = 10.0;
 /// A search starts after this many steps at the latest.
 const SEARCH_AFTER: u32 = 200;
 /// A rule must promise this much more than the present one.
@@ -117,6 +119,10 @@ pub struct Auto {
     other: Rule,
     predicted: f64,
     predicted_off: f64,
+    /// How much longer to wait with a probe of the ramps, by what it would
+    /// lose where exited rows stay pending: the more, the further things must
+    /// move for it to matter.
+    patience: f64,
     phase: Phase,
     /// Tokens until the phase ends.
     left: u64,
@@ -156,6 +162,7 @@ impl Auto {
             other: half,
             predicted: 0.0,
             predicted_off: 0.0,
+            patience: 1.0,
             phase: Phase::Start(0),
             left: 1,
             until_ramps: 0,
@@ -257,7 +264,7 @@ impl Auto {
     fn probe(&mut self, span: u64) -> Phase {
         if self.until_ramps == 0 {
             self.distance = (self.distance + self.distance.div_ceil(2)).min(PROBE_RAMPS);
-            self.until_ramps = self.distance * span;
+            self.until_ramps = (self.distance as f64 * self.patience) as u64 * span;
             if self.rule.ramps != self.allowed && self.allowed != 0 {
                 self.left = span.min(u64::from(self.batch));
                 return Phase::Probe(self.all_ramps());
@@ -485,6 +492,8 @@ impl Auto {
                     _ => self.rule = winner.rule,
                 }
                 self.other = top.rule;
+                let loss = (1.0 - top.rate / off.rate.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0);
+                self.patience = (1.0 + IMPATIENT * loss * self.load.keeping).min(4.0);
                 self.stage = Stage::Idle;
             }
         }
