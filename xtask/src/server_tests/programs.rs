@@ -10,22 +10,39 @@ use crate::process;
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
         Test::new("layer windows equal full passes", |suite| {
-            windows(suite, &suite.patched, &[])
+            run(suite, &suite.patched, "window-test", &[])
         }),
         Test::new(
+            "K/V of rows that go deep later equal those of full passes",
+            |suite| run(suite, &suite.patched, "postfill-test", &[]),
+        ),
+        Test::new(
             "exact: regrouped layer windows equal full passes",
-            |suite| windows(suite, &super::exact::builds(suite)?.1, &["--regroup"]),
+            |suite| {
+                let build = &super::exact::builds(suite)?.1;
+                run(suite, build, "window-test", &["--regroup"])
+            },
+        )
+        .exact(),
+        Test::new(
+            "exact: K/V of rows that go deep later equal those of full passes",
+            |suite| {
+                let build = &super::exact::builds(suite)?.1;
+                run(suite, build, "postfill-test", &["--exact"])
+            },
         )
         .exact(),
     ]
 };
 
-fn windows(suite: &Suite, build: &Build, args: &[&str]) -> Result<()> {
-    let mut command = Command::new(program(build, "window-test")?);
-    process::output(
+fn run(suite: &Suite, build: &Build, name: &str, args: &[&str]) -> Result<()> {
+    let mut command = Command::new(program(build, name)?);
+    let text = process::output(
         process::spin_briefly(&mut command)
             .arg(&suite.model)
             .args(args),
-    )
-    .map(drop)
+    )?;
+    // The last line says how much was compared.
+    println!("        {}", text.lines().last().unwrap_or_default());
+    Ok(())
 }
