@@ -6,6 +6,7 @@
 mod bad_input;
 mod basic;
 mod exact;
+mod fills;
 mod first_ramp;
 mod lifecycle;
 mod programs;
@@ -83,6 +84,7 @@ pub fn all() -> Vec<Test> {
         lifecycle::TESTS,
         scheduler::TESTS,
         exact::TESTS,
+        fills::TESTS,
         transparency::TESTS,
         first_ramp::TESTS,
     ]
