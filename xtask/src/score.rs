@@ -24,14 +24,16 @@ pub struct Score {
     pub nll: f64,
 }
 
-/// Scores `(prompt, output)` pairs. Pairs that are alike are scored once.
+/// Scores `(prompt, output)` pairs with a KV cache of type `kv`. Pairs that are alike are scored once.
 pub fn score(
     tool: &Path,
     model: &Path,
     threads: usize,
+    kv: &str,
     streams: &[(Vec<i64>, Vec<i64>)],
 ) -> Result<Vec<Score>> {
-    run(tool, model, &["-t", &threads.to_string()], streams)
+    let threads = threads.to_string();
+    run(tool, model, &["-t", &threads, "-ctk", kv], streams)
 }
 
 fn run<T: DeserializeOwned + Clone>(

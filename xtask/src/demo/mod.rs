@@ -53,7 +53,8 @@ pub struct Options {
     /// How the skipped layers' K/V of an exited token is filled
     #[arg(long, default_value = "copy", value_parser = ["copy", "postfill", "verify"])]
     fill: String,
-    /// Policies to compare; `reference` is the unpatched server
+    /// Policies to compare. `hold+verify` is a policy with a fill of its own, `reference` the unpatched server, and
+    /// `reference+ngram-simple` that server with a speculation type that needs no second model
     #[arg(
         long,
         value_delimiter = ',',
@@ -83,6 +84,26 @@ pub struct Options {
     out: PathBuf,
     #[command(flatten)]
     source: Source,
+}
+
+/// The name before a plus sign, and what comes after it: a fill, or a speculation type of the unpatched server.
+fn parts(policy: &str) -> (&str, Option<&str>) {
+    match policy.split_once('+') {
+        Some((base, variant)) => (base, Some(variant)),
+        None => (policy, None),
+    }
+}
+
+fn base(policy: &str) -> &str {
+    parts(policy).0
+}
+
+fn verifies(options: &Options, policy: &str) -> bool {
+    ![OFF, REFERENCE].contains(&base(policy)) && fill(options, policy) == "verify"
+}
+
+fn fill<'a>(options: &'a Options, policy: &'a str) -> &'a str {
+    parts(policy).1.unwrap_or(&options.fill)
 }
 
 fn default_threads() -> usize {
@@ -120,14 +141,23 @@ pub fn run(options: &Options) -> Result<()> {
     let model = cache::bundled_model()?;
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
-    let patched = options.policies.iter().any(|p| p != REFERENCE);
-    let runtimes = llama.ensure(if patched {
-        &[Kind::Reference, Kind::Patched]
-    } else {
-        &[Kind::Reference]
-    })?;
+    let patched = options.policies.iter().any(|p| base(p) != REFERENCE);
+    // Lossless or not is a question for builds whose results do not depend on who shares a batch: the others disagree with
+    // themselves in half a percent of the tokens.
+    let exact = options.policies.iter().any(|p| verifies(options, p));
+    let kinds: &[Kind] = match (patched, exact) {
+        (false, _) => &[Kind::Reference],
+        (true, false) => &[Kind::Reference, Kind::Patched],
+        (true, true) => &[
+            Kind::Reference,
+            Kind::Patched,
+            Kind::ReferenceExact,
+            Kind::PatchedExact,
+        ],
+    };
+    let runtimes = llama.ensure(kinds)?;
     let scorer = llama
-        .tools(&runtimes[0])?
+        .tools(&runtimes[if exact { 2 } else { 0 }])?
         .into_iter()
         .find(|tool| tool.ends_with("drex-score"))
         .context("integration/llama.cpp/tools/score.cpp is missing")?;
@@ -162,13 +192,21 @@ pub fn run(options: &Options) -> Result<()> {
                     "round {} of {rounds}  {policy} with {concurrency} in flight",
                     round + 1
                 ));
-                let runtime = if policy == REFERENCE {
+                let runtime = if base(policy) == REFERENCE {
                     &runtimes[0]
                 } else {
                     &runtimes[1]
                 };
-                let sample = measure(runtime, options, policy, concurrency, &model, &prompts)
-                    .with_context(|| format!("policy {policy}, {concurrency} in flight"))?;
+                let sample = measure(
+                    runtime,
+                    options,
+                    policy,
+                    concurrency,
+                    &model,
+                    &prompts,
+                    false,
+                )
+                .with_context(|| format!("policy {policy}, {concurrency} in flight"))?;
                 samples
                     .entry((policy.clone(), concurrency))
                     .or_default()
@@ -179,6 +217,28 @@ pub fn run(options: &Options) -> Result<()> {
     }
     progress.finish("done");
 
+    let mut apart: BTreeMap<(String, u16), Vec<Sample>> = BTreeMap::new();
+    if exact {
+        let mut progress =
+            process::Progress::new("repeating in builds that do not depend on the batch");
+        for (policy, concurrency) in samples.keys() {
+            progress.update(&format!("{policy} with {concurrency} in flight"));
+            let runtime = &runtimes[if base(policy) == REFERENCE { 2 } else { 3 }];
+            let sample = measure(
+                runtime,
+                options,
+                policy,
+                *concurrency,
+                &model,
+                &prompts,
+                true,
+            )
+            .with_context(|| format!("policy {policy}, {concurrency} in flight"))?;
+            apart.insert((policy.clone(), *concurrency), vec![sample]);
+        }
+        progress.finish("done");
+    }
+
     let cut: u64 = samples.values().flatten().map(|s| s.cut).sum();
     if cut > 0 {
         eprintln!("warning: {cut} requests were given up because they took too long");
@@ -186,7 +246,13 @@ pub fn run(options: &Options) -> Result<()> {
 
     let mut progress = process::Progress::new("scoring with the full model");
     progress.update("");
-    let scores = score_all(&scorer, &model, options.threads, &samples)?;
+    let scores = score_all(
+        &scorer,
+        &model,
+        options.threads,
+        if exact { &apart } else { &samples },
+        exact,
+    )?;
     progress.finish("done");
 
     let report = Report {
@@ -201,6 +267,7 @@ pub fn run(options: &Options) -> Result<()> {
         rounds: done,
         tokens_per_request: options.tokens,
         threads: options.threads,
+        exact,
         seconds: start.elapsed().as_secs_f64(),
     };
     // Relative to the clone, wherever it is called from.
@@ -254,23 +321,35 @@ fn requests(concurrency: u16) -> usize {
 fn server_args(
     options: &Options,
     policy: &str,
-    concurrency: u16,
+    slots: usize,
     model: &Path,
     ctx: usize,
+    exact: bool,
 ) -> Vec<String> {
     let mut args: Vec<String> = vec!["-m".into(), model.display().to_string()];
     let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
-    add("-np", concurrency.to_string());
+    add("-np", slots.to_string());
     add("-c", ctx.to_string());
     add("-t", options.threads.to_string());
     add("--cache-ram", "0".into());
     add("-fa", "on".into());
-    if policy != REFERENCE {
-        add("--drex-policy", policy.into());
-        if policy != OFF {
+    if exact {
+        // See the README of integration/llama.cpp.
+        for (name, value) in [("-ctk", "q8_0"), ("-ctv", "q8_0"), ("-sps", "0")] {
+            add(name, value.into());
+        }
+    }
+    let (base, variant) = parts(policy);
+    if base == REFERENCE {
+        if let Some(variant) = variant {
+            add("--spec-type", variant.into());
+        }
+    } else {
+        add("--drex-policy", base.into());
+        if base != OFF {
             add("--drex-threshold", options.threshold.to_string());
             add("--drex-metric", "gap".into());
-            add("--drex-fill", options.fill.clone());
+            add("--drex-fill", fill(options, policy).into());
             if options.exit_layers != "model" {
                 add("--drex-exit-layers", options.exit_layers.clone());
             }
@@ -287,15 +366,21 @@ fn measure(
     concurrency: u16,
     model: &Path,
     prompts: &[String],
+    exact: bool,
 ) -> Result<Sample> {
+    // Exact, no slot serves twice: a KV cell that is used again changes the order of summation.
+    let slots = match exact {
+        true => usize::from(concurrency) + requests(concurrency),
+        false => concurrency.into(),
+    };
     // Each request gets a prompt and an output; the room that is left over costs nothing, since only used cells are
     // attended to.
-    let ctx = (usize::from(concurrency) * (options.tokens as usize * 3 / 2 + 128))
+    let ctx = (slots * (options.tokens as usize * 3 / 2 + 128))
         .max(512)
         .next_multiple_of(256);
     let server = Server::start(
         runtime,
-        server_args(options, policy, concurrency, model, ctx),
+        server_args(options, policy, slots, model, ctx, exact),
     )?;
     let result = drive(&server, options, concurrency, prompts);
     match result {
@@ -481,10 +566,18 @@ fn score_all(
     model: &Path,
     threads: usize,
     samples: &BTreeMap<(String, u16), Vec<Sample>>,
+    exact: bool,
 ) -> Result<Scores> {
     let first = |list: &Vec<Sample>| list.first().map(|s| s.streams.clone()).unwrap_or_default();
     let streams: Vec<_> = samples.values().flat_map(first).collect();
-    let mut scores = score::score(tool, model, threads, &streams)?.into_iter();
+    let mut scores = score::score(
+        tool,
+        model,
+        threads,
+        if exact { "q8_0" } else { "f16" },
+        &streams,
+    )?
+    .into_iter();
     let take = |(key, list): (&(String, u16), &Vec<Sample>)| {
         let n = list.first().map_or(0, |s| s.streams.len());
         (key.clone(), scores.by_ref().take(n).collect())

@@ -3,13 +3,13 @@
 use std::fmt::Write;
 
 use super::{
-    OFF, REFERENCE,
+    OFF, REFERENCE, base,
     report::{Cell, escape},
 };
 
 /// The class that carries a policy's colour.
 pub fn class(policy: &str) -> &'static str {
-    match policy {
+    match base(policy) {
         OFF => "off",
         REFERENCE => "reference",
         "eager" => "eager",
