@@ -131,6 +131,26 @@
  * windows are half open. Pointers may not be NULL unless it says so. What is
  * passed in stays the caller's and is not kept beyond the call, but for the
  * tensors bound by drex_bind_kv(). Pointers to static text are the library's.
+ *
+ *
+ * 6. PAGED K/V
+ *
+ * For hosts whose K/V lies in pages of one pool, a page holding some tokens of
+ * one layer, and whose block tables name a page for each (layer, block) of a
+ * sequence. A token that left after e layers has the K/V of layer e - 1 in all
+ * later ones, so their entries can name that layer's page and nothing is copied;
+ * cells are copied only in blocks whose tokens left at different depths, and
+ * never more of them than drex_fill() would copy. The table, the K/V and the
+ * copying are the host's, drex plans and counts references. Instead of
+ * drex_bind_kv() and drex_fill():
+ *
+ *   window    Before it runs, for each row: drex_pages_write(), and its copies.
+ *   exit      After drex_ramp(), for each row with EXIT and DREX_FILL_COPY:
+ *             drex_pages_exit(), and its copies.
+ *   end       drex_pages_release() for a sequence that ends or is cut back;
+ *             drex_pages_fork() where another one shares its beginning.
+ *
+ * These calls need no engine, and none of them but drex_pages_create() allocates.
  */
 
 #ifndef DREX_H
@@ -181,6 +201,13 @@
   { sizeof(drex_stats), 0, 0, { 0 }, 0, 0, { 0 }, 0, { 0 }, 0, 0, 0, 0, 0,   \
     0, 0, 0, 0, { 0 }, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0 }
 
+/* All must be set. */
+#define DREX_PAGES_CONFIG_INITIALIZER                                        \
+  { sizeof(drex_pages_config), 0, 0, 0 }
+
+#define DREX_PAGES_STATS_INITIALIZER                                         \
+  { sizeof(drex_pages_stats), 0, 0, 0, 0, 0, 0, 0 }
+
 // The version of this interface. It changes only when something that worked
 // stops working; new functions, constants and fields at the end of structs
 // do not change it.
@@ -200,6 +227,9 @@
 
 // How many reasons there are.
 #define DREX_MISS_REASONS 4
+
+// A block table entry without a page.
+#define DREX_NO_PAGE UINT32_MAX
 
 // One engine: the scheduler of one model instance. Opaque, and not an
 // address: never read through it. Made by drex_create(), ended by

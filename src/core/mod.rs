@@ -15,6 +15,7 @@ pub mod error;
 pub mod exits;
 pub mod gaps;
 pub mod metric;
+pub mod pages;
 pub mod pending;
 pub mod planner;
 pub mod policy;

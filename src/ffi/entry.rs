@@ -44,7 +44,7 @@ pub fn with(
     engine: *const drex_engine,
     body: impl FnOnce(&mut Instance) -> Result<(), Fault>,
 ) -> drex_status {
-    call(function, || body(handle::enter(engine)?.instance()))
+    call(function, || body(handle::ENGINES.enter(engine)?.object()))
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {
@@ -88,6 +88,8 @@ sized!(
     drex_completion = 32,
     drex_observation = 32,
     drex_stats = 688,
+    drex_pages_config = 16,
+    drex_pages_stats = 56,
 );
 
 /// Reads a struct of any version that we can understand.
@@ -199,8 +201,8 @@ mod tests {
 
     #[test]
     fn a_panic_poisons_the_engine_and_nothing_else() {
-        let bad = handle::insert(instance()).unwrap();
-        let good = handle::insert(instance()).unwrap();
+        let bad = handle::ENGINES.insert::<drex_engine>(instance()).unwrap();
+        let good = handle::ENGINES.insert::<drex_engine>(instance()).unwrap();
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
         let status = with("drex_test", bad, |_| panic!("number {}", 7));
@@ -208,26 +210,26 @@ mod tests {
         assert_eq!(status, DREX_ERROR_PANIC);
         assert_eq!(text(), "drex_test: internal error: number 7");
         assert_eq!(with("drex_test", bad, |_| Ok(())), DREX_ERROR_PANIC);
-        assert!(text().contains("drex_destroy"));
+        assert!(text().contains("destruction"));
         assert_eq!(with("drex_test", good, |_| Ok(())), DREX_OK);
-        assert!(handle::remove(bad).is_ok());
-        assert!(matches!(handle::remove(bad), Err(Fault::Handle)));
+        assert!(handle::ENGINES.remove(bad).is_ok());
+        assert!(matches!(handle::ENGINES.remove(bad), Err(Fault::Handle(_))));
         assert_eq!(
             with("drex_test", bad, |_| Ok(())),
             DREX_ERROR_INVALID_HANDLE
         );
-        handle::remove(good).unwrap();
+        handle::ENGINES.remove(good).unwrap();
     }
 
     #[test]
     fn a_handle_admits_one_thread_at_a_time() {
-        let h = handle::insert(instance()).unwrap();
+        let h = handle::ENGINES.insert::<drex_engine>(instance()).unwrap();
         let status = with("drex_outer", h, |_| {
             let addr = h.addr();
             std::thread::spawn(move || {
                 let h = std::ptr::without_provenance_mut(addr);
                 assert_eq!(with("drex_inner", h, |_| Ok(())), DREX_ERROR_HANDLE_BUSY);
-                assert!(matches!(handle::remove(h), Err(Fault::Busy)));
+                assert!(matches!(handle::ENGINES.remove(h), Err(Fault::Busy(_))));
             })
             .join()
             .unwrap();
@@ -235,7 +237,7 @@ mod tests {
         });
         assert_eq!(status, DREX_OK);
         assert_eq!(with("drex_test", h, |_| Ok(())), DREX_OK);
-        handle::remove(h).unwrap();
+        handle::ENGINES.remove(h).unwrap();
     }
 
     #[test]

@@ -30,11 +30,12 @@ pub enum Fault {
     /// A cost profile that cannot be read.
     Profile(String),
     Abi(u32),
-    Handle,
-    Busy,
-    Poisoned,
-    /// There are as many engines as the process may have.
-    Engines(usize),
+    /// The argument's name, here and in the next two.
+    Handle(&'static str),
+    Busy(&'static str),
+    Poisoned(&'static str),
+    /// There are as many of them as the process may have.
+    Full(&'static str, usize),
     Name {
         what: &'static str,
         got: String,
@@ -65,11 +66,11 @@ impl Fault {
             Fault::Small { .. } | Fault::Newer { .. } => DREX_ERROR_STRUCT_SIZE,
             Fault::Profile(_) => DREX_ERROR_INVALID_ARGUMENT,
             Fault::Abi(_) => DREX_ERROR_ABI_MISMATCH,
-            Fault::Handle => DREX_ERROR_INVALID_HANDLE,
-            Fault::Busy => DREX_ERROR_HANDLE_BUSY,
-            Fault::Engines(_) => DREX_ERROR_CAPACITY,
+            Fault::Handle(_) => DREX_ERROR_INVALID_HANDLE,
+            Fault::Busy(_) => DREX_ERROR_HANDLE_BUSY,
+            Fault::Full(..) => DREX_ERROR_CAPACITY,
             Fault::Name { .. } => DREX_ERROR_INVALID_ARGUMENT,
-            Fault::Poisoned | Fault::Panic => DREX_ERROR_PANIC,
+            Fault::Poisoned(_) | Fault::Panic => DREX_ERROR_PANIC,
         }
     }
 }
@@ -93,16 +94,19 @@ impl fmt::Display for Fault {
                 f,
                 "config.abi_version is {got}; this library has ABI version {DREX_ABI_VERSION}"
             ),
-            Fault::Handle => {
-                f.write_str("engine is not a live handle: never created, or destroyed")
-            }
-            Fault::Busy => f.write_str("another thread is inside a call on this engine"),
-            Fault::Poisoned => f.write_str(
-                "an earlier call on this engine panicked; expected drex_destroy and nothing else",
+            Fault::Handle(what) => write!(
+                f,
+                "{what} is not a live handle: never created, or destroyed"
             ),
-            Fault::Engines(max) => {
-                write!(f, "{max} engines are alive, and there is no room for more")
-            }
+            Fault::Busy(what) => write!(f, "another thread is inside a call on this {what}"),
+            Fault::Poisoned(what) => write!(
+                f,
+                "an earlier call on this {what} panicked; expected its destruction and nothing else"
+            ),
+            Fault::Full(what, max) => write!(
+                f,
+                "{max} of what {what} names are alive, and there is no room for more"
+            ),
             Fault::Name {
                 what,
                 got,

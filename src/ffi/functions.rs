@@ -235,7 +235,7 @@ pub unsafe extern "C" fn drex_create(
             policy = c.policy,
             "engine created"
         );
-        let handle = handle::insert(instance)?;
+        let handle = handle::ENGINES.insert(instance)?;
         // SAFETY: not NULL.
         unsafe { out.write_unaligned(handle) };
         Ok(())
@@ -311,7 +311,7 @@ pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
         return DREX_OK;
     }
     call("drex_destroy", || {
-        drop(handle::remove(engine)?);
+        drop(handle::ENGINES.remove(engine)?);
         tracing::debug!("engine destroyed");
         Ok(())
     })

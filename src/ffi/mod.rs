@@ -7,4 +7,5 @@ pub mod entry;
 pub mod error;
 pub mod functions;
 pub mod handle;
+pub mod pages;
 pub mod types;

@@ -575,7 +575,63 @@ pub struct drex_stats {
     pub rows_dropped: u64,
 }
 
+/// A block table entry without a page.
+pub const DREX_NO_PAGE: u32 = u32::MAX;
+
+/// Accounts for a pool of K/V pages. One thread at a time may be inside a call
+/// on one of these.
+pub struct drex_pages {
+    _opaque: [u8; 0],
+}
+
+/// For drex_pages_create().
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_pages_config {
+    /// sizeof(drex_pages_config)
+    pub size: u32,
+    /// Layers of the model, 1 to 65536.
+    pub n_layers: u32,
+    /// Cells of a page, 1 to 65536. A page holds K and V of one layer.
+    pub page_tokens: u32,
+    /// Pages of the pool, numbered from 0; at most 67108864. Any layer can use
+    /// any of them.
+    pub n_pages: u32,
+}
+
+/// Cells [first_cell, first_cell + n_cells) of a page, K and V, to the same
+/// cells of another.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct drex_page_copy {
+    pub from: u32,
+    pub to: u32,
+    pub first_cell: u32,
+    pub n_cells: u32,
+}
+
+/// For drex_pages_stats_get().
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_pages_stats {
+    /// sizeof(drex_pages_stats), set by the caller
+    pub size: u32,
+    /// 0
+    pub reserved: u32,
+    pub pages_used: u64,
+    pub pages_free: u64,
+    /// Block table entries that point to a page.
+    pub references: u64,
+    /// Pages that sharing saves: references - pages_used.
+    pub pages_saved: u64,
+    /// Cells of one layer that were copied so far.
+    pub cells_copied: u64,
+    /// Cells of skipped layers that needed no copy.
+    pub cells_aliased: u64,
+}
+
 const _: () = {
+    assert!(DREX_NO_PAGE == crate::core::pages::NO_PAGE);
     assert!(DREX_MAX_RAMPS == crate::core::MAX_RAMPS);
     assert!(DREX_WAIT_BUCKETS == WAIT_BUCKETS);
     assert!(DREX_FLUSH_REASONS == REASONS);

@@ -8,6 +8,7 @@ use std::ffi::{CStr, c_void};
 use std::ptr;
 
 pub use drex::ffi::functions::*;
+pub use drex::ffi::pages::*;
 pub use drex::ffi::types::*;
 
 macro_rules! sized {
@@ -52,6 +53,98 @@ pub fn ok(status: drex_status) -> Result<(), Failed> {
     match status {
         DREX_OK => Ok(()),
         _ => Err(Failed(status)),
+    }
+}
+
+pub struct Pages {
+    raw: *mut drex_pages,
+    layers: usize,
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: a handle.
+        unsafe { drex_pages_destroy(self.raw) };
+    }
+}
+
+impl Pages {
+    pub fn new(n_layers: u32, page_tokens: u32, n_pages: u32) -> Result<Pages, Failed> {
+        let mut c = sized!(drex_pages_config);
+        (c.n_layers, c.page_tokens, c.n_pages) = (n_layers, page_tokens, n_pages);
+        let mut raw = ptr::null_mut();
+        // SAFETY: valid pointers.
+        ok(unsafe { drex_pages_create(&c, &mut raw) })?;
+        let layers = n_layers as usize;
+        Ok(Pages { raw, layers })
+    }
+
+    fn copies(
+        &self,
+        call: impl FnOnce(*mut drex_page_copy, u32, *mut u32) -> drex_status,
+    ) -> Result<Vec<drex_page_copy>, Failed> {
+        let mut out = Vec::with_capacity(2 * self.layers);
+        let mut n = 0;
+        ok(call(out.as_mut_ptr(), out.capacity() as u32, &mut n))?;
+        // SAFETY: the call has written `n` of them.
+        unsafe { out.set_len(n as usize) };
+        Ok(out)
+    }
+
+    pub fn write(
+        &self,
+        table: &mut [u32],
+        blocks: usize,
+        pos: usize,
+        begin: usize,
+        end: usize,
+    ) -> Result<Vec<drex_page_copy>, Failed> {
+        let (blocks, begin, end) = (blocks as u32, begin as u32, end as u32);
+        // SAFETY: the table has layers * blocks entries.
+        self.copies(|out, max, n| unsafe {
+            let table = table.as_mut_ptr();
+            drex_pages_write(self.raw, table, blocks, pos as u64, begin, end, out, max, n)
+        })
+    }
+
+    pub fn exit(
+        &self,
+        table: &mut [u32],
+        blocks: usize,
+        pos: usize,
+        layer: usize,
+    ) -> Result<Vec<drex_page_copy>, Failed> {
+        let (blocks, layer) = (blocks as u32, layer as u32);
+        // SAFETY: as above.
+        self.copies(|out, max, n| unsafe {
+            let table = table.as_mut_ptr();
+            drex_pages_exit(self.raw, table, blocks, pos as u64, layer, out, max, n)
+        })
+    }
+
+    pub fn fork(&self, table: &[u32], blocks: usize, first: usize, n: usize) -> Result<(), Failed> {
+        let (blocks, first, n) = (blocks as u32, first as u32, n as u32);
+        // SAFETY: as above.
+        ok(unsafe { drex_pages_fork(self.raw, table.as_ptr(), blocks, first, n) })
+    }
+
+    pub fn release(
+        &self,
+        table: &mut [u32],
+        blocks: usize,
+        first: usize,
+        n: usize,
+    ) -> Result<(), Failed> {
+        let (blocks, first, n) = (blocks as u32, first as u32, n as u32);
+        // SAFETY: as above.
+        ok(unsafe { drex_pages_release(self.raw, table.as_mut_ptr(), blocks, first, n) })
+    }
+
+    pub fn stats(&self) -> drex_pages_stats {
+        let mut s = sized!(drex_pages_stats);
+        // SAFETY: valid pointers.
+        ok(unsafe { drex_pages_stats_get(self.raw, &mut s) }).unwrap();
+        s
     }
 }
 

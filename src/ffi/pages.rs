@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! State-copy for paged K/V. The documentation is the header's.
+
+#![allow(clippy::missing_safety_doc)] // the header states each contract, for C
+
+use std::slice;
+
+use super::entry::{self, call};
+use super::error::Fault;
+use super::handle::PAGES;
+use super::types::*;
+use crate::core::error::Error;
+use crate::core::pages::{BlockTable, CellCopy, Pages};
+
+fn with(
+    function: &str,
+    pages: *const drex_pages,
+    body: impl FnOnce(&mut Pages) -> Result<(), Fault>,
+) -> drex_status {
+    call(function, || body(PAGES.enter(pages)?.object()))
+}
+
+/// # Safety
+/// `table` is NULL or has n_layers * n_blocks entries.
+unsafe fn view<'a>(pages: &Pages, table: *mut u32, n_blocks: u32) -> Result<BlockTable<'a>, Fault> {
+    if table.is_null() {
+        return Err(Fault::Null("table"));
+    }
+    if n_blocks == 0 {
+        return Err(Error::int("n_blocks", 0u32, "at least 1").into());
+    }
+    let stride = n_blocks as usize;
+    // SAFETY: the caller's contract.
+    let entries = unsafe { slice::from_raw_parts_mut(table, pages.layers() * stride) };
+    Ok(BlockTable { entries, stride })
+}
+
+/// # Safety
+/// `out` has room for them, `n` is writable.
+unsafe fn give(copies: &[CellCopy], out: *mut drex_page_copy, n: *mut u32) {
+    for (i, c) in copies.iter().enumerate() {
+        let copy = drex_page_copy {
+            from: c.from,
+            to: c.to,
+            first_cell: c.first,
+            n_cells: c.n,
+        };
+        // SAFETY: the caller's contract.
+        unsafe { out.add(i).write(copy) };
+    }
+    // SAFETY: the caller's contract.
+    unsafe { n.write(copies.len() as u32) };
+}
+
+fn room(copies: *mut drex_page_copy, max_copies: u32, n_copies: *mut u32) -> Result<usize, Fault> {
+    if n_copies.is_null() {
+        return Err(Fault::Null("n_copies"));
+    }
+    if copies.is_null() && max_copies > 0 {
+        return Err(Fault::Null("copies"));
+    }
+    Ok(max_copies as usize)
+}
+
+/// Accounts for a pool of K/V pages, see chapter 6.
+///
+/// config  read during the call only
+/// out     the handle; to be destroyed with drex_pages_destroy()
+///
+/// Allocates 8 bytes a page; nothing else here does. Errors: NULL_ARGUMENT,
+/// STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY for more than 256 pools.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_pages_create(
+    config: *const drex_pages_config,
+    out: *mut *mut drex_pages,
+) -> drex_status {
+    call("drex_pages_create", || {
+        // SAFETY: the caller's contract.
+        let c = unsafe { entry::read("config", config)? };
+        if out.is_null() {
+            return Err(Fault::Null("out"));
+        }
+        let pages = Pages::new(c.n_layers, c.page_tokens, c.n_pages)?;
+        let handle = PAGES.insert(pages)?;
+        // SAFETY: checked above.
+        unsafe { out.write(handle) };
+        Ok(())
+    })
+}
+
+/// NULL is ignored. Block tables stay the host's.
+///
+/// Errors: INVALID_HANDLE, HANDLE_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_pages_destroy(pages: *mut drex_pages) -> drex_status {
+    call("drex_pages_destroy", || {
+        if !pages.is_null() {
+            drop(PAGES.remove(pages)?);
+        }
+        Ok(())
+    })
+}
+
+/// Before layers [layer_begin, layer_end) write the cell of the token at `pos`,
+/// its sequence's newest: gives these layers pages for its block, and ends
+/// sharing where another layer or sequence would see what they write.
+///
+/// table       [n_layers][n_blocks] pages, layer by layer, DREX_NO_PAGE where
+///             there is none; entries of the token's block are changed
+/// n_blocks    entries of a layer
+/// copies      what to copy before the window runs, in this order
+/// max_copies  room in `copies`; n_layers is always enough here
+/// n_copies    how many there are
+///
+/// Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CAPACITY when no page is free or
+/// `copies` is too short. Nothing has changed then.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_pages_write(
+    pages: *mut drex_pages,
+    table: *mut u32,
+    n_blocks: u32,
+    pos: u64,
+    layer_begin: u32,
+    layer_end: u32,
+    copies: *mut drex_page_copy,
+    max_copies: u32,
+    n_copies: *mut u32,
+) -> drex_status {
+    with("drex_pages_write", pages, |pages| {
+        let max = room(copies, max_copies, n_copies)?;
+        // SAFETY: the caller's contract.
+        let mut table = unsafe { view(pages, table, n_blocks)? };
+        let (begin, end) = (layer_begin as usize, layer_end as usize);
+        let got = pages.write(&mut table, pos, begin, end, max)?;
+        // SAFETY: checked above; no more than `max`.
+        unsafe { give(got, copies, n_copies) };
+        Ok(())
+    })
+}
+
+/// After the token at `pos`, its sequence's newest, left after layers
+/// [0, exit_layer): gives the skipped layers its K/V. Where all tokens of its
+/// block so far left after as many layers or fewer, their entries become the
+/// page of layer exit_layer - 1 and nothing is copied.
+///
+/// exit_layer  the ramp's layer, as in drex_config.ramp_layers
+/// max_copies  2 * n_layers is always enough
+///
+/// The rest is as for drex_pages_write().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_pages_exit(
+    pages: *mut drex_pages,
+    table: *mut u32,
+    n_blocks: u32,
+    pos: u64,
+    exit_layer: u32,
+    copies: *mut drex_page_copy,
+    max_copies: u32,
+    n_copies: *mut u32,
+) -> drex_status {
+    with("drex_pages_exit", pages, |pages| {
+        let max = room(copies, max_copies, n_copies)?;
+        // SAFETY: the caller's contract.
+        let mut table = unsafe { view(pages, table, n_blocks)? };
+        let got = pages.exit(&mut table, pos, exit_layer as usize, max)?;
+        // SAFETY: checked above; no more than `max`.
+        unsafe { give(got, copies, n_copies) };
+        Ok(())
+    })
+}
+
+/// Another sequence shares blocks [first_block, first_block + count) from now
+/// on: the host has copied, or is about to copy, their entries into its table.
+/// Whoever writes into a shared page first gets one of its own.
+///
+/// Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_pages_fork(
+    pages: *mut drex_pages,
+    table: *const u32,
+    n_blocks: u32,
+    first_block: u32,
+    count: u32,
+) -> drex_status {
+    with("drex_pages_fork", pages, |pages| {
+        // SAFETY: the caller's contract; `fork` only reads.
+        let table = unsafe { view(pages, table.cast_mut(), n_blocks)? };
+        Ok(pages.fork(&table, first_block as usize, count as usize)?)
+    })
+}
+
+/// A sequence gives blocks [first_block, first_block + count) back; their
+/// entries become DREX_NO_PAGE.
+///
+/// Errors: NULL_ARGUMENT; INVALID_ARGUMENT, also for a page that is free.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_pages_release(
+    pages: *mut drex_pages,
+    table: *mut u32,
+    n_blocks: u32,
+    first_block: u32,
+    count: u32,
+) -> drex_status {
+    with("drex_pages_release", pages, |pages| {
+        // SAFETY: the caller's contract.
+        let mut table = unsafe { view(pages, table, n_blocks)? };
+        Ok(pages.release(&mut table, first_block as usize, count as usize)?)
+    })
+}
+
+/// What is used, shared and copied.
+///
+/// out  its size is set by the caller
+///
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_pages_stats_get(
+    pages: *const drex_pages,
+    out: *mut drex_pages_stats,
+) -> drex_status {
+    with("drex_pages_stats_get", pages, |pages| {
+        // SAFETY: the caller's contract.
+        let size = unsafe { entry::writable("out", out)? };
+        let (cells_copied, cells_aliased) = pages.cells();
+        let stats = drex_pages_stats {
+            size,
+            reserved: 0,
+            pages_used: pages.used(),
+            pages_free: pages.free(),
+            references: pages.entries(),
+            pages_saved: pages.entries() - pages.used(),
+            cells_copied,
+            cells_aliased,
+        };
+        // SAFETY: checked above.
+        unsafe { entry::write(out, &stats) };
+        Ok(())
+    })
+}
