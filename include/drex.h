@@ -236,6 +236,10 @@
 // drex_destroy(). A destroyed handle gives DREX_ERROR_INVALID_HANDLE.
 typedef struct drex_engine drex_engine;
 
+// Accounts for a pool of K/V pages. One thread at a time may be inside a call
+// on one of these.
+typedef struct drex_pages drex_pages;
+
 // How a call went: DREX_OK (0) or one of DREX_ERROR_*. The numbers never
 // change their meaning; a later version may add more, so treat any number
 // but 0 as a failure. A call that fails changes nothing and writes none of
@@ -730,6 +734,46 @@ typedef struct drex_stats {
   uint64_t rows_dropped;
 } drex_stats;
 
+// For drex_pages_create().
+typedef struct drex_pages_config {
+  // sizeof(drex_pages_config)
+  uint32_t size;
+  // Layers of the model, 1 to 65536.
+  uint32_t n_layers;
+  // Cells of a page, 1 to 65536. A page holds K and V of one layer.
+  uint32_t page_tokens;
+  // Pages of the pool, numbered from 0; at most 67108864. Any layer can use
+  // any of them.
+  uint32_t n_pages;
+} drex_pages_config;
+
+// Cells [first_cell, first_cell + n_cells) of a page, K and V, to the same
+// cells of another.
+typedef struct drex_page_copy {
+  uint32_t from;
+  uint32_t to;
+  uint32_t first_cell;
+  uint32_t n_cells;
+} drex_page_copy;
+
+// For drex_pages_stats_get().
+typedef struct drex_pages_stats {
+  // sizeof(drex_pages_stats), set by the caller
+  uint32_t size;
+  // 0
+  uint32_t reserved;
+  uint64_t pages_used;
+  uint64_t pages_free;
+  // Block table entries that point to a page.
+  uint64_t references;
+  // Pages that sharing saves: references - pages_used.
+  uint64_t pages_saved;
+  // Cells of one layer that were copied so far.
+  uint64_t cells_copied;
+  // Cells of skipped layers that needed no copy.
+  uint64_t cells_aliased;
+} drex_pages_stats;
+
 // Where most of the time went of a token that missed its deadline:
 // DREX_MISS_*.
 typedef uint32_t drex_miss_reason;
@@ -1080,6 +1124,91 @@ drex_status drex_profile_load(drex_engine *engine, const char *text);
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE.
 drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
+
+// Accounts for a pool of K/V pages, see chapter 6.
+//
+// config  read during the call only
+// out     the handle; to be destroyed with drex_pages_destroy()
+//
+// Allocates 8 bytes a page; nothing else here does. Errors: NULL_ARGUMENT,
+// STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY for more than 256 pools.
+drex_status drex_pages_create(const drex_pages_config *config,
+                              drex_pages **out);
+
+// NULL is ignored. Block tables stay the host's.
+//
+// Errors: INVALID_HANDLE, HANDLE_BUSY.
+drex_status drex_pages_destroy(drex_pages *pages);
+
+// Before layers [layer_begin, layer_end) write the cell of the token at `pos`,
+// its sequence's newest: gives these layers pages for its block, and ends
+// sharing where another layer or sequence would see what they write.
+//
+// table       [n_layers][n_blocks] pages, layer by layer, DREX_NO_PAGE where
+//             there is none; entries of the token's block are changed
+// n_blocks    entries of a layer
+// copies      what to copy before the window runs, in this order
+// max_copies  room in `copies`; n_layers is always enough here
+// n_copies    how many there are
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CAPACITY when no page is free or
+// `copies` is too short. Nothing has changed then.
+drex_status drex_pages_write(drex_pages *pages,
+                             uint32_t *table,
+                             uint32_t n_blocks,
+                             uint64_t pos,
+                             uint32_t layer_begin,
+                             uint32_t layer_end,
+                             drex_page_copy *copies,
+                             uint32_t max_copies,
+                             uint32_t *n_copies);
+
+// After the token at `pos`, its sequence's newest, left after layers
+// [0, exit_layer): gives the skipped layers its K/V. Where all tokens of its
+// block so far left after as many layers or fewer, their entries become the
+// page of layer exit_layer - 1 and nothing is copied.
+//
+// exit_layer  the ramp's layer, as in drex_config.ramp_layers
+// max_copies  2 * n_layers is always enough
+//
+// The rest is as for drex_pages_write().
+drex_status drex_pages_exit(drex_pages *pages,
+                            uint32_t *table,
+                            uint32_t n_blocks,
+                            uint64_t pos,
+                            uint32_t exit_layer,
+                            drex_page_copy *copies,
+                            uint32_t max_copies,
+                            uint32_t *n_copies);
+
+// Another sequence shares blocks [first_block, first_block + count) from now
+// on: the host has copied, or is about to copy, their entries into its table.
+// Whoever writes into a shared page first gets one of its own.
+//
+// Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
+drex_status drex_pages_fork(drex_pages *pages,
+                            const uint32_t *table,
+                            uint32_t n_blocks,
+                            uint32_t first_block,
+                            uint32_t count);
+
+// A sequence gives blocks [first_block, first_block + count) back; their
+// entries become DREX_NO_PAGE.
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT, also for a page that is free.
+drex_status drex_pages_release(drex_pages *pages,
+                               uint32_t *table,
+                               uint32_t n_blocks,
+                               uint32_t first_block,
+                               uint32_t count);
+
+// What is used, shared and copied.
+//
+// out  its size is set by the caller
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE.
+drex_status drex_pages_stats_get(const drex_pages *pages,
+                                 drex_pages_stats *out);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -34,7 +34,7 @@ pub enum Fault {
     Handle(&'static str),
     Busy(&'static str),
     Poisoned(&'static str),
-    /// There are as many of them as the process may have.
+    /// There are as many of them (plural) as the process may have.
     Full(&'static str, usize),
     Name {
         what: &'static str,
@@ -103,10 +103,9 @@ impl fmt::Display for Fault {
                 f,
                 "an earlier call on this {what} panicked; expected its destruction and nothing else"
             ),
-            Fault::Full(what, max) => write!(
-                f,
-                "{max} of what {what} names are alive, and there is no room for more"
-            ),
+            Fault::Full(plural, max) => {
+                write!(f, "{max} {plural} are alive, and there is no room for more")
+            }
             Fault::Name {
                 what,
                 got,

@@ -32,25 +32,27 @@ struct Entry<T> {
 
 /// The objects of one kind.
 pub struct Table<T: 'static> {
-    /// The argument's name in error texts.
+    /// The argument's name in error texts, and what several are.
     name: &'static str,
+    plural: &'static str,
     /// Odd, so that no pointer to an allocation looks like a handle, and
     /// another one for each kind.
     tag: usize,
     entries: [Entry<T>; MAX_HANDLES],
 }
 
-pub static ENGINES: Table<Instance> = Table::new("engine", 0b101);
-pub static PAGES: Table<Pages> = Table::new("pages", 0b011);
+pub static ENGINES: Table<Instance> = Table::new("engine", "engines", 0b101);
+pub static PAGES: Table<Pages> = Table::new("pages", "page pools", 0b011);
 
 fn word(generation: u64, state: u64) -> u64 {
     generation << 3 | state
 }
 
 impl<T> Table<T> {
-    const fn new(name: &'static str, tag: usize) -> Self {
+    const fn new(name: &'static str, plural: &'static str, tag: usize) -> Self {
         Table {
             name,
+            plural,
             tag,
             entries: [const {
                 Entry {
@@ -115,7 +117,7 @@ impl<T> Table<T> {
                 return Ok(self.encode(index, generation));
             }
         }
-        Err(Fault::Full(self.name, MAX_HANDLES))
+        Err(Fault::Full(self.plural, MAX_HANDLES))
     }
 
     /// Takes an object out of the table, also after a panic.
