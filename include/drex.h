@@ -343,6 +343,21 @@ typedef uint32_t drex_fill_mode;
 // State-copy: K and V of the last computed layer at the token's cell are
 // copied to all skipped layers.
 #define DREX_FILL_COPY 0
+// They are computed. The token's hidden row stays in the arena, *pending*,
+// and goes along when its request next goes through the skipped layers:
+// exactly what the full model would have put there for this text.
+#define DREX_FILL_POSTFILL 1
+// As POSTFILL, and the token is a draft: emitted, that is given to the
+// client, when the full model's logits for the pending row agree; else
+// replaced, and what was made after it is void. See drex_verify(). The output
+// is that of the full model.
+#define DREX_FILL_VERIFY 2
+// The host fills them: after drex_ramp(), before the arena row is used again,
+// it runs the skipped layers' own K and V projections over the rows that left,
+// from their hidden states as they are (state propagation, Schuster et al.,
+// arXiv 2207.07061). Closer to the full model than COPY, at the price of these
+// projections; drex_fill() leaves such rows alone.
+#define DREX_FILL_PROPAGATE 3
 // In a request: the engine's mode.
 #define DREX_FILL_DEFAULT UINT32_MAX
 
@@ -777,17 +792,6 @@ typedef struct drex_pages_stats {
 // Where most of the time went of a token that missed its deadline:
 // DREX_MISS_*.
 typedef uint32_t drex_miss_reason;
-
-// They are computed. The token's hidden row stays in the arena, *pending*,
-// and goes along when its request next goes through the skipped layers:
-// exactly what the full model would have put there for this text.
-#define DREX_FILL_POSTFILL 1
-
-// As POSTFILL, and the token is a draft: emitted, that is given to the
-// client, when the full model's logits for the pending row agree; else
-// replaced, and what was made after it is void. See drex_verify(). The output
-// is that of the full model.
-#define DREX_FILL_VERIFY 2
 
 // Between its last token and drex_request_ready(): in the host.
 #define DREX_MISS_HOST 0

@@ -226,7 +226,7 @@ fn every_wrong_config_is_named() {
         (|c| c.routing = 2, "routing is 2"),
         (|c| c.metric = 3, "metric is 3"),
         (|c| c.metric = DREX_METRIC_DEFAULT, "metric is 4294967295"),
-        (|c| c.fill = 3, "fill is 3"),
+        (|c| c.fill = 4, "fill is 4"),
         (|c| c.fill = 1, "n_slots is 4|max_requests is 4|POSTFILL"),
         (
             |c| (c.fill, c.n_slots, c.max_batch) = (2, 8, 1),

@@ -47,14 +47,9 @@ fn arrange(header: &str) -> String {
         (!initializer).then(|| name.to_owned())
     };
     let owner = |name: &str| {
-        let matching = |t: &&(&str, &[&str])| t.1.iter().any(|p| name.starts_with(p));
-        // Two types share a prefix; the fill modes are COPY and DEFAULT.
-        let fill = matches!(name, "DREX_FILL_COPY" | "DREX_FILL_DEFAULT");
-        VALUES
-            .iter()
-            .filter(matching)
-            .find(|t| (t.0 == "drex_fill_mode") == fill)
-            .map(|t| t.0)
+        let mut types = VALUES.iter();
+        let found = types.find(|t| t.1.iter().any(|p| name.starts_with(p)));
+        found.map(|t| t.0)
     };
     let mut out = String::new();
     for block in &blocks {

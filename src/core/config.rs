@@ -21,14 +21,17 @@ pub enum Fill {
     /// The same, and what the full model says there decides: the token is a
     /// draft until then.
     Verify,
+    /// Projected by the skipped layers from the hidden row as it is, by the
+    /// host.
+    Propagate,
 }
 
 impl Fill {
-    pub const ALL: [Fill; 3] = [Fill::Copy, Fill::Postfill, Fill::Verify];
+    pub const ALL: [Fill; 4] = [Fill::Copy, Fill::Postfill, Fill::Verify, Fill::Propagate];
 
     /// Exited rows stay in the arena.
     pub fn keeps(self) -> bool {
-        self != Fill::Copy
+        matches!(self, Fill::Postfill | Fill::Verify)
     }
 }
 

@@ -176,6 +176,7 @@ fn fill(value: u32, expected: &'static str) -> Result<Fill, Error> {
         DREX_FILL_COPY => Ok(Fill::Copy),
         DREX_FILL_POSTFILL => Ok(Fill::Postfill),
         DREX_FILL_VERIFY => Ok(Fill::Verify),
+        DREX_FILL_PROPAGATE => Ok(Fill::Propagate),
         _ => Err(Error::int("fill", value, expected)),
     }
 }
@@ -288,7 +289,7 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         max_batch: c.max_batch,
         policy: policy.ok_or(Error::int("policy", c.policy, "DREX_POLICY_* (0..8)"))?,
         metric: metric(c.metric, "DREX_METRIC_* (0..2)")?,
-        fill: fill(c.fill, "DREX_FILL_* (0..2)")?,
+        fill: fill(c.fill, "DREX_FILL_* (0..3)")?,
         max_pending: c.max_pending,
         flush_rows: c.flush_rows,
         min_ready: c.min_ready,
@@ -432,7 +433,7 @@ pub unsafe extern "C" fn drex_request_add(
         };
         let fill = match c.fill {
             DREX_FILL_DEFAULT => None,
-            f => Some(fill(f, "DREX_FILL_* (0..2) or DREX_FILL_DEFAULT")?),
+            f => Some(fill(f, "DREX_FILL_* (0..3) or DREX_FILL_DEFAULT")?),
         };
         reserved(c.reserved)?;
         Ok(instance.engine.add(RequestConfig {

@@ -138,6 +138,12 @@ pub const DREX_FILL_POSTFILL: drex_fill_mode = 1;
 /// replaced, and what was made after it is void. See drex_verify(). The output
 /// is that of the full model.
 pub const DREX_FILL_VERIFY: drex_fill_mode = 2;
+/// The host fills them: after drex_ramp(), before the arena row is used again,
+/// it runs the skipped layers' own K and V projections over the rows that left,
+/// from their hidden states as they are (state propagation, Schuster et al.,
+/// arXiv 2207.07061). Closer to the full model than COPY, at the price of these
+/// projections; drex_fill() leaves such rows alone.
+pub const DREX_FILL_PROPAGATE: drex_fill_mode = 3;
 /// In a request: the engine's mode.
 pub const DREX_FILL_DEFAULT: drex_fill_mode = u32::MAX;
 

@@ -7,7 +7,10 @@
 // rows of one sequence in one window. At the end nothing is pending, and K and V of every layer and token must be those
 // of the full passes: bit by bit in the exact build (--exact), where a quantised cache makes a row's result independent of
 // its company. Otherwise, in F16, they may differ by a few times as much as the engine's own full passes do between
-// sequences in one batch and alone. Prints a line per case and exits 1 at the first difference.
+// sequences in one batch and alone.
+//
+// Then rows that leave for good: the first layer that they skip has what a full pass has, since it projects the same hidden
+// row, and all layers behind it have been written. Prints a line per case and exits 1 at the first difference.
 
 #include "llama.h"
 #include "llama-window.h"
@@ -287,6 +290,45 @@ int main(int argc, char ** argv) {
         n_compared_all += n_compared;
 
         llama_batch_ext_free(batch);
+
+        // projection: one token of each sequence
+        llama_context * proj = make_context(model, tc.n_seq, n_tokens, type_kv);
+        why = llama_window_init(proj, { uint32_t(tc.n_seq), 4 });
+        batch = llama_batch_ext_init(proj);
+        fill(batch, prompts);
+        ok = ok && !why && llama_process(proj, LLAMA_PROCESS_TYPE_DECODE, batch) == 0;
+        std::vector<row>     rows;
+        std::vector<int32_t> slots;
+        for (int s = 0; s < tc.n_seq; ++s) {
+            rows.push_back({ tokens[s][n_prompt], n_prompt, s });
+            slots.push_back(tc.n_seq - 1 - s);
+        }
+        const int32_t at = tc.ramps[0];
+        fill(batch, rows);
+        ok = ok && llama_window_decode (proj, batch, 0, at, slots.data()) == 0;
+        ok = ok && llama_window_project(proj, batch, at,    slots.data()) == 0;
+        ok = ok && llama_window_project(proj, batch, at,    slots.data()) == -1; // they have left
+        double diff_project = 0.0;
+        for (int il = at; ok && il < n_layer; ++il) {
+            llama_window_kv a, b;
+            ok = llama_window_get_kv(full, il, &a) && llama_window_get_kv(proj, il, &b);
+            for (int s = 0; ok && s < tc.n_seq; ++s) {
+                const size_t c = tc.n_seq*n_prompt + s; // in both
+                if (il == at) {
+                    diff_project = std::max(diff_project, difference(a.k, c, b.k, c));
+                    diff_project = std::max(diff_project, difference(a.v, c, b.v, c));
+                    continue;
+                }
+                for (const auto * t : { b.k, b.v }) {
+                    const char * p = (const char *) t->data + c*t->nb[1];
+                    ok = ok && std::any_of(p, p + ggml_row_size(t->type, t->ne[0]), [](char x) { return x != 0; });
+                }
+            }
+        }
+        ok = ok && (exact ? diff_project == 0.0 : diff_project <= std::max(tolerance, factor*usual));
+        printf("%s: projected from layer %d: largest difference there %g\n", ok ? "ok" : "FAILED", at, diff_project);
+        llama_batch_ext_free(batch);
+        llama_free(proj);
         llama_free(full);
         llama_free(solo);
         llama_free(part);

@@ -51,7 +51,7 @@ pub struct Options {
     #[arg(long)]
     json: bool,
     /// How the skipped layers' K/V of an exited token is filled
-    #[arg(long, default_value = "copy", value_parser = ["copy", "postfill", "verify"])]
+    #[arg(long, default_value = "copy", value_parser = ["copy", "propagate", "postfill", "verify"])]
     fill: String,
     /// Policies to compare. `hold+verify` is a policy with a fill of its own, `reference` the unpatched server, and
     /// `reference+ngram-simple` that server with a speculation type that needs no second model

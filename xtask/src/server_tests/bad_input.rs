@@ -51,7 +51,7 @@ fn flags(suite: &Suite) -> Result<()> {
         (&["--drex-metric", "vibes"], &["vibes"]),
         (
             &["--drex-fill", "guess"],
-            &["--drex-fill guess", "copy, postfill or verify"],
+            &["--drex-fill guess", "copy, propagate, postfill or verify"],
         ),
         (
             &["--drex-slots", "2"],
