@@ -140,11 +140,13 @@
  * sequence. A token that left after e layers has the K/V of layer e - 1 in all
  * later ones, so their entries can name that layer's page and nothing is copied;
  * cells are copied only in blocks whose tokens left at different depths, and
- * never more of them than drex_fill() would copy. The table, the K/V and the
+ * never more of them than drex_fill() would copy (but for what sequences that
+ * share a block copy when they part). The table, the K/V and the
  * copying are the host's, drex plans and counts references. Instead of
  * drex_bind_kv() and drex_fill():
  *
- *   window    Before it runs, for each row: drex_pages_write(), and its copies.
+ *   window    Before it runs, for each row in its order: drex_pages_write(), and
+ *             its copies.
  *   exit      After drex_ramp(), for each row with EXIT and DREX_FILL_COPY:
  *             drex_pages_exit(), and its copies.
  *   end       drex_pages_release() for a sequence that ends or is cut back;
@@ -1144,9 +1146,10 @@ drex_status drex_pages_create(const drex_pages_config *config,
 // Errors: INVALID_HANDLE, HANDLE_BUSY.
 drex_status drex_pages_destroy(drex_pages *pages);
 
-// Before layers [layer_begin, layer_end) write the cell of the token at `pos`,
-// its sequence's newest: gives these layers pages for its block, and ends
-// sharing where another layer or sequence would see what they write.
+// Before layers [layer_begin, layer_end) write the cell of the token at `pos`:
+// gives these layers pages for its block, and ends sharing where another layer
+// or sequence would see what they write. Of a sequence's tokens in one window,
+// the oldest first: these layers must have written no later cell yet.
 //
 // table       [n_layers][n_blocks] pages, layer by layer, DREX_NO_PAGE where
 //             there is none; entries of the token's block are changed

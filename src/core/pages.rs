@@ -9,7 +9,8 @@
 //! `d` layers, all layers from `d - 1` on hold the same cells and can share one
 //! page, and the layers before have a page each. `d` only grows while a block
 //! fills up, hence a layer gets a page of its own at most once per block, and
-//! never are more cells copied than state-copy would copy. With pages of one
+//! never are more cells copied than state-copy would copy, apart from what two
+//! sequences that share a block must copy when they part. With pages of one
 //! token, none is.
 
 use super::error::{Error, Result};
@@ -46,6 +47,7 @@ pub struct Pages {
     aliased: u64,
     /// The column that a call works on, and its copies.
     column: Vec<u32>,
+    sorted: Vec<u32>,
     copies: Vec<CellCopy>,
 }
 
@@ -67,6 +69,7 @@ impl Pages {
             copied: 0,
             aliased: 0,
             column: Vec::with_capacity(layers as usize),
+            sorted: Vec::with_capacity(layers as usize),
             copies: Vec::with_capacity(2 * layers as usize),
         })
     }
@@ -104,6 +107,19 @@ impl Pages {
             self.column.push(page);
         }
         self.copies.clear();
+        // A page that the table names more often than it was given out is
+        // somebody else's, and must not be taken from them.
+        self.sorted.clear();
+        self.sorted.extend_from_slice(&self.column);
+        self.sorted.sort_unstable();
+        for own in self.sorted.chunk_by(|a, b| a == b) {
+            if own[0] != NO_PAGE && own.len() as u64 > u64::from(self.refs[own[0] as usize]) {
+                let expected = "a page at no more places than it was given out for";
+                let at = self.column.iter().rposition(|p| *p == own[0]);
+                let i = at.unwrap_or(0) * table.stride + block;
+                return Err(Error::int("table", own[0], expected).at(i));
+            }
+        }
         Ok(())
     }
 
@@ -224,8 +240,8 @@ impl Pages {
         Ok((block, (pos % u64::from(self.page_tokens)) as u32))
     }
 
-    /// Before layers `[begin, end)` write the cell of the token at `pos`, the
-    /// sequence's newest: allocates pages and ends sharing where others would
+    /// Before layers `[begin, end)` write the cell of the token at `pos`, behind
+    /// which they have written none: allocates pages and ends sharing where others would
     /// see it. The copies have to be made before the cell is written.
     pub fn write(
         &mut self,

@@ -102,9 +102,10 @@ pub unsafe extern "C" fn drex_pages_destroy(pages: *mut drex_pages) -> drex_stat
     })
 }
 
-/// Before layers [layer_begin, layer_end) write the cell of the token at `pos`,
-/// its sequence's newest: gives these layers pages for its block, and ends
-/// sharing where another layer or sequence would see what they write.
+/// Before layers [layer_begin, layer_end) write the cell of the token at `pos`:
+/// gives these layers pages for its block, and ends sharing where another layer
+/// or sequence would see what they write. Of a sequence's tokens in one window,
+/// the oldest first: these layers must have written no later cell yet.
 ///
 /// table       [n_layers][n_blocks] pages, layer by layer, DREX_NO_PAGE where
 ///             there is none; entries of the token's block are changed

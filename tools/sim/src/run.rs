@@ -13,7 +13,7 @@ use drex::core::profile::Profile;
 use drex::core::request::RequestConfig;
 
 use crate::draw::{normal, purpose, uniform};
-use crate::workload::{Arrivals, Confidence, Workload};
+use crate::workload::{Arrivals, Confidence, TURN_SHIFT, Workload};
 
 /// A policy, or a fixed threshold rule.
 #[derive(Debug, Clone, PartialEq)]
@@ -420,7 +420,7 @@ impl Live {
     /// The row runs the token after so many, of a text that has changed so
     /// often.
     fn token(&self, back: u32) -> u64 {
-        (self.made + self.ahead - u64::from(back)) | self.turn << 40
+        (self.made + self.ahead - u64::from(back)) | self.turn << TURN_SHIFT
     }
 }
 

@@ -7,6 +7,10 @@ use std::collections::HashMap;
 
 use crate::draw::{exponential, purpose, uniform};
 
+/// In a token's number, the bits from here on say how often drafts of its
+/// request were taken back: what comes then is another text.
+pub const TURN_SHIFT: u32 = 40;
+
 #[derive(Debug, Clone)]
 pub enum Arrivals {
     /// So many requests at all times: one that ends is replaced at once.
@@ -146,6 +150,9 @@ impl Workload {
                 let Some(tokens) = all.get(&id).filter(|t| !t.is_empty()) else {
                     return f32::NAN;
                 };
+                // Without how often the text was taken back, which is no
+                // part of a recording.
+                let token = token & ((1 << TURN_SHIFT) - 1);
                 return tokens[token as usize % tokens.len()][ramp];
             }
         };

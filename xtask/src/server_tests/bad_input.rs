@@ -65,7 +65,10 @@ fn flags(suite: &Suite) -> Result<()> {
             &["--drex-fill", "verify", "--drex-record", "/dev/null"],
             &["--drex-record", "--drex-fill verify"],
         ),
-        (&["--drex-max-pending", "-1"], &["--drex-max-pending is -1"]),
+        (
+            &["--drex-max-pending", "-1"],
+            &["--drex-max-pending is -1", "1 or more"],
+        ),
         (
             &["--drex-max-batch", "4096"],
             &["--drex-max-batch 4096", "--ubatch-size 512"],
