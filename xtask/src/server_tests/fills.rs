@@ -17,6 +17,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
             "fills: cancelled streams leave no pending rows behind",
             cancelled,
         ),
+        Test::new("fills: a KV cache that just fits", tight),
         Test::new(
             "exact: verify answers every kind of request as the unpatched server does",
             features,
@@ -152,6 +153,39 @@ fn cancelled(suite: &Suite) -> Result<()> {
     // and it still serves
     let done = generate(client, &[greedy(&prompt(1), 24)], 1)?;
     ensure!(done[0].tokens.len() == 24, "no answer after the storm");
+    Ok(())
+}
+
+/// Four requests fill the cache to the last few cells, with tokens taken back all the while: none fails for want of room.
+fn tight(suite: &Suite) -> Result<()> {
+    for fill in MODES {
+        let flags = [
+            "--drex-policy",
+            "hold",
+            "--drex-threshold",
+            "0.3",
+            "--drex-fill",
+            fill,
+        ];
+        let server = suite.start(&suite.patched, 4, &flags)?;
+        let cells = 4 * 512;
+        let mut requests = Vec::new();
+        for i in 0..4 {
+            let prompt = prompt(i);
+            let n = server.client.tokenize(&prompt)?.len();
+            requests.push(greedy(&prompt, (cells / 4 - n) as u32));
+        }
+        let done = generate(server.client, &requests, 4)?;
+        let tokens: u64 = done
+            .iter()
+            .filter_map(|g| g.last["tokens_predicted"].as_u64())
+            .sum();
+        let want: u64 = requests
+            .iter()
+            .filter_map(|r| r["n_predict"].as_u64())
+            .sum();
+        ensure!(tokens == want, "{fill}: {tokens} of {want} tokens");
+    }
     Ok(())
 }
 
