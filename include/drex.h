@@ -1001,13 +1001,14 @@ drex_status drex_fill(drex_engine *engine);
 // choose by drex_speculate().
 //
 // agrees     [n_rows] 1: the token chosen from the row's logits is its draft;
-//            0: it is not. Looked at for drafts only, up to the first 0 of
+//            2: the same, and it is the request's last token; 0: it is
+//            another. Looked at for drafts only, up to the first 0 or 2 of
 //            each request.
 // n_rows     drex_step.n_rows
 // decisions  [capacity] receives one per row: ACCEPT or REPLACE for drafts,
 //            PENDING for pending rows without, EXIT for the request's own row:
 //            emit the token chosen from its logits; DROP for what follows a
-//            draft that was replaced; GONE
+//            draft that was replaced or was the last token; GONE
 // capacity   at least n_rows
 //
 // After REPLACE, the request's next token is the one chosen; the rows after it

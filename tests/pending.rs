@@ -502,9 +502,9 @@ fn verify_names_what_is_wrong() {
     fails(verify(&[1], 8), DREX_ERROR_INVALID_ARGUMENT, "n_rows");
     fails(verify(&[1, 0], 1), DREX_ERROR_CAPACITY, "capacity is 1");
     fails(
-        verify(&[2, 0], 8),
+        verify(&[3, 0], 8),
         DREX_ERROR_INVALID_ARGUMENT,
-        "agrees[0] is 2",
+        "agrees[0] is 3",
     );
     assert_eq!(
         verify(&[0, 1], 8).unwrap(),
@@ -518,9 +518,29 @@ fn verify_names_what_is_wrong() {
         (1, 1, 0, 1)
     );
     assert_eq!((s.slots_free, s.pending_rows), (6, 0));
+    // A right draft with which its request ends: what follows is no token.
+    e.ready(1, 8).unwrap();
+    e.plan(8, 4).unwrap();
+    e.ramp(&[0.9]).unwrap();
+    e.complete(9, 1).unwrap();
+    e.ready(1, 9).unwrap();
+    e.plan(9, 4).unwrap();
+    e.ramp(&[0.1]).unwrap();
+    e.complete(10, 1).unwrap();
+    e.plan(10, 4).unwrap();
+    assert_eq!(
+        verify(&[2, 1], 8).unwrap(),
+        [DREX_DECISION_ACCEPT, DREX_DECISION_DROP]
+    );
+    e.complete(11, 1).unwrap();
+    let s = e.stats();
+    assert_eq!(
+        (s.tokens, s.drafts, s.drafts_accepted, s.rows_dropped),
+        (2, 2, 1, 2)
+    );
     let mut n = 7;
     // SAFETY: a handle.
-    ok(unsafe { drex_request_settle(e.raw, 1, 8, &mut n) }).unwrap();
+    ok(unsafe { drex_request_settle(e.raw, 1, 12, &mut n) }).unwrap();
     assert_eq!(n, 0, "nothing is pending");
     assert_eq!(settle(9), Err(Failed(DREX_ERROR_UNKNOWN_REQUEST)));
 }

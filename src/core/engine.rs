@@ -77,6 +77,15 @@ impl StepRow {
     }
 }
 
+/// What the full model says to a draft.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Agrees {
+    No,
+    Yes,
+    /// The same token, and the request's last: what was made after it is void.
+    AndEnds,
+}
+
 /// The search for a rule takes at most this share of a window's time, where
 /// the host does not call for it itself.
 const REPLAN_SHARE: u64 = 200;
@@ -727,7 +736,7 @@ impl Engine {
     /// whether the full model's token is the one that it emitted as a draft;
     /// it is looked at for drafts only. The verdicts are in
     /// [`Engine::step_rows`].
-    pub fn verify(&mut self, agrees: impl ExactSizeIterator<Item = bool>) -> Result<()> {
+    pub fn verify(&mut self, agrees: impl ExactSizeIterator<Item = Agrees>) -> Result<()> {
         match &self.step {
             None => {
                 return Err(Error::CallOrder(
@@ -756,7 +765,8 @@ impl Engine {
                 why: "every planned row has one answer",
             });
         }
-        // A request's rows stand together, the oldest first.
+        // A request's rows stand together, the oldest first. What follows one
+        // that was replaced, or that ends the request, is void.
         let mut replaced = NONE;
         for (row, agrees) in self.rows.iter_mut().zip(agrees) {
             let void = replaced == row.request;
@@ -770,7 +780,10 @@ impl Engine {
                 } else {
                     Decision::Exit
                 }
-            } else if agrees {
+            } else if agrees != Agrees::No {
+                if agrees == Agrees::AndEnds {
+                    replaced = row.request;
+                }
                 Decision::Accept
             } else {
                 replaced = row.request;

@@ -12,6 +12,7 @@ use super::error::{self, Fault};
 use super::handle;
 use super::types::*;
 use crate::core::config::{Config, Fill};
+use crate::core::engine::Agrees;
 use crate::core::error::Error;
 use crate::core::metric::Metric;
 use crate::core::policy::{Decision, Policy};
@@ -738,13 +739,14 @@ pub unsafe extern "C" fn drex_fill(engine: *mut drex_engine) -> drex_status {
 /// choose by drex_speculate().
 ///
 /// agrees     [n_rows] 1: the token chosen from the row's logits is its draft;
-///            0: it is not. Looked at for drafts only, up to the first 0 of
+///            2: the same, and it is the request's last token; 0: it is
+///            another. Looked at for drafts only, up to the first 0 or 2 of
 ///            each request.
 /// n_rows     drex_step.n_rows
 /// decisions  [capacity] receives one per row: ACCEPT or REPLACE for drafts,
 ///            PENDING for pending rows without, EXIT for the request's own row:
 ///            emit the token chosen from its logits; DROP for what follows a
-///            draft that was replaced; GONE
+///            draft that was replaced or was the last token; GONE
 /// capacity   at least n_rows
 ///
 /// After REPLACE, the request's next token is the one chosen; the rows after it
@@ -780,12 +782,16 @@ pub unsafe extern "C" fn drex_verify(
         // SAFETY: the caller's contract.
         let at = |i| unsafe { agrees.add(i as usize).read() };
         for i in 0..n_rows {
-            if at(i) > 1 {
-                let e = Error::int("agrees", at(i), "0 or 1");
+            if at(i) > 2 {
+                let e = Error::int("agrees", at(i), "0, 1 or 2");
                 return Err(e.at(i as usize).into());
             }
         }
-        let agrees = (0..n_rows as usize).map(|i| at(i as u32) == 1);
+        let agrees = (0..n_rows as usize).map(|i| match at(i as u32) {
+            0 => Agrees::No,
+            1 => Agrees::Yes,
+            _ => Agrees::AndEnds,
+        });
         instance.engine.verify(agrees)?;
         for (i, row) in instance.engine.step_rows().iter().enumerate() {
             // SAFETY: `capacity` is at least the number of rows.

@@ -6,7 +6,7 @@ use std::collections::{HashMap, VecDeque};
 
 use anyhow::{Context, Result, bail};
 use drex::core::config::{Config, Fill};
-use drex::core::engine::{Engine, StepRow};
+use drex::core::engine::{Agrees, Engine, StepRow};
 use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
 use drex::core::profile::Profile;
@@ -272,7 +272,10 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         } else if engine.step_rows().iter().any(StepRow::is_draft) {
             let right = engine.step_rows().iter().map(|r| {
                 let token = host.live[&r.id].token(r.back);
-                uniform(w.seed, purpose::ACCEPT, r.id, token) < setup.filling.accept
+                match uniform(w.seed, purpose::ACCEPT, r.id, token) < setup.filling.accept {
+                    true => Agrees::Yes,
+                    false => Agrees::No,
+                }
             });
             engine.verify(right.collect::<Vec<_>>().into_iter())?;
         }
