@@ -98,9 +98,9 @@ struct Cli {
     /// Pending rows of a request at most (postfill, verify)
     #[arg(long, default_value_t = 8)]
     max_pending: u32,
-    /// Chance that a draft is what the full model says (verify)
-    #[arg(long, default_value_t = 0.95)]
-    accept: f64,
+    /// Chance that a draft is what the full model says (verify) [default: as recorded, else 0.95]
+    #[arg(long)]
+    accept: Option<f64>,
     /// Requests per second (poisson, bursty)
     #[arg(long, conflicts_with = "load")]
     rate: Option<f64>,
@@ -204,7 +204,7 @@ fn check(cli: &Cli) -> Result<()> {
     range("tokens", cli.tokens as f64, 100.0, 1e9)?;
     range("requests", f64::from(cli.requests), 1.0, 1_048_576.0)?;
     range("max-pending", f64::from(cli.max_pending), 1.0, 1024.0)?;
-    range("accept", cli.accept, 0.0, 1.0)?;
+    range("accept", cli.accept.unwrap_or(0.95), 0.0, 1.0)?;
     range("batch", f64::from(batch(cli)), 1.0, 1_048_576.0)?;
     if let Some(r) = cli.rate {
         range("rate", r, 1e-6, 1e9)?;
@@ -417,7 +417,7 @@ fn filling(cli: &Cli) -> Filling {
     Filling {
         fill,
         max_pending: cli.max_pending,
-        accept: cli.accept,
+        accept: cli.accept.unwrap_or(0.95),
     }
 }
 
@@ -485,6 +485,10 @@ fn replay(cli: &Cli, path: &str) -> Result<Setup> {
         record.policy
     );
     let mut setup = base(cli, record.profile.clone(), thresholds);
+    if let (Some(share), None) = (record.accept, cli.accept) {
+        eprintln!("{path}: {:.1} % of the drafts were right", share * 100.0);
+        setup.filling.accept = share;
+    }
     setup.gap_ns += record.gap_ns;
     setup.workload = workload(cli, &setup)?;
     setup.workload.confidence = record.confidence();

@@ -30,6 +30,8 @@ pub struct Record {
     /// What was measured, to compare a replay with.
     pub tokens: u64,
     pub tokens_per_s: f64,
+    /// Share of the drafts that were right; `None`: there were none.
+    pub accept: Option<f64>,
 }
 
 #[derive(Default)]
@@ -89,6 +91,7 @@ impl Record {
         let mut order = Vec::new();
         let (mut windows, mut gaps, mut gap_count, mut last_end) = (0u64, 0.0, 0u64, 0u64);
         let (mut prompts, mut tokens) = (0u64, 0u64);
+        let (mut judged, mut accepted) = (0u64, 0u64);
         let (mut first_at, mut last_at) = (None, 0u64);
         let mut quiet = false;
         for (i, line) in lines {
@@ -164,10 +167,43 @@ impl Record {
                     last_end = t + ns;
                     first_at.get_or_insert(t);
                     last_at = t + ns;
+                    // Pending rows, and what became of drafts: 1 right, 0
+                    // wrong, -1 behind a wrong one.
+                    let column = |key: &str| -> Result<Vec<i64>> {
+                        let Some(all) = v[key].as_array() else {
+                            return Ok(vec![0; ids.len()]);
+                        };
+                        if all.len() != ids.len() {
+                            bail!(
+                                "{}: {key}: expected {} numbers, one for each of ids",
+                                at(),
+                                ids.len()
+                            );
+                        }
+                        Ok(all.iter().map(|x| x.as_i64().unwrap_or(2)).collect())
+                    };
+                    let (back, draft) = (column("back")?, column("draft")?);
+                    let has_drafts = v["draft"].is_array();
                     for (k, id) in ids.iter().enumerate() {
+                        let void = has_drafts && draft[k] == -1;
+                        if has_drafts && (draft[k] == 0 || draft[k] == 1) {
+                            judged += 1;
+                            accepted += u64::from(draft[k] == 1);
+                        }
                         let a = asked.get_mut(id).with_context(|| {
                             format!("{}: ids has {id}, which was never added", at())
                         })?;
+                        if back[k] > 0 {
+                            // It was counted where it left.
+                            if void && a.tokens.pop().is_some() {
+                                tokens -= 1;
+                            }
+                            continue;
+                        }
+                        if void {
+                            a.row = None;
+                            continue;
+                        }
                         let row = a
                             .row
                             .get_or_insert_with(|| vec![f32::NAN; ramp_layers.len()]);
@@ -219,6 +255,7 @@ impl Record {
             },
             tokens,
             tokens_per_s: tokens as f64 / seconds.max(1e-9),
+            accept: (judged > 0).then(|| accepted as f64 / judged as f64),
         })
     }
 

@@ -62,10 +62,6 @@ fn flags(suite: &Suite) -> Result<()> {
             &["n_slots is 4", "VERIFY"],
         ),
         (
-            &["--drex-fill", "verify", "--drex-record", "/dev/null"],
-            &["--drex-record", "--drex-fill verify"],
-        ),
-        (
             &["--drex-max-pending", "-1"],
             &["--drex-max-pending is -1", "1 or more"],
         ),

@@ -12,6 +12,7 @@ use crate::cargo::cargo;
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
         Test::new("auto shows its rule; a recording of it replays", record),
+        Test::new("a recording of verified drafts replays", record_drafts),
         Test::new("learned costs are kept, broken ones refused", profile),
         Test::new("late tokens are counted, by where the time went", deadlines),
         Test::new("a request of high priority is done sooner", priority),
@@ -37,6 +38,58 @@ impl Drop for Folder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// The file's tokens, drafts taken back and all, are those that the clients got.
+fn record_drafts(suite: &Suite) -> Result<()> {
+    let folder = Folder::new("record-drafts")?;
+    let path = folder.file("traffic.jsonl");
+    let flags = [
+        "--drex-policy",
+        "hold",
+        "--drex-exit-layers",
+        "4,8",
+        "--drex-threshold",
+        "0.4",
+        "--drex-fill",
+        "verify",
+        "--drex-record",
+        &path,
+    ];
+    let server = suite.start(&suite.patched, 4, &flags)?;
+    let requests: Vec<_> = (0..16).map(|i| greedy(&prompt(i), 40 + i as u32)).collect();
+    let done = generate(server.client, &requests, 4)?;
+    let metrics = server.client.metrics()?;
+    let get = |name: &str| metrics.get(name).with_context(|| format!("no {name}"));
+    let share = 100.0 * get("drex_drafts_accepted_total")? / get("drex_drafts_total")?;
+    let tokens: u64 = done
+        .iter()
+        .filter_map(|g| g.last["tokens_predicted"].as_u64())
+        .map(|n| n - 1)
+        .sum();
+    ensure!(server.stop(Duration::from_secs(10))?.success());
+    let sim = cargo()
+        .args(["run", "--quiet", "--package", "drex-sim", "--"])
+        .args(["--replay", &path, "--policies", "off,hold", "--json"])
+        .args(["--fill", "verify", "--tokens", "400"])
+        .output()
+        .context("cannot run cargo")?;
+    let said = String::from_utf8_lossy(&sim.stderr);
+    ensure!(sim.status.success(), "drex-sim: {said}");
+    for words in [
+        " 16 requests, ".to_owned(),
+        format!(" {tokens} tokens,"),
+        format!("{share:.1} % of the drafts were right"),
+    ] {
+        ensure!(said.contains(&words), "no '{words}' in: {said}");
+    }
+    let runs: Value = serde_json::from_slice(&sim.stdout).context("drex-sim --json")?;
+    let run = &runs["runs"][1];
+    ensure!(
+        run["drafts"].as_u64() > Some(50) && run["tokens_per_s"].as_f64() > Some(0.0),
+        "{run}"
+    );
+    Ok(())
 }
 
 fn record(suite: &Suite) -> Result<()> {
