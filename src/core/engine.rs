@@ -622,20 +622,25 @@ impl Engine {
         Ok(ramp)
     }
 
+    fn check_rows(&self, n_rows: usize, why: &'static str) -> Result<()> {
+        if n_rows == self.rows.len() {
+            return Ok(());
+        }
+        Err(Error::Conflict {
+            field: "n_rows",
+            index: None,
+            value: n_rows as u64,
+            other: "the planned step's n_rows",
+            other_value: self.rows.len() as u64,
+            why,
+        })
+    }
+
     /// Decides every row of the planned step; the verdicts are in
     /// [`Engine::step_rows`].
     pub fn ramp(&mut self, scores: &[Score]) -> Result<()> {
         let ramp = self.expect_ramp()?;
-        if scores.len() != self.rows.len() {
-            return Err(Error::Conflict {
-                field: "n_rows",
-                index: None,
-                value: scores.len() as u64,
-                other: "the planned step's n_rows",
-                other_value: self.rows.len() as u64,
-                why: "every planned row has one row of logits",
-            });
-        }
+        self.check_rows(scores.len(), "every planned row has one row of logits")?;
         self.ramp_rows.clear();
         let (requests, config) = (&self.requests, &self.config);
         let only_meets = self.step.is_some_and(|s| s.only_meets);
@@ -755,16 +760,7 @@ impl Engine {
             }
             Some(_) => {}
         }
-        if agrees.len() != self.rows.len() {
-            return Err(Error::Conflict {
-                field: "n_rows",
-                index: None,
-                value: agrees.len() as u64,
-                other: "the planned step's n_rows",
-                other_value: self.rows.len() as u64,
-                why: "every planned row has one answer",
-            });
-        }
+        self.check_rows(agrees.len(), "every planned row has one answer")?;
         // A request's rows stand together, the oldest first. What follows one
         // that was replaced, or that ends the request, is void.
         let mut replaced = NONE;
@@ -957,7 +953,7 @@ impl Engine {
         }
     }
 
-    /// Pending rows, without counting those of other kinds.
+    /// Rows that left and have layers to go.
     pub fn pending_rows(&self) -> u32 {
         self.pending.total()
     }
