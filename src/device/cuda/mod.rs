@@ -173,12 +173,10 @@ impl Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        // Without the context there is nothing left to free.
-        if let Ok(_current) = self.enter() {
-            drop(self.resources.take());
-        } else {
-            std::mem::forget(self.resources.take());
-        }
+        // Without the context, the driver refuses what follows, and there is
+        // nothing left to free.
+        let _current = self.enter();
+        drop(self.resources.take());
     }
 }
 
