@@ -258,7 +258,7 @@ fn load(driver: &'static Driver) -> Result<(Module, Kernels)> {
             get(c"drex_ramp_top_f16")?,
             get(c"drex_ramp_top_bf16")?,
         ],
-        fill: get(c"drex_fill")?,
+        fill: get(c"drex_state_copy")?,
         copy_rows: get(c"drex_copy_rows")?,
     };
     Ok((module, kernels))
