@@ -9,6 +9,7 @@ mod demo;
 mod fetch;
 mod gguf;
 mod http;
+mod install;
 mod llama;
 mod load;
 mod process;
@@ -105,6 +106,13 @@ enum Cmd {
         #[arg(long)]
         quick: bool,
     },
+    /// Install the libraries, the headers, drex.pc and the CMake package below a prefix
+    #[command(
+        after_help = "Example: cargo xtask install --prefix ~/.local\n\nSee docs/install.md for how programs find it."
+    )]
+    Install(install::Options),
+    /// Build the Debian packages libdrex0 and libdrex-dev
+    Deb(install::deb::Options),
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -123,6 +131,8 @@ fn main() -> ExitCode {
         Cmd::Demo(options) => demo::run(&options).map(|()| true),
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
         Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
+        Cmd::Install(options) => install::run(&options).map(|()| true),
+        Cmd::Deb(options) => install::deb::run(&options).map(|()| true),
         Cmd::Test(options) => test::run(&options),
     };
     match result {
