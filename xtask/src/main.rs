@@ -5,6 +5,7 @@
 mod cache;
 mod cargo;
 mod client;
+mod consumers;
 mod demo;
 mod fetch;
 mod gguf;

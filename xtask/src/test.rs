@@ -13,6 +13,7 @@ use crate::{
     Source, cache,
     cache::Cache,
     cargo::cargo,
+    consumers,
     llama::{Kind, Llama},
     server_tests::{self, Suite},
 };
@@ -25,7 +26,10 @@ pub struct Options {
     /// Only the comparison of fill `verify` with the unpatched server
     #[arg(long, conflicts_with_all = ["quick", "exact", "only"])]
     lossless: bool,
-    /// Leave out the slow server tests and the exact builds
+    /// Only programs built against an installed drex: make, CMake, plain cc, static, Debian packages, sanitizers
+    #[arg(long, conflicts_with_all = ["quick", "exact", "only", "lossless"])]
+    consumers: bool,
+    /// Leave out the slow server tests, the exact builds and the consumers
     #[arg(long)]
     quick: bool,
     /// Only the server tests whose names contain this
@@ -68,10 +72,17 @@ impl Count {
 /// Whether everything passed.
 pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
-    if !options.exact && !options.lossless && options.only.is_none() {
+    if !options.consumers && !options.exact && !options.lossless && options.only.is_none() {
         rust(&mut count);
     }
-    server(options, &mut count);
+    if options.consumers
+        || !(options.quick || options.exact || options.lossless || options.only.is_some())
+    {
+        consumers::run(&mut |name, result, start| count.one(name, result, start));
+    }
+    if !options.consumers {
+        server(options, &mut count);
+    }
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0)
 }

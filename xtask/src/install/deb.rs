@@ -19,7 +19,13 @@ use crate::{
     process,
 };
 
-const MAINTAINER: &str = "the drex authors <drex@localhost>";
+/// As Debian's own tools take it; whoever gives packages to others says who they are.
+fn maintainer() -> String {
+    let env = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+    let name = env("DEBFULLNAME").unwrap_or_else(|| "the drex authors".to_owned());
+    let email = env("DEBEMAIL").unwrap_or_else(|| "drex@localhost".to_owned());
+    format!("{name} <{email}>")
+}
 
 #[derive(Args)]
 pub struct Options {
@@ -79,10 +85,11 @@ pub fn build(out: &Path) -> Result<[PathBuf; 2]> {
     let about = " drex gives a serving engine early exit with dynamic rebatching: tokens that\n \
                  are confident at an exit ramp leave there, the others are regrouped into\n \
                  dense batches for the deeper layers. The engine keeps its model and memory.\n";
+    let maintainer = maintainer();
     let common = |name: &str, section: &str, depends: &str, title: &str, more: &str| {
         format!(
             "Package: {name}\nSource: drex\nVersion: {version}\nArchitecture: {arch}\nMulti-Arch: same\n\
-             Maintainer: {MAINTAINER}\nSection: {section}\nPriority: optional\nDepends: {depends}\n\
+             Maintainer: {maintainer}\nSection: {section}\nPriority: optional\nDepends: {depends}\n\
              Description: {title}\n{about} .\n {more}\n"
         )
     };
@@ -141,8 +148,9 @@ impl Package {
             doc.join("copyright"),
             copyright.replace("@CRATES@", crates()?.trim_end()),
         )?;
+        let maintainer = maintainer();
         let changes = format!(
-            "drex ({version}) unstable; urgency=medium\n\n  * Built from its own source tree.\n\n -- {MAINTAINER}  {}\n",
+            "drex ({version}) unstable; urgency=medium\n\n  * Built from its own source tree.\n\n -- {maintainer}  {}\n",
             date()?
         );
         // No time and no name inside: the same source gives the same package.
@@ -269,9 +277,4 @@ fn date() -> Result<String> {
         }
         _ => process::output(Command::new("date").arg("-R")),
     }
-}
-
-/// Unpacks a package below a folder, without installing it.
-pub fn unpack(deb: &Path, to: &Path) -> Result<()> {
-    process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(to)).map(drop)
 }
