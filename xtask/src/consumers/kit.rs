@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What the checks work with: an installation in an empty prefix, tools, and a scratch folder.
 
 use std::{

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `cargo xtask test --consumers`: drex as those meet it who only have a compiler and the installed package. Programs are
 //! built against an installation in an empty prefix, never against the checkout, and run.
 

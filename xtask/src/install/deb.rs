@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `cargo xtask deb`: the Debian packages libdrex0 (the shared library) and libdrex-dev (all that a compiler wants).
 
 use std::{

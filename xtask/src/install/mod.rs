@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `cargo xtask install`: the libraries, the headers and what build systems ask for them, below a prefix.
 
 pub mod deb;
