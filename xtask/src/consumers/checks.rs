@@ -14,13 +14,15 @@ use anyhow::{Context, Result, ensure};
 use super::kit::Kit;
 use crate::{
     cache::repo,
+    cargo::cargo,
     install::{self, deb},
 };
 
 type Check = fn(&Kit) -> Result<()>;
 
-pub const ALL: [(&str, Check); 12] = [
+pub const ALL: [(&str, Check); 13] = [
     ("what the libraries export", exports),
+    ("what cargo-c's library exports", cargo_c),
     ("make and pkg-config, as the guide says", make_pkgconfig),
     ("CMake, as the guide says", cmake),
     ("CMake refuses what it cannot serve", cmake_refuses),
@@ -61,25 +63,48 @@ fn declared(header: &Path) -> Result<BTreeSet<String>> {
     Ok(names.collect())
 }
 
-fn exports(kit: &Kit) -> Result<()> {
-    let declared = declared(&kit.prefix.join("include/drex.h"))?;
-    ensure!(declared.len() > 20, "the header declares {declared:?}");
-    let shared = kit.lib().join("libdrex.so");
+/// Every declared function with its version, nothing else, and the SONAME.
+fn versioned(kit: &Kit, declared: &BTreeSet<String>, shared: &Path) -> Result<()> {
     let mut nm = kit.command("nm");
-    let text = kit.succeed(nm.args(["-D", "--defined-only"]).arg(&shared))?;
+    let text = kit.succeed(nm.args(["-D", "--defined-only"]).arg(shared))?;
     let got: BTreeSet<&str> = text.lines().filter_map(|l| l.split(' ').nth(2)).collect();
     let mut want: BTreeSet<String> = declared.iter().map(|n| format!("{n}@@DREX_0")).collect();
     want.insert("DREX_0".to_owned());
     ensure!(
         got == want.iter().map(String::as_str).collect(),
-        "libdrex.so exports {got:?}; expected {want:?}"
+        "{} exports {got:?}; expected {want:?}",
+        shared.display()
     );
-    let dynamic = kit.succeed(kit.command("readelf").arg("-dW").arg(&shared))?;
+    let dynamic = kit.succeed(kit.command("readelf").arg("-dW").arg(shared))?;
     ensure!(dynamic.contains("soname: [libdrex.so.0]"), "{dynamic}");
     ensure!(
         !dynamic.contains("RUNPATH") && !dynamic.contains("TEXTREL"),
         "{dynamic}"
     );
+    Ok(())
+}
+
+/// What `cargo cinstall` builds and installs, without cargo-c itself, which takes minutes to compile.
+fn cargo_c(kit: &Kit) -> Result<()> {
+    let declared = declared(&kit.prefix.join("include/drex.h"))?;
+    let target = install::target()?.join("capi");
+    let mut build = cargo();
+    build.args(["rustc", "--release", "--package", "drex", "--lib"]);
+    build.args([
+        "--features",
+        "capi",
+        "--crate-type",
+        "cdylib",
+        "--target-dir",
+    ]);
+    kit.succeed(build.arg(&target))?;
+    versioned(kit, &declared, &target.join("release/libdrex.so"))
+}
+
+fn exports(kit: &Kit) -> Result<()> {
+    let declared = declared(&kit.prefix.join("include/drex.h"))?;
+    ensure!(declared.len() > 20, "the header declares {declared:?}");
+    versioned(kit, &declared, &kit.lib().join("libdrex.so"))?;
     for (link, to) in [
         ("libdrex.so", "libdrex.so.0".to_owned()),
         ("libdrex.so.0", format!("libdrex.so.{}", kit.version)),
