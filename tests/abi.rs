@@ -41,7 +41,12 @@ fn names() {
         string(drex_status_name(DREX_ERROR_PANIC)),
         "DREX_ERROR_PANIC"
     );
+    let texts: std::collections::BTreeSet<_> =
+        (0..14).map(|i| string(drex_status_text(i))).collect();
+    assert_eq!(texts.len(), 14, "every status has a text of its own");
+    assert!(!texts.contains("unknown status"));
     for unknown in [-1, 14, i32::MIN, i32::MAX] {
+        assert_eq!(string(drex_status_text(unknown)), "unknown status");
         assert_eq!(string(drex_status_name(unknown)), "DREX_ERROR_UNKNOWN");
     }
     let policies = [

@@ -57,6 +57,23 @@ const STATUS_NAMES: [&CStr; 14] = [
     c"DREX_ERROR_PANIC",
 ];
 
+const STATUS_TEXTS: [&CStr; 14] = [
+    c"success",
+    c"a pointer that may not be NULL is NULL",
+    c"a value is out of range, or clashes with another one",
+    c"the program was built for another version of the interface",
+    c"a struct's size is too small, or it uses fields that this library does not know",
+    c"the handle was never created, or has been destroyed",
+    c"another thread is inside a call on this handle",
+    c"no request alive has this id",
+    c"a request with this id is alive already",
+    c"the call does not fit the calls before it",
+    c"something of fixed size is full, or an array is too short",
+    c"the value is known, and this version cannot serve it",
+    c"the device failed",
+    c"a bug in drex was caught; destroy the handle",
+];
+
 /// The library's version, such as "0.1.0". Static; never NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn drex_version() -> *const c_char {
@@ -77,6 +94,18 @@ pub extern "C" fn drex_status_name(status: drex_status) -> *const c_char {
         .ok()
         .and_then(|i| STATUS_NAMES.get(i))
         .unwrap_or(&c"DREX_ERROR_UNKNOWN")
+        .as_ptr()
+}
+
+/// What a status means in general, such as "another thread is inside a call on
+/// this handle"; "unknown status" for a number that this version does not
+/// know. drex_last_error() says what it was in particular. Static; never NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_status_text(status: drex_status) -> *const c_char {
+    usize::try_from(status)
+        .ok()
+        .and_then(|i| STATUS_TEXTS.get(i))
+        .unwrap_or(&c"unknown status")
         .as_ptr()
 }
 

@@ -5,11 +5,13 @@
 mod cache;
 mod cargo;
 mod client;
+mod consumers;
 mod demo;
 mod fetch;
 mod gguf;
 mod http;
 mod kernels;
+mod install;
 mod llama;
 mod load;
 mod process;
@@ -112,6 +114,13 @@ enum Cmd {
     /// a build of drex takes the committed artefacts, or an nvcc of its own if there is one (DREX_NVCC names it; empty:
     /// none).
     Kernels(kernels::Options),
+    /// Install the libraries, the headers, drex.pc and the CMake package below a prefix
+    #[command(
+        after_help = "Example: cargo xtask install --prefix ~/.local\n\nSee docs/install.md for how programs find it."
+    )]
+    Install(install::Options),
+    /// Build the Debian packages libdrex0 and libdrex-dev
+    Deb(install::deb::Options),
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -131,6 +140,8 @@ fn main() -> ExitCode {
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
         Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
         Cmd::Kernels(options) => kernels::run(&options),
+        Cmd::Install(options) => install::run(&options).map(|()| true),
+        Cmd::Deb(options) => install::deb::run(&options).map(|()| true),
         Cmd::Test(options) => test::run(&options),
     };
     match result {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Names the library for the loader, and puts the compiled CUDA kernels where `src/device/cuda/image.rs` includes
+//! Puts the compiled CUDA kernels where `src/device/cuda/image.rs` includes
 //! them: made by nvcc where there is one, else the committed ones, which must
 //! belong to the sources. Nothing of CUDA is needed to build.
 
@@ -12,13 +12,7 @@ use sha2::{Digest, Sha256};
 
 const IMAGES: [&str; 2] = ["drex.fatbin", "drex.ptx.fatbin"];
 
-fn main() {
-    println!("cargo::rerun-if-changed=build.rs");
-    // No version script: rustc passes its own, which lists exactly the
-    // no_mangle functions, and a linker takes only one.
-    if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux") {
-        println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libdrex.so.0");
-    }
+pub fn place() {
     let kernels = Path::new("kernels");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     println!("cargo::rerun-if-env-changed=DREX_NVCC");
