@@ -6,6 +6,7 @@ mod cache;
 mod cargo;
 mod client;
 mod demo;
+mod examples;
 mod fetch;
 mod gguf;
 mod http;

@@ -13,6 +13,7 @@ use crate::{
     Source, cache,
     cache::Cache,
     cargo::cargo,
+    examples,
     llama::{Kind, Llama},
     server_tests::{self, Suite},
 };
@@ -25,6 +26,9 @@ pub struct Options {
     /// Only the comparison of fill `verify` with the unpatched server
     #[arg(long, conflicts_with_all = ["quick", "exact", "only"])]
     lossless: bool,
+    /// Only the programs in examples/, built and run, and compared with llama.cpp
+    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
+    examples: bool,
     /// Leave out the slow server tests and the exact builds
     #[arg(long)]
     quick: bool,
@@ -68,8 +72,15 @@ impl Count {
 /// Whether everything passed.
 pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
-    if !options.exact && !options.lossless && options.only.is_none() {
+    if options.examples {
+        examples(&mut count);
+        println!("{} passed, {} failed", count.passed, count.failed);
+        return Ok(count.failed == 0);
+    }
+    let everything = !options.exact && !options.lossless && options.only.is_none();
+    if everything {
         rust(&mut count);
+        examples(&mut count);
     }
     server(options, &mut count);
     println!("{} passed, {} failed", count.passed, count.failed);
@@ -124,6 +135,20 @@ fn rust(count: &mut Count) {
             Ok((tests, _)) => count.add(tests),
             Err(error) => count.one(name, Err(error), start),
         }
+    }
+}
+
+fn examples(count: &mut Count) {
+    println!("== examples");
+    let start = Instant::now();
+    let kit = match examples::Kit::build() {
+        Ok(kit) => kit,
+        Err(error) => return count.one("build the examples", Err(error), start),
+    };
+    count.one("build the examples", Ok(()), start);
+    for test in examples::TESTS {
+        let start = Instant::now();
+        count.one(test.name, (test.run)(&kit), start);
     }
 }
 
