@@ -13,6 +13,7 @@ mod http;
 mod llama;
 mod load;
 mod process;
+mod python;
 mod score;
 mod server;
 mod server_tests;

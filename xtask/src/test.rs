@@ -15,6 +15,7 @@ use crate::{
     cargo::cargo,
     examples,
     llama::{Kind, Llama},
+    python,
     server_tests::{self, Suite},
 };
 
@@ -29,6 +30,9 @@ pub struct Options {
     /// Only the programs in examples/, built and run, and compared with llama.cpp
     #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
     examples: bool,
+    /// Only the Python package
+    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only", "examples"])]
+    python: bool,
     /// Leave out the slow server tests and the exact builds
     #[arg(long)]
     quick: bool,
@@ -77,10 +81,16 @@ pub fn run(options: &Options) -> Result<bool> {
         println!("{} passed, {} failed", count.passed, count.failed);
         return Ok(count.failed == 0);
     }
+    if options.python {
+        python_tests(&mut count);
+        println!("{} passed, {} failed", count.passed, count.failed);
+        return Ok(count.failed == 0);
+    }
     let everything = !options.exact && !options.lossless && options.only.is_none();
     if everything {
         rust(&mut count);
         examples(&mut count);
+        python_tests(&mut count);
     }
     server(options, &mut count);
     println!("{} passed, {} failed", count.passed, count.failed);
@@ -149,6 +159,19 @@ fn examples(count: &mut Count) {
     for test in examples::TESTS {
         let start = Instant::now();
         count.one(test.name, (test.run)(&kit), start);
+    }
+}
+
+fn python_tests(count: &mut Count) {
+    println!("== python");
+    let start = Instant::now();
+    match python::test() {
+        Ok(tests) => {
+            count.passed += u64::from(tests);
+            let seconds = start.elapsed().as_secs_f64();
+            println!("ok      {tests} tests of bindings/python ({seconds:.1} s)");
+        }
+        Err(error) => count.one("bindings/python", Err(error), start),
     }
 }
 
