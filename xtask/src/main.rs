@@ -2,6 +2,7 @@
 //!
 //! Needs Rust, a C++ compiler and Python 3; everything else is fetched into a cache folder outside of the clone.
 
+mod book;
 mod cache;
 mod cargo;
 mod client;
@@ -107,6 +108,8 @@ enum Cmd {
         #[arg(long)]
         quick: bool,
     },
+    /// Build the book in docs/ into target/book, with dead links as errors
+    Docs,
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -125,6 +128,7 @@ fn main() -> ExitCode {
         Cmd::Demo(options) => demo::run(&options).map(|()| true),
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
         Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
+        Cmd::Docs => book::print().map(|()| true),
         Cmd::Test(options) => test::run(&options),
     };
     match result {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::{
-    Source, cache,
+    Source, book, cache,
     cache::Cache,
     cargo::cargo,
     examples,
@@ -91,6 +91,13 @@ pub fn run(options: &Options) -> Result<bool> {
         rust(&mut count);
         examples(&mut count);
         python_tests(&mut count);
+        println!("== the book");
+        let start = Instant::now();
+        count.one(
+            "the book builds, and no link is dead",
+            book::build().map(drop),
+            start,
+        );
     }
     server(options, &mut count);
     println!("{} passed, {} failed", count.passed, count.failed);
