@@ -13,7 +13,7 @@ fn root() -> PathBuf {
 fn generate() -> String {
     let mut config = cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap();
     config.header = config.header.map(|h| h.trim().to_owned());
-    let sources = ["types", "functions", "pages"];
+    let sources = ["types", "functions", "device", "pages"];
     let mut builder = cbindgen::Builder::new().with_config(config);
     for name in sources {
         builder = builder.with_src(root().join(format!("src/ffi/{name}.rs")));

@@ -85,6 +85,7 @@ sized!(
     drex_plan_input = 16,
     drex_step = 24,
     drex_logits = 40,
+    drex_arena = 56,
     drex_completion = 32,
     drex_observation = 32,
     drex_stats = 688,

@@ -7,6 +7,7 @@
 use std::ffi::{CStr, c_char};
 use std::mem::size_of;
 
+use super::device::{self, convert_logits};
 use super::entry::{self, call, with};
 use super::error::{self, Fault};
 use super::handle;
@@ -19,8 +20,7 @@ use crate::core::policy::{Decision, Policy};
 use crate::core::request::{RequestConfig, State};
 use crate::core::speculate::speculate;
 use crate::device::kv::{Layer, Layout, Side};
-use crate::device::{Dtype, Logits};
-use crate::instance::Instance;
+use crate::instance::{Instance, Launch};
 
 const POLICIES: [(&CStr, Policy); 9] = [
     (c"off", Policy::Off),
@@ -209,9 +209,10 @@ fn reserved(value: u32) -> Result<(), Error> {
 /// out     receives the engine; the caller owns it and ends it with
 ///         drex_destroy()
 ///
-/// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT;
-/// UNSUPPORTED for a reserved device; CAPACITY when 256 engines
-/// are alive in this process.
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; CAPACITY
+/// when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
+/// UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
+/// current, and DEVICE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_create(
     config: *const drex_config,
@@ -228,7 +229,8 @@ pub unsafe extern "C" fn drex_create(
         }
         // SAFETY: the caller's contract.
         let config = unsafe { convert(&c)? };
-        let instance = Instance::new(config)?;
+        let (place, limits) = device::convert(&c)?;
+        let instance = Instance::on(place, config, limits)?;
         tracing::debug!(
             n_layers = c.n_layers,
             n_ramps = c.n_ramps,
@@ -265,18 +267,6 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         (0..n).map(at).collect()
     };
     let policy = POLICIES.get(c.policy as usize).map(|&(_, p)| p);
-    match c.device {
-        DREX_DEVICE_HOST => {}
-        1 => {
-            return Err(Error::Unsupported {
-                field: "device",
-                value: 1,
-                why: "CUDA (1) is reserved for a later version",
-            }
-            .into());
-        }
-        other => return Err(Error::int("device", other, "DREX_DEVICE_HOST (0)").into()),
-    }
     reserved(c.reserved)?;
     if c.routing > 1 {
         return Err(Error::int("routing", c.routing, "0 or 1").into());
@@ -382,7 +372,7 @@ fn kv_layer(l: &drex_kv_layer) -> Result<Layer, Error> {
             stride: int("layers.v_cell_stride", l.v_cell_stride)?,
         }
     } else {
-        if l.v_row_bytes % l.v_elem_bytes != 0 {
+        if !l.v_row_bytes.is_multiple_of(l.v_elem_bytes) {
             return Err(Error::Conflict {
                 field: "layers.v_row_bytes",
                 index: None,
@@ -603,8 +593,8 @@ pub unsafe extern "C" fn drex_plan(
 }
 
 /// At the end of a window that ends at a ramp: scores every row's logits and
-/// decides what becomes of it. The logits must be complete and stay unchanged
-/// during the call. A row's confidence and token depend on nothing but its
+/// decides what becomes of it. The logits must be complete, or on a CUDA device
+/// enqueued on their stream, and stay unchanged during the call. A row's confidence and token depend on nothing but its
 /// own logits.
 ///
 /// logits    the window's logits
@@ -672,60 +662,22 @@ pub unsafe extern "C" fn drex_ramp(
     })
 }
 
-fn convert_logits(l: &drex_logits) -> Result<Logits, Fault> {
-    let dtype = match l.dtype {
-        DREX_DTYPE_F32 => Dtype::F32,
-        DREX_DTYPE_F16 => Dtype::F16,
-        DREX_DTYPE_BF16 => Dtype::Bf16,
-        other => return Err(Error::int("logits.dtype", other, "DREX_DTYPE_* (0..2)").into()),
-    };
-    if l.data.is_null() {
-        return Err(Fault::Null("logits.data"));
-    }
-    if l.n_vocab == 0 || i32::try_from(l.n_vocab).is_err() {
-        return Err(Error::int("logits.n_vocab", l.n_vocab, "1..2147483647").into());
-    }
-    let row = l.n_vocab as usize * dtype.bytes();
-    if l.row_stride_bytes < row as u64 {
-        return Err(Error::Conflict {
-            field: "logits.row_stride_bytes",
-            index: None,
-            value: l.row_stride_bytes,
-            other: "n_vocab",
-            other_value: l.n_vocab.into(),
-            why: "rows would overlap",
-        }
-        .into());
-    }
-    let span = l.row_stride_bytes.checked_mul(l.n_rows.into());
-    if span.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
-        return Err(Error::int(
-            "logits.row_stride_bytes",
-            l.row_stride_bytes,
-            "a stride that keeps the rows within the address space",
-        )
-        .into());
-    }
-    Ok(Logits {
-        data: l.data.cast(),
-        dtype,
-        row_stride: l.row_stride_bytes as usize,
-        n_vocab: l.n_vocab as usize,
-        stream: l.stream,
-    })
-}
-
 /// Fills the holes of the rows that the last drex_ramp() let out and whose
 /// requests have DREX_FILL_COPY: for each,
 /// K and V of the window's last layer at the row's cell are copied to all
 /// layers from layer_end on. Does nothing when none exited, or when done
 /// already. Nothing else may touch these cells during the call.
 ///
+/// On a CUDA device it is enqueued on the stream of that ramp's logits, in one
+/// launch, and not waited for.
+///
 /// Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
 /// called since the last plan; DEVICE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_fill(engine: *mut drex_engine) -> drex_status {
-    with("drex_fill", engine, |instance| Ok(instance.fill()?))
+    with("drex_fill", engine, |instance| {
+        Ok(instance.fill(Launch::Now)?)
+    })
 }
 
 /// At the end of a window that ends at n_layers and has drafts: says which of
@@ -1135,4 +1087,4 @@ pub unsafe extern "C" fn drex_stats_get(
 }
 
 // Padding would hand the caller whatever was on our stack.
-const _: () = assert!(size_of::<drex_stats>() % 8 == 0);
+const _: () = assert!(size_of::<drex_stats>().is_multiple_of(8));

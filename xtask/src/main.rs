@@ -11,6 +11,7 @@ mod examples;
 mod fetch;
 mod gguf;
 mod http;
+mod kernels;
 mod llama;
 mod load;
 mod process;
@@ -110,6 +111,12 @@ enum Cmd {
     },
     /// Build the book in docs/ into target/book, with dead links as errors
     Docs,
+    /// Compile the CUDA kernels to kernels/prebuilt; needs neither CUDA nor a GPU
+    ///
+    /// The compiler is fetched with pip into the cache, 105 MB, pinned by hash. Only who changes a kernel needs this:
+    /// a build of drex takes the committed artefacts, or an nvcc of its own if there is one (DREX_NVCC names it; empty:
+    /// none).
+    Kernels(kernels::Options),
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -129,6 +136,7 @@ fn main() -> ExitCode {
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
         Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
         Cmd::Docs => book::print().map(|()| true),
+        Cmd::Kernels(options) => kernels::run(&options),
         Cmd::Test(options) => test::run(&options),
     };
     match result {

@@ -14,6 +14,7 @@ use crate::{
     cache::Cache,
     cargo::cargo,
     examples,
+    kernels,
     llama::{Kind, Llama},
     python,
     server_tests::{self, Suite},
@@ -33,6 +34,9 @@ pub struct Options {
     /// Only the Python package
     #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only", "examples"])]
     python: bool,
+    /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
+    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
+    kernels: bool,
     /// Leave out the slow server tests and the exact builds
     #[arg(long)]
     quick: bool,
@@ -76,6 +80,24 @@ impl Count {
 /// Whether everything passed.
 pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
+    if options.kernels {
+        let tests = [
+            "test",
+            "--package",
+            "drex",
+            "--release",
+            "--test",
+            "kernels",
+            "--test",
+            "cuda",
+            "--",
+            "--nocapture",
+        ];
+        cargo_test(&mut count, "cargo test, kernels", &tests);
+        compiled_kernels(&mut count);
+        println!("{} passed, {} failed", count.passed, count.failed);
+        return Ok(count.failed == 0);
+    }
     if options.examples {
         examples(&mut count);
         println!("{} passed, {} failed", count.passed, count.failed);
@@ -89,6 +111,7 @@ pub fn run(options: &Options) -> Result<bool> {
     let everything = !options.exact && !options.lossless && options.only.is_none();
     if everything {
         rust(&mut count);
+        compiled_kernels(&mut count);
         examples(&mut count);
         python_tests(&mut count);
         println!("== the book");
@@ -140,18 +163,7 @@ fn rust(count: &mut Count) {
         ("cargo test, xtask", &["test", "--package", "xtask"]),
     ];
     for (name, args) in tests {
-        println!("== {name}");
-        let start = Instant::now();
-        let mut command = cargo();
-        match counted(command.args(args)) {
-            // What does not even build reports no test, but has failed all the same.
-            Ok((tests, false)) if tests.failed == 0 => {
-                count.add(tests);
-                count.one(name, Err(anyhow::anyhow!("{name} failed")), start);
-            }
-            Ok((tests, _)) => count.add(tests),
-            Err(error) => count.one(name, Err(error), start),
-        }
+        cargo_test(count, name, args);
     }
 }
 
@@ -180,6 +192,36 @@ fn python_tests(count: &mut Count) {
         }
         Err(error) => count.one("bindings/python", Err(error), start),
     }
+}
+
+fn cargo_test(count: &mut Count, name: &str, args: &[&str]) {
+    println!("== {name}");
+    let start = Instant::now();
+    let mut command = cargo();
+    match counted(command.args(args)) {
+        // What does not even build reports no test, but has failed all the same.
+        Ok((tests, false)) if tests.failed == 0 => {
+            count.add(tests);
+            count.one(name, Err(anyhow::anyhow!("{name} failed")), start);
+        }
+        Ok((tests, _)) => count.add(tests),
+        Err(error) => count.one(name, Err(error), start),
+    }
+}
+
+fn compiled_kernels(count: &mut Count) {
+    println!("== compiled kernels");
+    let start = Instant::now();
+    let result = kernels::run(&kernels::Options { check: true }).and_then(|same| {
+        anyhow::ensure!(
+            same,
+            "the committed kernels are not what their sources give"
+        );
+        Ok(())
+    });
+    count.one("cargo xtask kernels --check", result, start);
+    let start = Instant::now();
+    count.one("tools/gpu/kernels.sh --dry-run", kernels::dry_run(), start);
 }
 
 fn succeed(command: &mut Command) -> Result<()> {
