@@ -175,7 +175,7 @@ class Engine:
         handle = c.c_void_p()
         _check(lib.drex_create(config, handle))
         self._handle = handle
-        self._capacity = config.max_batch
+        self._capacity, self._n_slots = config.max_batch, config.n_slots
         self._rows = (_abi.drex_row * self._capacity)()
         self._verdicts = (_abi.drex_verdict * self._capacity)()
         self._decisions = (_abi.u32 * self._capacity)()
@@ -277,8 +277,9 @@ class Engine:
         ramp = None if step.ramp == _abi.DREX_NO_RAMP else step.ramp
         return Step(step.layer_begin, step.layer_end, ramp, _abi.REASONS[step.reason], rows)
 
-    def ramp(self, logits, cells=None, dtype=None):
-        """logits: [n_rows, n_vocab] of f4 or f2, or of u2 with dtype="bf16". Returns a Verdict for each row."""
+    def ramp(self, logits, cells=None, dtype=None, n_top=0):
+        """logits: [n_rows, n_vocab] of f4 or f2, or of u2 with dtype="bf16". Returns a Verdict for each row. n_top: how many of
+        each row's greatest logits top() will know, at most the engine's."""
         view = _View(logits)
         if len(view.shape) != 2:
             raise ValueError(f"logits have {len(view.shape)} dimensions; expected [n_rows, n_vocab]")
@@ -289,12 +290,37 @@ class Engine:
         if n_vocab and view.strides[1] != view.item and n_vocab > 1:
             raise ValueError("the logits of a row must be contiguous")
         given = _abi.drex_logits(dtype=_abi.DTYPES.index(kind), data=view.address, row_stride_bytes=view.strides[0], n_rows=n_rows, n_vocab=n_vocab)
+        given.n_top = _unsigned(n_top, "n_top")
         if cells is not None:
             cells = _uints(cells, _abi.u32, what="a cell")
             if len(cells) != n_rows:
                 raise ValueError(f"{len(cells)} cells for {n_rows} rows")
         _check(lib.drex_ramp(self._handle, given, cells, self._verdicts, self._capacity))
         return [Verdict(DECISIONS[v.decision], v.token, v.confidence, bool(v.forced)) for v in self._verdicts[:n_rows]]
+
+    def top(self, row, capacity=_abi.DREX_MAX_TOP):
+        """The greatest logits of a row of the last ramp(), as (token, logit), the greatest first."""
+        top, count = (_abi.drex_top * _unsigned(capacity, "capacity"))(), _abi.u32()
+        _check(lib.drex_top_get(self._handle, _unsigned(row, "row"), top, capacity, count))
+        return [(t.token, t.logit) for t in top[: count.value]]
+
+    def _moved(self, function, arena, dense, writes):
+        views = [_View(a, writable=a is writes) for a in (arena, dense)]
+        sizes = [view.inner_bytes() for view in views]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"a row of the arena has {sizes[0]} bytes, one of the batch {sizes[1]}")
+        if views[0].shape[0] < self._n_slots or views[1].shape[0] < self._n_rows:
+            raise ValueError(f"an arena of {views[0].shape[0]} rows and a batch of {views[1].shape[0]}; expected {self._n_slots} and {self._n_rows}")
+        given = _abi.drex_arena(arena=views[0].address, dense=views[1].address, row_bytes=sizes[0])
+        given.arena_stride_bytes, given.dense_stride_bytes = views[0].strides[0], views[1].strides[0]
+        _check(function(self._handle, given))
+
+    def gather(self, arena, dense):
+        """arena [n_slots, ...] to dense [n_rows, ...], the planned step's rows in their order."""
+        self._moved(lib.drex_gather, arena, dense, dense)
+
+    def scatter(self, arena, dense):
+        self._moved(lib.drex_scatter, arena, dense, arena)
 
     def fill(self):
         _check(lib.drex_fill(self._handle))

@@ -35,6 +35,8 @@ DTYPES = "f32 f16 bf16".split()
 DREX_METRIC_DEFAULT = UINT32_MAX
 DREX_FILL_DEFAULT = UINT32_MAX
 DREX_DEVICE_HOST = 0
+DREX_DEVICE_CUDA = 1
+DREX_MAX_TOP = 64
 
 
 def _constants():
@@ -72,7 +74,7 @@ class drex_config(Struct):
         ("n_slots", u32), ("max_requests", u32), ("max_batch", u32), ("policy", u32), ("metric", u32), ("fill", u32),
         ("device", u32), ("threshold", f32), ("ramp_thresholds", P(f32)), ("flush_rows", u32), ("min_ready", u32),
         ("max_hold_ns", u64), ("token_deadline_ns", u64), ("art_ratio", f32), ("reserved", u32), ("seed", u64),
-        ("routing", u32), ("max_pending", u32),
+        ("routing", u32), ("max_pending", u32), ("n_vocab", u32), ("n_top", u32),
     ]  # fmt: skip
     _defaults_ = {"abi_version": DREX_ABI_VERSION, "policy": POLICIES.index("auto"), "threshold": 0.7, "art_ratio": nan}
 
@@ -116,12 +118,23 @@ class drex_step(Struct):
 class drex_logits(Struct):
     _fields_ = [
         ("size", u32), ("dtype", u32), ("data", void), ("row_stride_bytes", u64), ("n_rows", u32), ("n_vocab", u32),
-        ("stream", void),
+        ("stream", void), ("n_top", u32), ("enqueued", u32),
     ]  # fmt: skip
 
 
 class drex_verdict(Struct):
     _fields_ = [("decision", u32), ("token", i32), ("confidence", f32), ("forced", u32)]
+
+
+class drex_top(Struct):
+    _fields_ = [("logit", f32), ("token", i32)]
+
+
+class drex_arena(Struct):
+    _fields_ = [
+        ("size", u32), ("reserved", u32), ("arena", void), ("dense", void), ("arena_stride_bytes", u64),
+        ("dense_stride_bytes", u64), ("row_bytes", u64), ("stream", void),
+    ]  # fmt: skip
 
 
 class drex_completion(Struct):
@@ -185,7 +198,13 @@ FUNCTIONS = {
     "drex_request_settle": (i32, _engine, u64, u64, P(u32)),
     "drex_plan": (i32, _engine, P(drex_plan_input), P(drex_row), u32, P(drex_step)),
     "drex_ramp": (i32, _engine, P(drex_logits), P(u32), P(drex_verdict), u32),
+    "drex_ramp_enqueue": (i32, _engine, P(drex_logits)),
+    "drex_top_get": (i32, _engine, u32, P(drex_top), u32, P(u32)),
+    "drex_gather": (i32, _engine, P(drex_arena)),
+    "drex_scatter": (i32, _engine, P(drex_arena)),
     "drex_fill": (i32, _engine),
+    "drex_fill_enqueue": (i32, _engine, void),
+    "drex_fill_plan": (i32, _engine),
     "drex_verify": (i32, _engine, P(u8), u32, P(u32), u32),
     "drex_speculate": (i32, P(f32), P(f32), u32, i32, f64, f64, P(i32)),
     "drex_complete": (i32, _engine, P(drex_completion)),

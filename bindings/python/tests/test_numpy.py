@@ -64,6 +64,29 @@ class Logits(unittest.TestCase):
                 one_step(e, bad)
 
 
+class Rows(unittest.TestCase):
+    def test_gather_scatter_and_top(self):
+        arena = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)[:, :3]
+        with engine(n_top=4) as e:
+            for r in range(3):
+                e.add(r)
+                e.ready(r, 0)
+            slots = [row.slot for row in e.plan(0).rows]
+            dense = np.zeros((3, 3), np.float32)
+            e.gather(arena, dense)
+            np.testing.assert_array_equal(dense, arena[slots])
+            old = arena.copy()
+            e.scatter(arena, dense + 100)
+            old[slots] += 100
+            np.testing.assert_array_equal(arena, old)
+            with self.assertRaisesRegex(ValueError, "an arena of 4 rows"):
+                e.gather(arena[:4], dense)
+            logits = np.array([[1, 5, 3, 4, 2]] * 3, np.float32)
+            e.ramp(logits, n_top=3)
+            self.assertEqual(e.top(1), [(1, 5.0), (3, 4.0), (2, 3.0)])
+            self.assertEqual(e.top(1, 1), [(1, 5.0)])
+
+
 class Fill(unittest.TestCase):
     def fill(self, k, v, **args):
         sure = np.zeros((1, 4), np.float32)
