@@ -2,7 +2,7 @@
 //! would have chosen at each token.
 //!
 //! Both quantise activations to 8 bits before each matrix product, so differences of the last bit upstream become
-//! steps. What that does to a logit stays below 0.06 over thousands of tokens here; of logits that span 30.
+//! steps. What that did to a choice in 1,444 tokens was at most 0.056 of a logit.
 
 use std::path::PathBuf;
 
