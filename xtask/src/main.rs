@@ -2,11 +2,13 @@
 //!
 //! Needs Rust, a C++ compiler and Python 3; everything else is fetched into a cache folder outside of the clone.
 
+mod book;
 mod cache;
 mod cargo;
 mod client;
 mod consumers;
 mod demo;
+mod examples;
 mod fetch;
 mod gguf;
 mod http;
@@ -15,6 +17,7 @@ mod install;
 mod llama;
 mod load;
 mod process;
+mod python;
 mod score;
 mod server;
 mod server_tests;
@@ -108,6 +111,8 @@ enum Cmd {
         #[arg(long)]
         quick: bool,
     },
+    /// Build the book in docs/ into target/book, with dead links as errors
+    Docs,
     /// Compile the CUDA kernels to kernels/prebuilt; needs neither CUDA nor a GPU
     ///
     /// The compiler is fetched with pip into the cache, 105 MB, pinned by hash. Only who changes a kernel needs this:
@@ -139,6 +144,7 @@ fn main() -> ExitCode {
         Cmd::Demo(options) => demo::run(&options).map(|()| true),
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
         Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
+        Cmd::Docs => book::print().map(|()| true),
         Cmd::Kernels(options) => kernels::run(&options),
         Cmd::Install(options) => install::run(&options).map(|()| true),
         Cmd::Deb(options) => install::deb::run(&options).map(|()| true),

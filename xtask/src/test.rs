@@ -10,11 +10,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::{
-    Source, cache,
+    Source, book, cache,
     cache::Cache,
     cargo::cargo,
-    kernels,
+    examples, kernels,
     llama::{Kind, Llama},
+    python,
     server_tests::{self, Suite},
 };
 
@@ -26,6 +27,12 @@ pub struct Options {
     /// Only the comparison of fill `verify` with the unpatched server
     #[arg(long, conflicts_with_all = ["quick", "exact", "only"])]
     lossless: bool,
+    /// Only the programs in examples/, built and run, and compared with llama.cpp
+    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
+    examples: bool,
+    /// Only the Python package
+    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only", "examples"])]
+    python: bool,
     /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
     #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
     kernels: bool,
@@ -90,9 +97,29 @@ pub fn run(options: &Options) -> Result<bool> {
         println!("{} passed, {} failed", count.passed, count.failed);
         return Ok(count.failed == 0);
     }
-    if !options.exact && !options.lossless && options.only.is_none() {
+    if options.examples {
+        examples(&mut count);
+        println!("{} passed, {} failed", count.passed, count.failed);
+        return Ok(count.failed == 0);
+    }
+    if options.python {
+        python_tests(&mut count);
+        println!("{} passed, {} failed", count.passed, count.failed);
+        return Ok(count.failed == 0);
+    }
+    let everything = !options.exact && !options.lossless && options.only.is_none();
+    if everything {
         rust(&mut count);
         compiled_kernels(&mut count);
+        examples(&mut count);
+        python_tests(&mut count);
+        println!("== the book");
+        let start = Instant::now();
+        count.one(
+            "the book builds, and no link is dead",
+            book::build().map(drop),
+            start,
+        );
     }
     server(options, &mut count);
     println!("{} passed, {} failed", count.passed, count.failed);
@@ -136,6 +163,33 @@ fn rust(count: &mut Count) {
     ];
     for (name, args) in tests {
         cargo_test(count, name, args);
+    }
+}
+
+fn examples(count: &mut Count) {
+    println!("== examples");
+    let start = Instant::now();
+    let kit = match examples::Kit::build() {
+        Ok(kit) => kit,
+        Err(error) => return count.one("build the examples", Err(error), start),
+    };
+    count.one("build the examples", Ok(()), start);
+    for test in examples::TESTS {
+        let start = Instant::now();
+        count.one(test.name, (test.run)(&kit), start);
+    }
+}
+
+fn python_tests(count: &mut Count) {
+    println!("== python");
+    let start = Instant::now();
+    match python::test() {
+        Ok(tests) => {
+            count.passed += u64::from(tests);
+            let seconds = start.elapsed().as_secs_f64();
+            println!("ok      {tests} tests of bindings/python ({seconds:.1} s)");
+        }
+        Err(error) => count.one("bindings/python", Err(error), start),
     }
 }
 
