@@ -791,6 +791,31 @@ typedef struct drex_pages_stats {
   uint64_t cells_aliased;
 } drex_pages_stats;
 
+// How much is logged: a level and all that are more urgent.
+typedef uint32_t drex_log_level;
+
+// Nothing.
+#define DREX_LOG_OFF 0
+// A device failed.
+#define DREX_LOG_ERROR 1
+// Refused calls, missed deadlines, logits that are not finite.
+#define DREX_LOG_WARN 2
+// Engines, and the rules that AUTO chooses.
+#define DREX_LOG_INFO 3
+// Requests.
+#define DREX_LOG_DEBUG 4
+// Every step.
+#define DREX_LOG_TRACE 5
+
+// Receives one event: its level and a line of UTF-8 without a line break, at
+// most 511 bytes, valid during the call. It runs on the thread and inside the
+// call that caused it, so a call on the same engine gets
+// DREX_ERROR_HANDLE_BUSY (DREX_ERROR_INVALID_HANDLE from the event of its
+// destruction). It must return: no exception, no longjmp.
+typedef void (*drex_log_callback)(void *user_data,
+                                  drex_log_level level,
+                                  const char *text);
+
 // Where most of the time went of a token that missed its deadline:
 // DREX_MISS_*.
 typedef uint32_t drex_miss_reason;
@@ -1217,6 +1242,50 @@ drex_status drex_pages_release(drex_pages *pages,
 // Errors: NULL_ARGUMENT, STRUCT_SIZE.
 drex_status drex_pages_stats_get(const drex_pages *pages,
                                  drex_pages_stats *out);
+
+// Sends an engine's events to a callback, and says its configuration at level
+// INFO. Events of other engines do not go there.
+//
+// callback   NULL: none from now on
+// user_data  handed to the callback; kept until the engine ends or another
+//            call of this function; may be NULL
+// level      DREX_LOG_*
+//
+// Errors: INVALID_ARGUMENT for an unknown level.
+drex_status drex_log_set(drex_engine *engine,
+                         drex_log_callback callback,
+                         void *user_data,
+                         drex_log_level level);
+
+// Counters, queues, held rows with their ages, and the scheduler's estimates
+// as a JSON object. What is not known is null.
+//
+// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
+//           to ask for the length
+// capacity  bytes at text
+// length    receives the text's bytes without the 0 byte
+//
+// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
+// not fit and capacity is not 0, with what is needed in the error's text.
+drex_status drex_snapshot(const drex_engine *engine,
+                          char *text,
+                          size_t capacity,
+                          size_t *length);
+
+// Counters, gauges and histograms in Prometheus' text format 0.0.4.
+//
+// labels    put on every sample, as name="value" separated by commas, with
+//           values escaped as that format says; NULL or empty: none. Not
+//           ramp, reason, cause or le.
+// text, capacity, length  as for drex_snapshot()
+//
+// Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
+// drex_snapshot().
+drex_status drex_metrics_text(const drex_engine *engine,
+                              const char *labels,
+                              char *text,
+                              size_t capacity,
+                              size_t *length);
 
 #ifdef __cplusplus
 }  // extern "C"

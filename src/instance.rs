@@ -10,9 +10,11 @@ use crate::core::metric::{Metric, Score};
 use crate::device::host::Host;
 use crate::device::kv::{Kv, Layer};
 use crate::device::{Device, Hole, Logits};
+use crate::observe::Watch;
 
 pub struct Instance {
     pub engine: Engine,
+    pub watch: Watch,
     device: Box<dyn Device>,
     kv: Option<Kv>,
     metrics: Vec<Option<Metric>>,
@@ -29,6 +31,7 @@ impl Instance {
         let batch = engine.config().pass_rows();
         Ok(Instance {
             engine,
+            watch: Watch::default(),
             device: Box::new(Host::new()),
             kv: None,
             metrics: Vec::with_capacity(batch),
@@ -71,7 +74,11 @@ impl Instance {
 
     pub fn plan(&mut self, now_ns: u64, capacity: usize) -> Result<Option<Step>> {
         self.filled = false;
-        self.engine.plan(now_ns, capacity)
+        let step = self.engine.plan(now_ns, capacity)?;
+        if self.watch.on() {
+            self.watch.planned(&self.engine);
+        }
+        Ok(step)
     }
 
     /// # Safety
@@ -113,7 +120,11 @@ impl Instance {
         unsafe {
             self.device.score(logits, &self.metrics, &mut self.scores)?;
         }
-        self.engine.ramp(&self.scores)
+        self.engine.ramp(&self.scores)?;
+        if self.watch.on() {
+            self.watch.ramped(&self.engine);
+        }
+        Ok(())
     }
 
     pub fn fill(&mut self) -> Result<()> {
@@ -163,6 +174,13 @@ impl Instance {
                 "rows exited and their skipped layers are not filled; expected drex_fill first",
             ));
         }
-        self.engine.complete(now_ns, duration_ns, cells)
+        if !self.watch.on() {
+            return self.engine.complete(now_ns, duration_ns, cells);
+        }
+        self.engine.expect_complete()?;
+        let before = self.watch.completing(&self.engine, now_ns, duration_ns);
+        self.engine.complete(now_ns, duration_ns, cells)?;
+        self.watch.completed(&self.engine, &before);
+        Ok(())
     }
 }

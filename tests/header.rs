@@ -13,7 +13,7 @@ fn root() -> PathBuf {
 fn generate() -> String {
     let mut config = cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap();
     config.header = config.header.map(|h| h.trim().to_owned());
-    let sources = ["types", "functions", "pages"];
+    let sources = ["types", "functions", "pages", "observe"];
     let mut builder = cbindgen::Builder::new().with_config(config);
     for name in sources {
         builder = builder.with_src(root().join(format!("src/ffi/{name}.rs")));
@@ -24,7 +24,7 @@ fn generate() -> String {
 }
 
 /// Prefixes of the constants that a type's values are.
-const VALUES: [(&str, &[&str]); 9] = [
+const VALUES: [(&str, &[&str]); 10] = [
     ("drex_status", &["DREX_OK", "DREX_ERROR_"]),
     ("drex_policy", &["DREX_POLICY_"]),
     ("drex_metric", &["DREX_METRIC_"]),
@@ -34,6 +34,7 @@ const VALUES: [(&str, &[&str]); 9] = [
     ("drex_request_state", &["DREX_REQUEST_"]),
     ("drex_flush_reason", &["DREX_FLUSH_"]),
     ("drex_decision", &["DREX_DECISION_"]),
+    ("drex_log_level", &["DREX_LOG_"]),
 ];
 
 /// cbindgen puts all types before all constants. A reader wants a type's

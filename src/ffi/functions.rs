@@ -229,14 +229,7 @@ pub unsafe extern "C" fn drex_create(
         // SAFETY: the caller's contract.
         let config = unsafe { convert(&c)? };
         let instance = Instance::new(config)?;
-        tracing::debug!(
-            n_layers = c.n_layers,
-            n_ramps = c.n_ramps,
-            max_requests = c.max_requests,
-            max_batch = c.max_batch,
-            policy = c.policy,
-            "engine created"
-        );
+        instance.watch.created(&instance.engine);
         let handle = handle::ENGINES.insert(instance)?;
         // SAFETY: not NULL.
         unsafe { out.write_unaligned(handle) };
@@ -313,8 +306,8 @@ pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
         return DREX_OK;
     }
     call("drex_destroy", || {
-        drop(handle::ENGINES.remove(engine)?);
-        tracing::debug!("engine destroyed");
+        let instance = handle::ENGINES.remove(engine)?;
+        instance.watch.destroyed(&instance.engine);
         Ok(())
     })
 }
@@ -437,7 +430,7 @@ pub unsafe extern "C" fn drex_request_add(
             f => Some(fill(f, "DREX_FILL_* (0..3) or DREX_FILL_DEFAULT")?),
         };
         reserved(c.reserved)?;
-        Ok(instance.engine.add(RequestConfig {
+        instance.engine.add(RequestConfig {
             id: c.id,
             metric,
             threshold: (!c.threshold.is_nan()).then_some(c.threshold),
@@ -446,7 +439,9 @@ pub unsafe extern "C" fn drex_request_add(
             request_deadline_ns: c.request_deadline_ns,
             max_tokens: c.max_tokens,
             priority: c.priority,
-        })?)
+        })?;
+        instance.watch.request(c.id, "added");
+        Ok(())
     })
 }
 
@@ -469,7 +464,9 @@ pub unsafe extern "C" fn drex_request_ready(
 ) -> drex_status {
     with("drex_request_ready", engine, |instance| {
         let _ = n_kv;
-        Ok(instance.engine.ready(id, now_ns)?)
+        instance.engine.ready(id, now_ns)?;
+        instance.watch.request(id, "ready");
+        Ok(())
     })
 }
 
@@ -483,7 +480,9 @@ pub unsafe extern "C" fn drex_request_ready(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_request_remove(engine: *mut drex_engine, id: u64) -> drex_status {
     with("drex_request_remove", engine, |instance| {
-        Ok(instance.engine.remove(id)?)
+        instance.engine.remove(id)?;
+        instance.watch.request(id, "removed");
+        Ok(())
     })
 }
 
@@ -1059,7 +1058,9 @@ pub unsafe extern "C" fn drex_profile_load(
         // SAFETY: the caller passes a C string.
         let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
         let profile = crate::profile::from_json(&text).map_err(Fault::Profile)?;
-        Ok(instance.engine.load_profile(&profile)?)
+        instance.engine.load_profile(&profile)?;
+
+        Ok(())
     })
 }
 
