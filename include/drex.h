@@ -153,9 +153,9 @@
  * Functions that take no engine may be called from any thread at any time. Each
  * thread has its own drex_last_error().
  *
- * No call waits for anything. drex_request_ready(), drex_plan(), drex_ramp(),
+ * No call waits for anything, but for drex_ramp() on a CUDA device. drex_request_ready(), drex_plan(), drex_ramp(),
  * drex_fill(), drex_complete() and drex_abandon() allocate nothing, take no lock
- * and make no system call. No call starts a thread, opens a file, installs a
+ * and make no system call (those of a CUDA driver excepted). No call starts a thread, opens a file, installs a
  * signal handler or prints. No panic and no exception leaves a call.
  *
  *
@@ -225,6 +225,46 @@
  *             drex_pages_fork() where another one shares its beginning.
  *
  * These calls need no engine, and none of them but drex_pages_create() allocates.
+ *
+ *
+ * 7. CUDA
+ *
+ * With DREX_DEVICE_CUDA, logits, K/V and arena rows are pointers of a CUDA
+ * device. libcuda is looked for when such an engine is made; nothing else of
+ * drex needs it. The engine works in the CUDA context that is current when it is
+ * made. Later calls may come from any thread: one that needs another context
+ * than the current one pushes it, and pops it before it returns. The context
+ * must outlive the engine. Scratch memory (some 1 kB a row for 128k logits) is
+ * allocated in drex_create() and drex_bind_kv(), not later.
+ *
+ *   ramp      One launch that reads the logits once, a copy of 20 bytes a row to
+ *             pinned memory, and a wait for the stream: the only wait there is.
+ *             drex_ramp_enqueue() splits off the wait.
+ *   fill      One launch on the stream of the ramp's logits, not waited for.
+ *   streams   Work is enqueued on the streams that the host names, and is in
+ *             order with what the host enqueues there. The legacy default stream
+ *             is not ordered with non-blocking ones.
+ *
+ * Graphs. drex_ramp_enqueue(), drex_fill_enqueue(), drex_gather() and
+ * drex_scatter() may be called while the host captures a stream. What changes
+ * from step to step is read, when the graph runs, from memory that the following
+ * calls write; so a graph is captured once for each number of rows (ramp) or once
+ * (the others), and then, in each step:
+ *
+ *   drex_plan()       names the arena rows for gather and scatter
+ *   launch            window, gather, scatter, ramp
+ *   drex_ramp()       with logits.enqueued = 1: waits, and decides
+ *   drex_fill_plan()  names the holes
+ *   launch            fill, on the same stream
+ *   drex_complete()
+ *
+ * The logits' address, row length and n_top are those of the capture. A launched
+ * graph must have ended before the next call that writes what it reads; on one
+ * stream, with drex_ramp() between, it has.
+ *
+ * An error of the driver is DREX_ERROR_DEVICE, with its name and text in
+ * drex_last_error(). After one that CUDA calls sticky, such as an illegal
+ * address, the context is lost, and the engine can only be destroyed.
  */
 
 #ifndef DREX_H
@@ -248,7 +288,7 @@
 #define DREX_CONFIG_INITIALIZER                                              \
   { sizeof(drex_config), DREX_ABI_VERSION, 0, 0, NULL, 0, 0, 0,              \
     DREX_POLICY_AUTO, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
-    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0 }
+    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0, 0, 0 }
 
 /* n_cells, and the fields of K, V or both, must be set. */
 #define DREX_KV_LAYER_INITIALIZER                                            \
@@ -272,7 +312,10 @@
 
 /* dtype F32. data, row_stride_bytes, n_rows and n_vocab must be set. */
 #define DREX_LOGITS_INITIALIZER                                              \
-  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL }
+  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL, 0, 0 }
+
+#define DREX_ARENA_INITIALIZER                                               \
+  { sizeof(drex_arena), 0, NULL, NULL, 0, 0, 0, NULL }
 
 /* now_ns must be set. */
 #define DREX_COMPLETION_INITIALIZER                                          \
@@ -305,6 +348,10 @@
 // In place of a ramp's index: none.
 // Since 0.1.
 #define DREX_NO_RAMP UINT32_MAX
+
+// Most of the greatest logits of a row that a ramp lists.
+// Since 0.1.
+#define DREX_MAX_TOP 64
 
 // In place of an arena row: none.
 // Since 0.1.
@@ -458,13 +505,15 @@ typedef uint32_t drex_fill_mode;
 // In a request: the engine's mode.
 #define DREX_FILL_DEFAULT UINT32_MAX
 
-// Where logits and K/V lie: DREX_DEVICE_*. 1 is reserved for CUDA and gives
-// DREX_ERROR_UNSUPPORTED.
+// Where logits, arena rows and K/V lie: DREX_DEVICE_*.
 // Since 0.1.
 typedef uint32_t drex_device;
 
 // Memory that the calling thread can read and write.
 #define DREX_DEVICE_HOST 0
+// Memory of a CUDA device. drex_create() needs a current CUDA context on its
+// thread, and the engine works in that one: see chapter 7.
+#define DREX_DEVICE_CUDA 1
 
 // What an engine is made from. Everything is copied; no pointer is kept.
 // Since 0.1.
@@ -523,6 +572,12 @@ typedef struct drex_config {
   // so many, its next row goes deep even if it is confident (an involuntary
   // stay). They and that row must fit into max_batch, which cuts it.
   uint32_t max_pending;
+  // CUDA: most logits of a row, which scratch memory is made for; 0:
+  // 524288. On the host, rows may have any length.
+  uint32_t n_vocab;
+  // Most of the greatest logits that a ramp is asked to list, see
+  // drex_top_get(); 0..DREX_MAX_TOP.
+  uint32_t n_top;
 } drex_config;
 
 // The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -710,7 +765,8 @@ typedef struct drex_logits {
   uint32_t size;
   drex_dtype dtype;
   // [n_rows, n_vocab]; row i, in the order of drex_plan()'s rows, begins
-  // at data + i * row_stride_bytes. Not NULL. Needs no alignment.
+  // at data + i * row_stride_bytes. Not NULL. On the host it needs no
+  // alignment, on a CUDA device that of its elements.
   const void *data;
   // Bytes from row to row, at least n_vocab elements.
   uint64_t row_stride_bytes;
@@ -718,8 +774,15 @@ typedef struct drex_logits {
   uint32_t n_rows;
   // Logits per row, at least 1, below 2^31.
   uint32_t n_vocab;
-  // The device stream on which the logits are made; NULL on the host.
+  // CUDA: the CUstream (or cudaStream_t) on which the logits are made, and
+  // on which drex works until the next ramp; NULL is the default stream.
+  // NULL on the host.
   void *stream;
+  // Greatest logits of each row to list, at most drex_config.n_top.
+  uint32_t n_top;
+  // 1: the logits were given to drex_ramp_enqueue() before, or a graph that
+  // captured it has been launched. Else 0.
+  uint32_t enqueued;
 } drex_logits;
 
 // What becomes of a row at a ramp: DREX_DECISION_*.
@@ -863,6 +926,35 @@ typedef struct drex_stats {
   uint64_t rows_dropped;
 } drex_stats;
 
+// One of the greatest logits of a row.
+// Since 0.1.
+typedef struct drex_top {
+  float logit;
+  // Its index; -1 where the row has no more logits that are numbers.
+  int32_t token;
+} drex_top;
+
+// Rows of an arena, and rows of a dense batch: row i of the batch belongs to
+// row i of the planned step.
+// Since 0.1.
+typedef struct drex_arena {
+  // sizeof(drex_arena)
+  uint32_t size;
+  // 0
+  uint32_t reserved;
+  // Row s at arena + s * arena_stride_bytes. Not NULL.
+  void *arena;
+  // Row i at dense + i * dense_stride_bytes. Not NULL.
+  void *dense;
+  // At least row_bytes, like the next.
+  uint64_t arena_stride_bytes;
+  uint64_t dense_stride_bytes;
+  // At least 1, below 2^32.
+  uint64_t row_bytes;
+  // As drex_logits.stream.
+  void *stream;
+} drex_arena;
+
 // For drex_pages_create().
 // Since 0.1.
 typedef struct drex_pages_config {
@@ -905,6 +997,33 @@ typedef struct drex_pages_stats {
   // Cells of skipped layers that needed no copy.
   uint64_t cells_aliased;
 } drex_pages_stats;
+
+// How much is logged: a level and all that are more urgent.
+// Since 0.1.
+typedef uint32_t drex_log_level;
+
+// Nothing.
+#define DREX_LOG_OFF 0
+// A device failed.
+#define DREX_LOG_ERROR 1
+// Refused calls, missed deadlines, logits that are not finite.
+#define DREX_LOG_WARN 2
+// Engines, and the rules that AUTO chooses.
+#define DREX_LOG_INFO 3
+// Requests.
+#define DREX_LOG_DEBUG 4
+// Every step.
+#define DREX_LOG_TRACE 5
+
+// Receives one event: its level and a line of UTF-8 without a line break, at
+// most 511 bytes, valid during the call. It runs on the thread and inside the
+// call that caused it, so a call on the same engine gets
+// DREX_ERROR_HANDLE_BUSY (DREX_ERROR_INVALID_HANDLE from the event of its
+// destruction). It must return: no exception, no longjmp.
+// Since 0.1.
+typedef void (*drex_log_callback)(void *user_data,
+                                  drex_log_level level,
+                                  const char *text);
 
 // Where most of the time went of a token that missed its deadline:
 // DREX_MISS_*.
@@ -985,9 +1104,10 @@ drex_status drex_metric_from_name(const char *name, drex_metric *out);
 // out     receives the engine; the caller owns it and ends it with
 //         drex_destroy()
 //
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT;
-// UNSUPPORTED for a reserved device; CAPACITY when 256 engines
-// are alive in this process.
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; CAPACITY
+// when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
+// UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
+// current, and DEVICE.
 // Since 0.1.
 drex_status drex_create(const drex_config *config, drex_engine **out);
 
@@ -1100,8 +1220,8 @@ drex_status drex_plan(drex_engine *engine,
                       drex_step *out);
 
 // At the end of a window that ends at a ramp: scores every row's logits and
-// decides what becomes of it. The logits must be complete and stay unchanged
-// during the call. A row's confidence and token depend on nothing but its
+// decides what becomes of it. The logits must be complete, or on a CUDA device
+// enqueued on their stream, and stay unchanged during the call. A row's confidence and token depend on nothing but its
 // own logits.
 //
 // logits    the window's logits
@@ -1128,6 +1248,9 @@ drex_status drex_ramp(drex_engine *engine,
 // K and V of the window's last layer at the row's cell are copied to all
 // layers from layer_end on. Does nothing when none exited, or when done
 // already. Nothing else may touch these cells during the call.
+//
+// On a CUDA device it is enqueued on the stream of that ramp's logits, in one
+// launch, and not waited for.
 //
 // Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
 // called since the last plan; DEVICE.
@@ -1286,6 +1409,71 @@ drex_status drex_profile_load(drex_engine *engine, const char *text);
 // Since 0.1.
 drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
 
+// CUDA: starts what drex_ramp() waits for, on the logits' stream, and returns
+// at once. Say drex_ramp() with the same logits and enqueued = 1 later; what
+// is between them, such as drex_replan(), runs beside the device. May be
+// captured into a graph, see chapter 7.
+//
+// logits  as for drex_ramp(); n_rows may be any number up to the rows of the
+//         largest step. They must stay as they are until drex_ramp() returns.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY; DEVICE;
+// UNSUPPORTED on the host.
+// Since 0.1.
+drex_status drex_ramp_enqueue(drex_engine *engine,
+                              const drex_logits *logits);
+
+// The greatest logits of a row, the greatest first and the lower index before
+// an equal one: candidates for hosts that sample, without the whole row. From
+// the last drex_ramp(), whose logits had n_top > 0, until the next plan.
+//
+// row       of the planned step, from 0
+// top       [capacity] receives them
+// capacity  at most
+// n         receives how many: the lesser of capacity and n_top, or 0 for a
+//           row without a verdict of its own (GONE, PENDING)
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CALL_ORDER without such a ramp.
+// Since 0.1.
+drex_status drex_top_get(const drex_engine *engine,
+                         uint32_t row,
+                         drex_top *top,
+                         uint32_t capacity,
+                         uint32_t *n);
+
+// Gathers the planned step's hidden rows: arena row rows[i].slot to row i of
+// a dense batch, for hosts whose engine has no gather by index. On a CUDA
+// device in one launch on arena->stream; may be captured.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
+// step is planned; DEVICE.
+// Since 0.1.
+drex_status drex_gather(drex_engine *engine, const drex_arena *arena);
+
+// The way back: row i of the dense batch to arena row rows[i].slot.
+//
+// Errors: as drex_gather().
+// Since 0.1.
+drex_status drex_scatter(drex_engine *engine, const drex_arena *arena);
+
+// CUDA: enqueues, for a graph capture, the fill of the holes that
+// drex_fill_plan() names last before the graph is launched. See chapter 7.
+//
+// stream  the CUstream that is being captured
+//
+// Errors: CALL_ORDER when no K/V is bound; DEVICE; UNSUPPORTED on the host.
+// Since 0.1.
+drex_status drex_fill_enqueue(drex_engine *engine, void *stream);
+
+// CUDA: in place of drex_fill(), for a host that will launch a graph which
+// captured drex_fill_enqueue(): names the holes, and launches nothing. The
+// graph must be launched before drex_complete(), on the stream of the last
+// ramp's logits or ordered behind it.
+//
+// Errors: as drex_fill(); UNSUPPORTED on the host.
+// Since 0.1.
+drex_status drex_fill_plan(drex_engine *engine);
+
 // Accounts for a pool of K/V pages, see chapter 6.
 //
 // config  read during the call only
@@ -1378,6 +1566,53 @@ drex_status drex_pages_release(drex_pages *pages,
 // Since 0.1.
 drex_status drex_pages_stats_get(const drex_pages *pages,
                                  drex_pages_stats *out);
+
+// Sends an engine's events to a callback, and says its configuration at level
+// INFO. Events of other engines do not go there.
+//
+// callback   NULL: none from now on
+// user_data  handed to the callback; kept until the engine ends or another
+//            call of this function; may be NULL
+// level      DREX_LOG_*
+//
+// Errors: INVALID_ARGUMENT for an unknown level.
+// Since 0.1.
+drex_status drex_log_set(drex_engine *engine,
+                         drex_log_callback callback,
+                         void *user_data,
+                         drex_log_level level);
+
+// Counters, queues, held rows with their ages, and the scheduler's estimates
+// as a JSON object. What is not known is null.
+//
+// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
+//           to ask for the length
+// capacity  bytes at text
+// length    receives the text's bytes without the 0 byte
+//
+// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
+// not fit and capacity is not 0, with what is needed in the error's text.
+// Since 0.1.
+drex_status drex_snapshot(const drex_engine *engine,
+                          char *text,
+                          size_t capacity,
+                          size_t *length);
+
+// Counters, gauges and histograms in Prometheus' text format 0.0.4.
+//
+// labels    put on every sample, as name="value" separated by commas, with
+//           values escaped as that format says; NULL or empty: none. Not
+//           ramp, reason, cause or le.
+// text, capacity, length  as for drex_snapshot()
+//
+// Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
+// drex_snapshot().
+// Since 0.1.
+drex_status drex_metrics_text(const drex_engine *engine,
+                              const char *labels,
+                              char *text,
+                              size_t capacity,
+                              size_t *length);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -13,6 +13,7 @@ use crate::device::cuda::Cuda;
 use crate::device::host::Host;
 use crate::device::kv::{Kv, Layer};
 use crate::device::{Arena, Device, Hole, Limits, Logits, Top};
+use crate::observe::Watch;
 
 /// Where the host's tensors lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +24,7 @@ pub enum Place {
 
 pub struct Instance {
     pub engine: Engine,
+    pub watch: Watch,
     limits: Limits,
     /// Of the last ramp.
     n_top: usize,
@@ -68,6 +70,7 @@ impl Instance {
         Ok(Instance {
             engine,
             limits,
+            watch: Watch::default(),
             n_top: 0,
             device,
             kv: None,
@@ -122,6 +125,9 @@ impl Instance {
                 self.engine.abandon()?;
                 return Err(e);
             }
+        }
+        if self.watch.on() {
+            self.watch.planned(&self.engine);
         }
         Ok(step)
     }
@@ -242,6 +248,9 @@ impl Instance {
         }
         self.engine.ramp(&self.scores)?;
         self.n_top = logits.n_top;
+        if self.watch.on() {
+            self.watch.ramped(&self.engine);
+        }
         Ok(())
     }
 
@@ -306,6 +315,13 @@ impl Instance {
                 "rows exited and their skipped layers are not filled; expected drex_fill first",
             ));
         }
-        self.engine.complete(now_ns, duration_ns, cells)
+        if !self.watch.on() {
+            return self.engine.complete(now_ns, duration_ns, cells);
+        }
+        self.engine.expect_complete()?;
+        let before = self.watch.completing(&self.engine, now_ns, duration_ns);
+        self.engine.complete(now_ns, duration_ns, cells)?;
+        self.watch.completed(&self.engine, &before);
+        Ok(())
     }
 }

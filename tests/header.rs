@@ -18,7 +18,7 @@ fn generate() -> String {
             .replace("@MINOR@", env!("CARGO_PKG_VERSION_MINOR"))
             .replace("@PATCH@", env!("CARGO_PKG_VERSION_PATCH"))
     });
-    let sources = ["types", "functions", "device", "pages"];
+    let sources = ["types", "functions", "device", "pages", "observe"];
     let mut builder = cbindgen::Builder::new().with_config(config);
     for name in sources {
         builder = builder.with_src(root().join(format!("src/ffi/{name}.rs")));
@@ -29,7 +29,7 @@ fn generate() -> String {
 }
 
 /// Prefixes of the constants that a type's values are.
-const VALUES: [(&str, &[&str]); 9] = [
+const VALUES: [(&str, &[&str]); 10] = [
     ("drex_status", &["DREX_OK", "DREX_ERROR_"]),
     ("drex_policy", &["DREX_POLICY_"]),
     ("drex_metric", &["DREX_METRIC_"]),
@@ -39,6 +39,7 @@ const VALUES: [(&str, &[&str]); 9] = [
     ("drex_request_state", &["DREX_REQUEST_"]),
     ("drex_flush_reason", &["DREX_FLUSH_"]),
     ("drex_decision", &["DREX_DECISION_"]),
+    ("drex_log_level", &["DREX_LOG_"]),
 ];
 
 /// Says of every item in which version it came: the first one where the source

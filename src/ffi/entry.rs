@@ -44,7 +44,16 @@ pub fn with(
     engine: *const drex_engine,
     body: impl FnOnce(&mut Instance) -> Result<(), Fault>,
 ) -> drex_status {
-    call(function, || body(handle::ENGINES.enter(engine)?.object()))
+    call(function, || {
+        let mut guard = handle::ENGINES.enter(engine)?;
+        let instance = guard.object();
+        let result = body(instance);
+        if let Err(fault) = &result {
+            let device = fault.status() == DREX_ERROR_DEVICE;
+            instance.watch.failed(function, fault, device);
+        }
+        result
+    })
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {

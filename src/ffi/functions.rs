@@ -260,14 +260,7 @@ pub unsafe extern "C" fn drex_create(
         let config = unsafe { convert(&c)? };
         let (place, limits) = device::convert(&c)?;
         let instance = Instance::on(place, config, limits)?;
-        tracing::debug!(
-            n_layers = c.n_layers,
-            n_ramps = c.n_ramps,
-            max_requests = c.max_requests,
-            max_batch = c.max_batch,
-            policy = c.policy,
-            "engine created"
-        );
+        instance.watch.created(&instance.engine);
         let handle = handle::ENGINES.insert(instance)?;
         // SAFETY: not NULL.
         unsafe { out.write_unaligned(handle) };
@@ -332,8 +325,8 @@ pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
         return DREX_OK;
     }
     call("drex_destroy", || {
-        drop(handle::ENGINES.remove(engine)?);
-        tracing::debug!("engine destroyed");
+        let instance = handle::ENGINES.remove(engine)?;
+        instance.watch.destroyed(&instance.engine);
         Ok(())
     })
 }
@@ -456,7 +449,7 @@ pub unsafe extern "C" fn drex_request_add(
             f => Some(fill(f, "DREX_FILL_* (0..3) or DREX_FILL_DEFAULT")?),
         };
         reserved(c.reserved)?;
-        Ok(instance.engine.add(RequestConfig {
+        instance.engine.add(RequestConfig {
             id: c.id,
             metric,
             threshold: (!c.threshold.is_nan()).then_some(c.threshold),
@@ -465,7 +458,9 @@ pub unsafe extern "C" fn drex_request_add(
             request_deadline_ns: c.request_deadline_ns,
             max_tokens: c.max_tokens,
             priority: c.priority,
-        })?)
+        })?;
+        instance.watch.request(c.id, "added");
+        Ok(())
     })
 }
 
@@ -488,7 +483,9 @@ pub unsafe extern "C" fn drex_request_ready(
 ) -> drex_status {
     with("drex_request_ready", engine, |instance| {
         let _ = n_kv;
-        Ok(instance.engine.ready(id, now_ns)?)
+        instance.engine.ready(id, now_ns)?;
+        instance.watch.request(id, "ready");
+        Ok(())
     })
 }
 
@@ -502,7 +499,9 @@ pub unsafe extern "C" fn drex_request_ready(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_request_remove(engine: *mut drex_engine, id: u64) -> drex_status {
     with("drex_request_remove", engine, |instance| {
-        Ok(instance.engine.remove(id)?)
+        instance.engine.remove(id)?;
+        instance.watch.request(id, "removed");
+        Ok(())
     })
 }
 
@@ -1040,7 +1039,9 @@ pub unsafe extern "C" fn drex_profile_load(
         // SAFETY: the caller passes a C string.
         let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
         let profile = crate::profile::from_json(&text).map_err(Fault::Profile)?;
-        Ok(instance.engine.load_profile(&profile)?)
+        instance.engine.load_profile(&profile)?;
+
+        Ok(())
     })
 }
 

@@ -8,5 +8,6 @@ pub mod entry;
 pub mod error;
 pub mod functions;
 pub mod handle;
+pub mod observe;
 pub mod pages;
 pub mod types;
