@@ -477,7 +477,7 @@ inline bool first_checks(session & s, int n, int exit_layer, json_file & out) {
        .add("split_max_difference", split_diff).add("full_window_max_difference", full_diff).add("split_identical", identical)
        .add("alone_max_difference", alone_diff)
        .add("cuda_graphs_of_12_windows_reused", reused).add("cuda_graphs_of_12_windows_reset", reset)
-       .add("cuda_graphs_ok", captured).add("arena_mib", mib);
+       .add("cuda_graphs_ok", s.on_gpu() ? value(captured) : value(NAN)).add("arena_mib", mib);
     printf("first checks, %d rows: split %s (max difference %g), a row alone differs by %g, CUDA graphs of 12 windows: %g reused, %g reset, arena %.1f MiB\n",
             n, identical ? "bit-identical" : "DIFFERS", split_diff, alone_diff, reused, reset, mib);
     return identical && captured;

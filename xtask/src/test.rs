@@ -25,6 +25,9 @@ pub struct Options {
     /// Only the comparison of fill `verify` with the unpatched server
     #[arg(long, conflicts_with_all = ["quick", "exact", "only"])]
     lossless: bool,
+    /// Only the dry run of tools/gpu/run.sh: what a GPU machine does, on this machine's CPU
+    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
+    gpu_dry_run: bool,
     /// Leave out the slow server tests and the exact builds
     #[arg(long)]
     quick: bool,
@@ -68,7 +71,7 @@ impl Count {
 /// Whether everything passed.
 pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
-    if !options.exact && !options.lossless && options.only.is_none() {
+    if !options.exact && !options.lossless && !options.gpu_dry_run && options.only.is_none() {
         rust(&mut count);
     }
     server(options, &mut count);
@@ -184,6 +187,7 @@ fn server(options: &Options, count: &mut Count) {
     let mut chosen = 0;
     for test in server_tests::all() {
         let wanted = match (&options.only, options.exact) {
+            _ if options.gpu_dry_run => test.name == server_tests::GPU_DRY_RUN,
             _ if options.lossless => test.name.contains("lossless"),
             (Some(text), _) => test.name.contains(text.as_str()),
             (None, true) => test.exact,
@@ -206,7 +210,7 @@ fn suite(options: &Options) -> Result<Suite> {
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let mut kinds = vec![Kind::Reference, Kind::Patched];
-    if !options.quick {
+    if !options.quick && !options.gpu_dry_run {
         kinds.extend([Kind::ReferenceExact, Kind::PatchedExact]);
     }
     let mut runtimes = Vec::new();
