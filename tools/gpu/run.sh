@@ -107,9 +107,9 @@ else
     build_configure() {
         local generator=()
         command -v ninja > /dev/null && generator=(-G Ninja)
-        # One architecture, and no attention kernels for pairs of cache types that nothing here uses.
+        # One architecture; attention kernels for the usual cache types only, as is the default.
         cmake -S "$work/llama.cpp" -B "$work/build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release \
-            -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="${arch:-90}-real" -DGGML_CUDA_FA_ALL_QUANTS=OFF -DGGML_CUDA_NCCL=OFF \
+            -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="${arch:-90}-real" -DGGML_CUDA_NCCL=OFF \
             -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
             -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DBUILD_SHARED_LIBS=ON -DGGML_CCACHE=OFF \
             -DDREX_INCLUDE_DIR="$repo/include" -DDREX_LIBRARY="$lib/libdrex.so"

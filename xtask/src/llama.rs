@@ -44,7 +44,7 @@ const EXACT_FLAGS: [&str; 2] = ["-DGGML_LLAMAFILE=OFF", "-DGGML_CPU_REPACK=OFF"]
 const EXACT_TARGET: &str = "ggml-cpu";
 
 /// What a build of the libraries and the server does not read.
-const UNPACKED: [&str; 22] = [
+const UNPACKED: [&str; 20] = [
     ".git",
     "app/",
     "benches/",
@@ -62,8 +62,6 @@ const UNPACKED: [&str; 22] = [
     "scripts/",
     "skills/",
     "tests/",
-    "tools/ui/",
-    "vendor/hash/",
     "AUTHORS",
     "flake",
     "pyproject",
