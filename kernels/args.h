@@ -15,7 +15,7 @@
 // Most chunks of a row when the greatest logits are listed.
 #define DREX_RAMP_MAX_LISTS 1024
 
-// Threads of a block of drex_fill and drex_copy_rows.
+// Threads of a block of drex_state_copy and drex_copy_rows.
 #define DREX_COPY_THREADS 256
 // Row numbers that fit into a launch; more are read from the host's memory.
 #define DREX_INLINE_ROWS 224

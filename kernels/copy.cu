@@ -33,7 +33,7 @@ static __device__ __forceinline__ void fill_unit(const DrexFillArgs & a, uint32_
 // One launch for all cells, K and V, and all skipped layers: a thread reads
 // one unit of the source and writes it to the layers of its blockIdx.y.
 extern "C" __global__ void __launch_bounds__(DREX_COPY_THREADS)
-    drex_fill(const __grid_constant__ DrexFillArgs a) {
+    drex_state_copy(const __grid_constant__ DrexFillArgs a) {
     const uint32_t n = count(a.cells);
     const uint32_t source = a.cells.there ? __ldcv(a.cells.there + 1) : a.source;
     const uint32_t first = source + 1 + blockIdx.y * a.layers_a_block;

@@ -344,7 +344,7 @@ fn fill_every_layout() {
                         // Fewer threads than units, and more layers' blocks
                         // than layers.
                         run(
-                            "drex_fill",
+                            "drex_state_copy",
                             (2, 6u32.div_ceil(a_block)),
                             COPY_THREADS,
                             &args,

@@ -103,7 +103,7 @@ const Entry ENTRIES[] = {
     {"drex_ramp_top_f32", enter<const DrexRampArgs, drex_ramp_top_f32>},
     {"drex_ramp_top_f16", enter<const DrexRampArgs, drex_ramp_top_f16>},
     {"drex_ramp_top_bf16", enter<const DrexRampArgs, drex_ramp_top_bf16>},
-    {"drex_fill", enter<const DrexFillArgs, drex_fill>},
+    {"drex_state_copy", enter<const DrexFillArgs, drex_state_copy>},
     {"drex_copy_rows", enter<const DrexCopyRowsArgs, drex_copy_rows>},
 };
 

@@ -85,7 +85,7 @@ bool inside(const std::map<uintptr_t, size_t> & blocks, const void * p, size_t b
 }
 
 size_t args_size(const std::string & kernel) {
-    if (kernel == "drex_fill") {
+    if (kernel == "drex_state_copy") {
         return sizeof(DrexFillArgs);
     }
     return kernel == "drex_copy_rows" ? sizeof(DrexCopyRowsArgs) : sizeof(DrexRampArgs);
@@ -373,6 +373,59 @@ int cuLaunchKernel(void * function, unsigned gx, unsigned gy, unsigned gz, unsig
     w.grid_y = gy;
     w.threads = bx;
     return enqueue(stream, std::move(w));
+}
+
+// What programs ask for that drex does not: tools/gpu/kernels.cpp.
+int cuInit(unsigned) { return SUCCESS; }
+int cuDriverGetVersion(int * version) {
+    *version = 0;
+    return SUCCESS;
+}
+int cuDeviceGet(int * device_number, int) {
+    *device_number = 0;
+    return SUCCESS;
+}
+int cuDeviceGetName(char * name, int n, int) {
+    snprintf(name, static_cast<size_t>(n), "none (kernels on the CPU)");
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void ** context, int) {
+    *context = &contexts;
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+int cuCtxSetCurrent(void * context) {
+    drex_fake_context(context);
+    return SUCCESS;
+}
+int cuCtxGetDevice(int * device_number) { return cuDeviceGet(device_number, 0); }
+int cuStreamCreate(void ** stream, unsigned) {
+    *stream = new char;
+    return SUCCESS;
+}
+int cuStreamDestroy_v2(void * stream) {
+    drain(streams[stream]);
+    delete static_cast<char *>(stream);
+    return SUCCESS;
+}
+int cuMemcpyDtoH_v2(void * to, uint64_t from, size_t bytes) {
+    if (!inside(device, reinterpret_cast<void *>(from), bytes)) {
+        complain("copy from outside of device memory");
+        return INVALID_VALUE;
+    }
+    memcpy(to, reinterpret_cast<void *>(from), bytes);
+    return SUCCESS;
+}
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void * stream) {
+    Work w = {};
+    w.to = reinterpret_cast<void *>(to);
+    w.from = reinterpret_cast<void *>(from);
+    w.bytes = bytes;
+    return enqueue(stream, std::move(w));
+}
+int cuEventElapsedTime_v2(float * ms, void *, void *) {
+    *ms = 1.0f;
+    return SUCCESS;
 }
 
 }  // extern "C"

@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{Source, cache, cache::Cache, llama::Llama, llama::Runtime, process};
+use crate::{Source, cache, cache::Cache, kernels, llama::Llama, llama::Runtime, process};
 
 /// Writes `.gpu/` into the clone, which git ignores.
 pub fn pack(source: &Source) -> Result<()> {
@@ -28,13 +28,16 @@ pub fn pack(source: &Source) -> Result<()> {
 
 /// `tools/gpu/run.sh --dry-run`: every step but the CUDA build, on a CPU.
 pub fn dry_run(runtime: &Runtime) -> Result<()> {
-    let temp = Cache::open()?.temp_dir()?;
+    let cache = Cache::open()?;
+    let cuda = kernels::cuda_home(&cache)?;
+    let temp = cache.temp_dir()?;
     let out = temp.path().join("out");
     let mut command = Command::new(cache::repo().join("tools/gpu/run.sh"));
     command
         .arg("--dry-run")
         .arg(&runtime.dir)
         .env("OUT", &out)
+        .env("CUDA_HOME", cuda)
         .env("DREX_GPU_WORK", temp.path().join("work"));
     let text = process::output(&mut command)?;
     let cells = check(&out)?;

@@ -10,6 +10,7 @@ mod fetch;
 mod gguf;
 mod gpu;
 mod http;
+mod kernels;
 mod llama;
 mod load;
 mod process;
@@ -114,6 +115,12 @@ enum Cmd {
         #[arg(long)]
         quick: bool,
     },
+    /// Compile the CUDA kernels to kernels/prebuilt; needs neither CUDA nor a GPU
+    ///
+    /// The compiler is fetched with pip into the cache, 105 MB, pinned by hash. Only who changes a kernel needs this:
+    /// a build of drex takes the committed artefacts, or an nvcc of its own if there is one (DREX_NVCC names it; empty:
+    /// none).
+    Kernels(kernels::Options),
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -133,6 +140,7 @@ fn main() -> ExitCode {
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
         Cmd::Gpu { source, .. } => gpu::pack(&source).map(|()| true),
         Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
+        Cmd::Kernels(options) => kernels::run(&options),
         Cmd::Test(options) => test::run(&options),
     };
     match result {

@@ -13,6 +13,7 @@ use crate::{
     Source, cache,
     cache::Cache,
     cargo::cargo,
+    kernels,
     llama::{Kind, Llama},
     server_tests::{self, Suite},
 };
@@ -28,6 +29,9 @@ pub struct Options {
     /// Only the dry run of tools/gpu/run.sh: what a GPU machine does, on this machine's CPU
     #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
     gpu_dry_run: bool,
+    /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
+    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
+    kernels: bool,
     /// Leave out the slow server tests and the exact builds
     #[arg(long)]
     quick: bool,
@@ -71,8 +75,27 @@ impl Count {
 /// Whether everything passed.
 pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
+    if options.kernels {
+        let tests = [
+            "test",
+            "--package",
+            "drex",
+            "--release",
+            "--test",
+            "kernels",
+            "--test",
+            "cuda",
+            "--",
+            "--nocapture",
+        ];
+        cargo_test(&mut count, "cargo test, kernels", &tests);
+        compiled_kernels(&mut count);
+        println!("{} passed, {} failed", count.passed, count.failed);
+        return Ok(count.failed == 0);
+    }
     if !options.exact && !options.lossless && !options.gpu_dry_run && options.only.is_none() {
         rust(&mut count);
+        compiled_kernels(&mut count);
     }
     server(options, &mut count);
     println!("{} passed, {} failed", count.passed, count.failed);
@@ -115,19 +138,36 @@ fn rust(count: &mut Count) {
         ("cargo test, xtask", &["test", "--package", "xtask"]),
     ];
     for (name, args) in tests {
-        println!("== {name}");
-        let start = Instant::now();
-        let mut command = cargo();
-        match counted(command.args(args)) {
-            // What does not even build reports no test, but has failed all the same.
-            Ok((tests, false)) if tests.failed == 0 => {
-                count.add(tests);
-                count.one(name, Err(anyhow::anyhow!("{name} failed")), start);
-            }
-            Ok((tests, _)) => count.add(tests),
-            Err(error) => count.one(name, Err(error), start),
-        }
+        cargo_test(count, name, args);
     }
+}
+
+fn cargo_test(count: &mut Count, name: &str, args: &[&str]) {
+    println!("== {name}");
+    let start = Instant::now();
+    let mut command = cargo();
+    match counted(command.args(args)) {
+        // What does not even build reports no test, but has failed all the same.
+        Ok((tests, false)) if tests.failed == 0 => {
+            count.add(tests);
+            count.one(name, Err(anyhow::anyhow!("{name} failed")), start);
+        }
+        Ok((tests, _)) => count.add(tests),
+        Err(error) => count.one(name, Err(error), start),
+    }
+}
+
+fn compiled_kernels(count: &mut Count) {
+    println!("== compiled kernels");
+    let start = Instant::now();
+    let result = kernels::run(&kernels::Options { check: true }).and_then(|same| {
+        anyhow::ensure!(
+            same,
+            "the committed kernels are not what their sources give"
+        );
+        Ok(())
+    });
+    count.one("cargo xtask kernels --check", result, start);
 }
 
 fn succeed(command: &mut Command) -> Result<()> {

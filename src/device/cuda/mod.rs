@@ -173,12 +173,10 @@ impl Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        // Without the context there is nothing left to free.
-        if let Ok(_current) = self.enter() {
-            drop(self.resources.take());
-        } else {
-            std::mem::forget(self.resources.take());
-        }
+        // Without the context, the driver refuses what follows, and there is
+        // nothing left to free.
+        let _current = self.enter();
+        drop(self.resources.take());
     }
 }
 
@@ -260,7 +258,7 @@ fn load(driver: &'static Driver) -> Result<(Module, Kernels)> {
             get(c"drex_ramp_top_f16")?,
             get(c"drex_ramp_top_bf16")?,
         ],
-        fill: get(c"drex_fill")?,
+        fill: get(c"drex_state_copy")?,
         copy_rows: get(c"drex_copy_rows")?,
     };
     Ok((module, kernels))
