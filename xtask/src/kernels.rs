@@ -11,6 +11,7 @@ use clap::Args;
 
 use crate::{
     cache::{self, Cache, Key, sha256_file},
+    cargo,
     fetch::Python,
     process,
 };
@@ -69,6 +70,34 @@ pub fn run(options: &Options) -> Result<bool> {
         println!("run `cargo xtask kernels` and commit kernels/prebuilt");
     }
     Ok(same)
+}
+
+/// What `tools/gpu/kernels.sh` does on a machine with a GPU, on a driver without a device.
+pub fn dry_run() -> Result<()> {
+    let cache = Cache::open()?;
+    let nvcc = nvcc(&cache)?;
+    let cuda = nvcc
+        .parent()
+        .and_then(Path::parent)
+        .context("nvcc lies nowhere")?;
+    let library = cargo::build_library()?;
+    let out = cache.temp_dir()?;
+    let mut command = Command::new(cache::repo().join("tools/gpu/kernels.sh"));
+    command
+        .arg("--dry-run")
+        .env("CUDA_HOME", cuda)
+        .env("OUT", out.path())
+        .env(
+            "DREX_LIB",
+            library.parent().context("the library lies nowhere")?,
+        );
+    let log = cache.log("kernels-dry-run")?;
+    process::logged(&mut command, "tools/gpu/kernels.sh --dry-run", &log, false)?;
+    let json = fs::read_to_string(out.path().join("kernels.json"))?;
+    let json: serde_json::Value = serde_json::from_str(&json)?;
+    let n = json["results"].as_array().map_or(0, Vec::len);
+    anyhow::ensure!(n > 10, "kernels.json has {n} results");
+    Ok(())
 }
 
 /// sm_80, sm_90 and sm_100, and PTX for all others.

@@ -168,6 +168,8 @@ fn compiled_kernels(count: &mut Count) {
         Ok(())
     });
     count.one("cargo xtask kernels --check", result, start);
+    let start = Instant::now();
+    count.one("tools/gpu/kernels.sh --dry-run", kernels::dry_run(), start);
 }
 
 fn succeed(command: &mut Command) -> Result<()> {
