@@ -5,7 +5,14 @@ use std::{fs, path::Path, process::Command};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::{Source, cache, cache::Cache, kernels, llama::Llama, llama::Runtime, process};
+use crate::{
+    Source, cache,
+    cache::{Cache, TempDir},
+    kernels,
+    llama::Llama,
+    llama::Runtime,
+    process,
+};
 
 /// Writes `.gpu/` into the clone, which git ignores.
 pub fn pack(source: &Source) -> Result<()> {
@@ -30,7 +37,7 @@ pub fn pack(source: &Source) -> Result<()> {
 pub fn dry_run(runtime: &Runtime) -> Result<()> {
     let cache = Cache::open()?;
     let cuda = kernels::cuda_home(&cache)?;
-    let temp = cache.temp_dir()?;
+    let temp = TempDir::unlocked("gpu-dry-run")?;
     let out = temp.path().join("out");
     let mut command = Command::new(cache::repo().join("tools/gpu/run.sh"));
     command
