@@ -113,6 +113,13 @@ fn compile(cache: &Cache, kernels: &Path) -> Result<cache::TempDir> {
     Ok(out)
 }
 
+/// The folder of the pinned compiler and CUDA's headers.
+pub fn cuda_home(cache: &Cache) -> Result<PathBuf> {
+    let nvcc = nvcc(cache)?;
+    let home = nvcc.parent().and_then(Path::parent);
+    Ok(home.context("nvcc lies in no folder")?.to_owned())
+}
+
 /// The pinned compiler, from pip. Another version's output would be as good, but not the same.
 fn nvcc(cache: &Cache) -> Result<PathBuf> {
     let requirements = cache::repo().join("kernels/requirements.txt");

@@ -11,6 +11,7 @@ mod demo;
 mod examples;
 mod fetch;
 mod gguf;
+mod gpu;
 mod http;
 mod install;
 mod kernels;
@@ -99,6 +100,14 @@ enum Cmd {
         )]
         args: Vec<OsString>,
     },
+    /// Prepare a run on a GPU machine, see tools/gpu/README.md
+    Gpu {
+        /// Write what that machine needs into .gpu/
+        #[arg(value_parser = ["pack"])]
+        what: String,
+        #[command(flatten)]
+        source: Source,
+    },
     /// Time the core's calls with criterion
     Bench {
         /// What to time
@@ -143,6 +152,7 @@ fn main() -> ExitCode {
         Cmd::Serve { source, args } => serve(&source, args).map(|()| true),
         Cmd::Demo(options) => demo::run(&options).map(|()| true),
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
+        Cmd::Gpu { source, .. } => gpu::pack(&source).map(|()| true),
         Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
         Cmd::Docs => book::print().map(|()| true),
         Cmd::Kernels(options) => kernels::run(&options),

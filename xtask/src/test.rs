@@ -13,7 +13,7 @@ use crate::{
     Source, book, cache,
     cache::Cache,
     cargo::cargo,
-    examples, kernels,
+    consumers, examples, kernels,
     llama::{Kind, Llama},
     python,
     server_tests::{self, Suite},
@@ -22,28 +22,45 @@ use crate::{
 #[derive(Args)]
 pub struct Options {
     /// Only the bit-exact comparison of the patched server with the unpatched one
-    #[arg(long, conflicts_with = "quick")]
+    #[arg(long, group = "part")]
     exact: bool,
     /// Only the comparison of fill `verify` with the unpatched server
-    #[arg(long, conflicts_with_all = ["quick", "exact", "only"])]
+    #[arg(long, group = "part")]
     lossless: bool,
+    /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
+    #[arg(long, group = "part")]
+    kernels: bool,
+    /// Only the dry run of tools/gpu/run.sh: what a GPU machine does, on this machine's CPU
+    #[arg(long, group = "part")]
+    gpu_dry_run: bool,
+    /// Only programs built against an installed drex: make, CMake, plain cc, static, Debian packages, sanitizers
+    #[arg(long, group = "part")]
+    consumers: bool,
     /// Only the programs in examples/, built and run, and compared with llama.cpp
-    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
+    #[arg(long, group = "part")]
     examples: bool,
     /// Only the Python package
-    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only", "examples"])]
+    #[arg(long, group = "part")]
     python: bool,
-    /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
-    #[arg(long, conflicts_with_all = ["quick", "exact", "lossless", "only"])]
-    kernels: bool,
-    /// Leave out the slow server tests and the exact builds
-    #[arg(long)]
-    quick: bool,
     /// Only the server tests whose names contain this
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", group = "part")]
     only: Option<String>,
+    /// Leave out the slow server tests, the exact builds, the consumers, the examples and the book
+    #[arg(long, conflicts_with = "part")]
+    quick: bool,
     #[command(flatten)]
     source: Source,
+}
+
+impl Options {
+    /// One part was asked for.
+    fn part(&self) -> bool {
+        self.of_server() || self.kernels || self.consumers || self.examples || self.python
+    }
+
+    fn of_server(&self) -> bool {
+        self.exact || self.lossless || self.gpu_dry_run || self.only.is_some()
+    }
 }
 
 #[derive(Default)]
@@ -79,49 +96,47 @@ impl Count {
 /// Whether everything passed.
 pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
+    let all = !options.part();
+    let long = all && !options.quick;
+    if all {
+        rust(&mut count);
+    }
     if options.kernels {
+        // The cases are worth seeing where they are asked for.
         let tests = [
             "test",
-            "--package",
+            "-p",
             "drex",
             "--release",
             "--test",
             "kernels",
             "--test",
             "cuda",
-            "--",
-            "--nocapture",
         ];
+        let tests = [&tests[..], &["--", "--nocapture"]].concat();
         cargo_test(&mut count, "cargo test, kernels", &tests);
+    }
+    if all || options.kernels {
         compiled_kernels(&mut count);
-        println!("{} passed, {} failed", count.passed, count.failed);
-        return Ok(count.failed == 0);
     }
-    if options.examples {
+    if long || options.consumers {
+        consumers::run(&mut |name, result, start| count.one(name, result, start));
+    }
+    if long || options.examples {
         examples(&mut count);
-        println!("{} passed, {} failed", count.passed, count.failed);
-        return Ok(count.failed == 0);
     }
-    if options.python {
+    if all || options.python {
         python_tests(&mut count);
-        println!("{} passed, {} failed", count.passed, count.failed);
-        return Ok(count.failed == 0);
     }
-    let everything = !options.exact && !options.lossless && options.only.is_none();
-    if everything {
-        rust(&mut count);
-        compiled_kernels(&mut count);
-        examples(&mut count);
-        python_tests(&mut count);
+    if long {
         println!("== the book");
         let start = Instant::now();
-        count.one(
-            "the book builds, and no link is dead",
-            book::build().map(drop),
-            start,
-        );
+        let built = book::build().map(drop);
+        count.one("the book builds, and no link is dead", built, start);
     }
-    server(options, &mut count);
+    if all || options.of_server() {
+        server(options, &mut count);
+    }
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0)
 }
@@ -280,6 +295,7 @@ fn server(options: &Options, count: &mut Count) {
     let mut chosen = 0;
     for test in server_tests::all() {
         let wanted = match (&options.only, options.exact) {
+            _ if options.gpu_dry_run => test.name == server_tests::GPU_DRY_RUN,
             _ if options.lossless => test.name.contains("lossless"),
             (Some(text), _) => test.name.contains(text.as_str()),
             (None, true) => test.exact,
@@ -302,7 +318,7 @@ fn suite(options: &Options) -> Result<Suite> {
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let mut kinds = vec![Kind::Reference, Kind::Patched];
-    if !options.quick {
+    if !options.quick && !options.gpu_dry_run {
         kinds.extend([Kind::ReferenceExact, Kind::PatchedExact]);
     }
     let mut runtimes = Vec::new();
