@@ -524,6 +524,21 @@ fn a_ramp_may_run_beside_the_host() {
     world.engine.fill().unwrap();
     assert!(fake::pending(STREAM) > 0, "a fill is not waited for");
     fake::wait(STREAM);
+    world.engine.complete(22, 5).unwrap();
+    // Nothing is under way now.
+    let deep = world.engine.plan(23, SHAPE.rows).unwrap();
+    assert!(!deep.rows.is_empty());
+    world.engine.complete(24, 5).unwrap();
+    for id in 0..SHAPE.rows {
+        world.engine.ready(id.into(), 30).unwrap();
+    }
+    world.engine.plan(31, SHAPE.rows).unwrap();
+    let e = world.verdicts(&l).err();
+    assert_eq!(e, Some(Failed(DREX_ERROR_CALL_ORDER)));
+    assert!(text().contains("nothing was enqueued"), "{}", text());
+    l.enqueued = 0;
+    close(&world.verdicts(&l).unwrap(), &want);
+    fake::wait(STREAM);
     let host = World::new(SHAPE, false).unwrap();
     // SAFETY: the logits are there.
     let status = unsafe { drex_ramp_enqueue(host.engine.raw, &l) };
@@ -648,6 +663,17 @@ fn graphs_see_each_steps_rows() {
         assert!(host.kv() == cuda.kv(), "step {seed}");
     }
     assert!(filled > 10);
+    // A graph that was not launched lets nobody out.
+    for id in 0..u64::from(shape.rows) {
+        cuda.engine.ready(id, 100).unwrap();
+    }
+    cuda.engine.plan(101, shape.rows).unwrap();
+    fake::launch(gather_graph);
+    fake::wait(gather_graph);
+    for v in cuda.verdicts(&l).unwrap() {
+        assert_eq!((v.decision, v.token), (DREX_DECISION_STAY, -1));
+        assert!(v.confidence.is_nan());
+    }
 }
 
 #[test]

@@ -91,7 +91,8 @@ pub(super) fn convert_logits(l: &drex_logits) -> Result<Logits, Fault> {
 /// CUDA: starts what drex_ramp() waits for, on the logits' stream, and returns
 /// at once. Say drex_ramp() with the same logits and enqueued = 1 later; what
 /// is between them, such as drex_replan(), runs beside the device. May be
-/// captured into a graph, see chapter 7.
+/// captured into a graph, see chapter 7; if that was not launched, no row has a
+/// confidence and none leaves.
 ///
 /// logits  as for drex_ramp(); n_rows may be any number up to the rows of the
 ///         largest step. They must stay as they are until drex_ramp() returns.

@@ -37,7 +37,9 @@ const SOURCES: [&str; 6] = [
 pub fn run(options: &Options) -> Result<bool> {
     let cache = Cache::open()?;
     let kernels = cache::repo().join("kernels");
-    let made = compile(&cache, &kernels)?;
+    let nvcc = nvcc(&cache)?;
+    let _lock = cache.lock()?;
+    let made = compile(&cache, &nvcc, &kernels)?;
     let prebuilt = kernels.join("prebuilt");
     let mut same = true;
     for image in IMAGES {
@@ -81,6 +83,8 @@ pub fn dry_run() -> Result<()> {
         .and_then(Path::parent)
         .context("nvcc lies nowhere")?;
     let library = cargo::build_library()?;
+    // Whoever holds the lock may clear the others' temporary folders.
+    let _lock = cache.lock()?;
     let out = cache.temp_dir()?;
     let mut command = Command::new(cache::repo().join("tools/gpu/kernels.sh"));
     command
@@ -101,14 +105,13 @@ pub fn dry_run() -> Result<()> {
 }
 
 /// sm_80, sm_90 and sm_100, and PTX for all others.
-fn compile(cache: &Cache, kernels: &Path) -> Result<cache::TempDir> {
-    let nvcc = nvcc(cache)?;
+fn compile(cache: &Cache, nvcc: &Path, kernels: &Path) -> Result<cache::TempDir> {
     let out = cache.temp_dir()?;
     let log = cache.log("kernels")?;
     let mut command = Command::new("sh");
     command
         .arg(kernels.join("compile.sh"))
-        .args([&nvcc, out.path()]);
+        .args([nvcc, out.path()]);
     process::logged(&mut command, "compiling the CUDA kernels", &log, false)?;
     Ok(out)
 }

@@ -79,6 +79,10 @@ pub struct Cuda {
     stream: CUstream,
     /// A graph reads the list of rows.
     rows_captured: bool,
+    /// Results may come that were not asked for by [`Device::score`]: they were
+    /// enqueued, or a graph brings them.
+    enqueued: bool,
+    ramp_captured: bool,
 }
 
 // SAFETY: handles of the driver may be used from any thread, with the context
@@ -120,6 +124,8 @@ impl Cuda {
             resources: Some(Resources::new(driver, &limits, n_chunks)?),
             stream: ptr::null_mut(),
             rows_captured: false,
+            enqueued: false,
+            ramp_captured: false,
         })
     }
 
@@ -210,16 +216,38 @@ impl Resources {
         ] {
             *at += scratch.at;
         }
+        let results = Pinned::new(driver, rows * (moments + top * size_of::<Top>()))?;
+        for i in 0..rows {
+            forget(&results, i);
+        }
         Ok(Resources {
             kernels,
             bound: None,
-            results: Pinned::new(driver, rows * (moments + top * size_of::<Top>()))?,
+            results,
             holes: List::new(driver, rows)?,
             rows: List::new(driver, rows)?,
             plan,
             _scratch: scratch,
             _module: module,
         })
+    }
+}
+
+/// So that a row whose result never comes, since its graph was not launched, is
+/// one without a confidence: it does not leave.
+fn forget(results: &Pinned, row: usize) {
+    let none = DeviceMoments {
+        top: f32::NEG_INFINITY,
+        second: f32::NEG_INFINITY,
+        sum: f32::NAN,
+        weighted: f32::NAN,
+        token: -1,
+    };
+    // SAFETY: there is room for every row of a step, and nothing else writes
+    // there now.
+    unsafe {
+        let to = results.host.cast::<DeviceMoments>().add(row);
+        to.write_volatile(none);
     }
 }
 
@@ -400,52 +428,10 @@ impl Cuda {
         // SAFETY: by this function's contract.
         unsafe { self.launch(kernel, grid, COPY_THREADS, stream, &args) }
     }
-}
 
-impl Device for Cuda {
-    fn bind(&mut self, kv: Option<&Kv>) -> Result<()> {
-        let _current = self.enter()?;
-        let Some(kv) = kv else {
-            self.resources().bound = None;
-            return Ok(());
-        };
-        let first = kv.first();
-        let used = &kv.layers()[first..];
-        let k: Vec<Side> = used.iter().map(|l| l.k).collect();
-        let v: Vec<Side> = used.iter().map(|l| l.v).collect();
-        check_transposed(&v).map_err(|e| e.moved(first))?;
-        for (i, layer) in used.iter().enumerate() {
-            self.check_pointer("layers.k", first + i, &layer.k)?;
-            self.check_pointer("layers.v", first + i, &layer.v)?;
-        }
-        let device = |s: &Side| DeviceSide {
-            data: s.data as CUdeviceptr,
-            stride: match s.layout {
-                Layout::Rows { stride, .. } | Layout::Transposed { stride, .. } => stride as u64,
-            },
-        };
-        let table: Vec<DeviceSide> = kv
-            .layers()
-            .iter()
-            .flat_map(|l| [device(&l.k), device(&l.v)])
-            .collect();
-        let bytes = size_of_val(table.as_slice());
-        let sides = Buffer::new(self.driver, bytes)?;
-        // SAFETY: as long as was just allocated.
-        unsafe {
-            self.driver
-                .cuMemcpyHtoD_v2(sides.at, table.as_ptr().cast(), bytes)?;
-        }
-        self.resources().bound = Some(Bound {
-            sides,
-            n_layers: kv.layers().len() as u32,
-            shape: [shape(&k), shape(&v)],
-            first: first as u32,
-        });
-        Ok(())
-    }
-
-    unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize, weighted: bool) -> Result<()> {
+    /// # Safety
+    /// As [`Device::enqueue`].
+    unsafe fn launch_ramp(&mut self, logits: &Logits, n_rows: usize, weighted: bool) -> Result<()> {
         let _current = self.enter()?;
         if logits.n_vocab > self.limits.n_vocab as usize {
             return Err(Error::Capacity {
@@ -515,6 +501,59 @@ impl Device for Cuda {
         }
         Ok(())
     }
+}
+
+impl Device for Cuda {
+    fn bind(&mut self, kv: Option<&Kv>) -> Result<()> {
+        let _current = self.enter()?;
+        let Some(kv) = kv else {
+            self.resources().bound = None;
+            return Ok(());
+        };
+        let first = kv.first();
+        let used = &kv.layers()[first..];
+        let k: Vec<Side> = used.iter().map(|l| l.k).collect();
+        let v: Vec<Side> = used.iter().map(|l| l.v).collect();
+        check_transposed(&v).map_err(|e| e.moved(first))?;
+        for (i, layer) in used.iter().enumerate() {
+            self.check_pointer("layers.k", first + i, &layer.k)?;
+            self.check_pointer("layers.v", first + i, &layer.v)?;
+        }
+        let device = |s: &Side| DeviceSide {
+            data: s.data as CUdeviceptr,
+            stride: match s.layout {
+                Layout::Rows { stride, .. } | Layout::Transposed { stride, .. } => stride as u64,
+            },
+        };
+        let table: Vec<DeviceSide> = kv
+            .layers()
+            .iter()
+            .flat_map(|l| [device(&l.k), device(&l.v)])
+            .collect();
+        let bytes = size_of_val(table.as_slice());
+        let sides = Buffer::new(self.driver, bytes)?;
+        // SAFETY: as long as was just allocated.
+        unsafe {
+            self.driver
+                .cuMemcpyHtoD_v2(sides.at, table.as_ptr().cast(), bytes)?;
+        }
+        self.resources().bound = Some(Bound {
+            sides,
+            n_layers: kv.layers().len() as u32,
+            shape: [shape(&k), shape(&v)],
+            first: first as u32,
+        });
+        Ok(())
+    }
+
+    unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize, weighted: bool) -> Result<()> {
+        // SAFETY: the same contract.
+        unsafe { self.launch_ramp(logits, n_rows, weighted)? };
+        let _current = self.enter()?;
+        self.ramp_captured |= self.capturing(logits.stream.cast())?;
+        self.enqueued = true;
+        Ok(())
+    }
 
     unsafe fn score(
         &mut self,
@@ -525,7 +564,11 @@ impl Device for Cuda {
         if !logits.enqueued {
             let weighted = metrics.contains(&Some(Metric::Entropy));
             // SAFETY: the same contract.
-            unsafe { self.enqueue(logits, metrics.len(), weighted)? };
+            unsafe { self.launch_ramp(logits, metrics.len(), weighted)? };
+        } else if !self.enqueued && !self.ramp_captured {
+            return Err(Error::CallOrder(
+                "logits.enqueued is 1, but nothing was enqueued; expected drex_ramp_enqueue first",
+            ));
         }
         self.stream = logits.stream.cast();
         {
@@ -533,11 +576,14 @@ impl Device for Cuda {
             // SAFETY: the host's stream.
             unsafe { self.driver.cuStreamSynchronize(self.stream)? };
         }
-        let found = self.resources().results.host.cast::<DeviceMoments>();
+        self.enqueued = false;
+        let results = &self.resources().results;
+        let found = results.host.cast::<DeviceMoments>();
         for (i, (metric, out)) in metrics.iter().zip(out).enumerate() {
-            let Some(metric) = *metric else { continue };
             // SAFETY: there is room for every row of a step.
             let m = unsafe { found.add(i).read_volatile() };
+            forget(results, i);
+            let Some(metric) = *metric else { continue };
             let moments = Moments {
                 top: m.top,
                 second: m.second,
