@@ -93,6 +93,7 @@ step 120 "compile gpu-kernels" "$cxx" $warn -I "$cuda/include" -o "$build/gpu-ke
     -L "$build" -ldrex -L "$driver" -lcuda -Wl,-rpath,"$build" || exit 1
 
 step 120 "compare" "$build/gpu-kernels" test "$image"
+step 90 "bandwidth" "$build/gpu-kernels" bench "$image" "$out/kernels.json"
 if [ $dry = 0 ]; then
     # The committed image as well, which is what users get.
     step 60 "compare, committed image" "$build/gpu-kernels" test "$root/kernels/prebuilt/drex.fatbin"
@@ -102,5 +103,4 @@ if [ $dry = 0 ]; then
             "$build/gpu-kernels" test "$image"
     done
 fi
-step 180 "bandwidth" "$build/gpu-kernels" bench "$image" "$out/kernels.json"
 exit $status

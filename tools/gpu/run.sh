@@ -121,7 +121,7 @@ else
     }
     build() {
         step unpack 60 build_unpack_step && step configure 90 build_configure_step &&
-            step build-llama 360 cmake --build "$work/build" --parallel "$jobs" --target llama &&
+            step build-llama 360 nice -n 10 cmake --build "$work/build" --parallel "$((jobs > 4 ? jobs - 2 : jobs))" --target llama &&
             step build-serve 60 build_serve_step && touch "$work/done.serve" || touch "$work/done.serve.failed"
         if [ -e "$work/done.serve" ]; then
             # with few jobs: what runs beside it is being measured
