@@ -67,10 +67,12 @@ impl Instance {
             Place::Host => Box::new(Host::new(limits)),
             Place::Cuda => Box::new(Cuda::new(limits)?),
         };
+        let mut watch = Watch::default();
+        watch.look();
         Ok(Instance {
             engine,
             limits,
-            watch: Watch::default(),
+            watch,
             n_top: 0,
             device,
             kv: None,
@@ -117,6 +119,7 @@ impl Instance {
     pub fn plan(&mut self, now_ns: u64, capacity: usize) -> Result<Option<Step>> {
         self.filled = false;
         self.n_top = 0;
+        self.watch.look();
         let step = self.engine.plan(now_ns, capacity)?;
         if step.is_some() {
             let rows = self.engine.step_rows();

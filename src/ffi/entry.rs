@@ -47,13 +47,18 @@ pub fn with(
     call(function, || {
         let mut guard = handle::ENGINES.enter(engine)?;
         let instance = guard.object();
-        let result = body(instance);
-        if let Err(fault) = &result {
-            let device = fault.status() == DREX_ERROR_DEVICE;
-            instance.watch.failed(function, fault, device);
-        }
-        result
+        body(instance).map_err(|fault| failed(instance, function, fault))
     })
+}
+
+#[cold]
+#[inline(never)]
+fn failed(instance: &Instance, function: &str, fault: Fault) -> Fault {
+    if instance.watch.on() {
+        let device = fault.status() == DREX_ERROR_DEVICE;
+        instance.watch.failed(function, &fault, device);
+    }
+    fault
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {

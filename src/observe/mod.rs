@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! What an engine tells about itself: log events, a snapshot, metrics. All of
-//! it is off until asked for, and off costs a test of two words per call.
+//! it is off until asked for, and off costs a test of one flag per call.
 
 pub mod metrics;
 pub mod snapshot;
@@ -20,7 +20,11 @@ pub type Callback = unsafe extern "C" fn(*mut c_void, u32, *const c_char);
 
 /// Where an engine's events go besides a Rust host's own subscriber.
 #[derive(Default)]
-pub struct Watch(Option<Sink>);
+pub struct Watch {
+    /// Somebody may listen: all that a hook looks at when nobody does.
+    on: bool,
+    sink: Option<Sink>,
+}
 
 pub struct Sink {
     pub callback: Callback,
@@ -52,10 +56,8 @@ impl Write for Line {
 /// One event: to the Rust host's subscriber, if any, and to the callback.
 macro_rules! log {
     ($watch:expr, $level:expr, $number:expr, $($text:tt)+) => {
-        if $watch.on() {
-            tracing::event!($level, $($text)+);
-            $watch.send($number, format_args!($($text)+));
-        }
+        tracing::event!($level, $($text)+);
+        $watch.send($number, format_args!($($text)+));
     };
 }
 
@@ -70,18 +72,26 @@ pub struct Before {
 
 impl Watch {
     pub fn set(&mut self, sink: Option<Sink>) {
-        self.0 = sink;
+        self.sink = sink;
+        self.look();
     }
 
     /// Somebody may listen.
     #[inline]
     pub fn on(&self) -> bool {
-        self.0.is_some() || LevelFilter::current() != LevelFilter::OFF
+        self.on
+    }
+
+    /// Finds out whether somebody listens. A subscriber of the Rust host may
+    /// come or go at any time: it is noticed at the next plan.
+    #[inline]
+    pub fn look(&mut self) {
+        self.on = self.sink.is_some() || LevelFilter::current() != LevelFilter::OFF;
     }
 
     #[cold]
     fn send(&self, level: u32, text: fmt::Arguments<'_>) {
-        let Some(sink) = self.0.as_ref().filter(|s| level <= s.level) else {
+        let Some(sink) = self.sink.as_ref().filter(|s| level <= s.level) else {
             return;
         };
         let mut line = Line {
@@ -95,6 +105,8 @@ impl Watch {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn created(&self, engine: &Engine) {
         let c = engine.config();
         log!(
@@ -112,6 +124,8 @@ impl Watch {
         );
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn destroyed(&self, engine: &Engine) {
         let c = engine.counters();
         log!(
@@ -124,6 +138,8 @@ impl Watch {
         );
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn failed(&self, function: &str, why: &dyn Display, device: bool) {
         if device {
             log!(self, Level::ERROR, 1, "{function}: {why}");
@@ -132,10 +148,14 @@ impl Watch {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn request(&self, id: u64, what: &str) {
         log!(self, Level::DEBUG, 4, "request {id} {what}");
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn planned(&self, engine: &Engine) {
         if let Some(s) = engine.step() {
             let rows = engine.step_rows().len();
@@ -152,6 +172,8 @@ impl Watch {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn ramped(&self, engine: &Engine) {
         let rows = engine.step_rows();
         let exits = rows.iter().filter(|r| r.decision == Decision::Exit).count();
@@ -174,6 +196,8 @@ impl Watch {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn completing(&self, engine: &Engine, now_ns: u64, duration_ns: u64) -> Before {
         let auto = engine.config().policy == Policy::Auto;
         Before {
@@ -185,6 +209,8 @@ impl Watch {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn completed(&self, engine: &Engine, before: &Before) {
         let missed = engine.counters().deadline_misses - before.misses;
         log!(
