@@ -135,6 +135,23 @@ impl Instance {
         Ok(step)
     }
 
+    pub fn abandon(&mut self) -> Result<()> {
+        if self.watch.on() {
+            self.watch.abandoning(&self.engine);
+        }
+        self.engine.abandon()
+    }
+
+    pub fn remove(&mut self, id: u64) -> Result<()> {
+        if !self.watch.on() {
+            return self.engine.remove(id);
+        }
+        self.watch.removing(&self.engine, id);
+        self.engine.remove(id)?;
+        self.watch.request(id, "removed");
+        Ok(())
+    }
+
     /// # Safety
     /// The logits may be read until they were scored.
     pub unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize) -> Result<()> {
@@ -213,6 +230,28 @@ impl Instance {
     /// `logits` has a readable row for every planned row, and `cells`, if not
     /// null, one number.
     pub unsafe fn ramp(&mut self, logits: &Logits, cells: *const u32) -> Result<()> {
+        // SAFETY: by this function's contract.
+        unsafe { self.list_rows(cells)? };
+        self.check_top(logits)?;
+        // SAFETY: by this function's contract.
+        unsafe {
+            self.device.score(logits, &self.metrics, &mut self.scores)?;
+        }
+        if self.watch.on() {
+            return self.decide_watched(logits.n_top);
+        }
+        self.engine.ramp(&self.scores)?;
+        self.n_top = logits.n_top;
+        Ok(())
+    }
+
+    /// What is asked of each row of the ramp. A function of its own, so that
+    /// what comes after does not take registers from its loop.
+    ///
+    /// # Safety
+    /// As [`Instance::ramp`].
+    #[inline(never)]
+    unsafe fn list_rows(&mut self, cells: *const u32) -> Result<()> {
         let rows = self.engine.step_rows();
         self.cells.clear();
         if let Some(kv) = &self.kv {
@@ -244,16 +283,15 @@ impl Instance {
             self.metrics.push(metric);
             self.scores.push(Score::NONE);
         }
-        self.check_top(logits)?;
-        // SAFETY: by this function's contract.
-        unsafe {
-            self.device.score(logits, &self.metrics, &mut self.scores)?;
-        }
+        Ok(())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn decide_watched(&mut self, n_top: usize) -> Result<()> {
         self.engine.ramp(&self.scores)?;
-        self.n_top = logits.n_top;
-        if self.watch.on() {
-            self.watch.ramped(&self.engine);
-        }
+        self.n_top = n_top;
+        self.watch.ramped(&self.engine);
         Ok(())
     }
 

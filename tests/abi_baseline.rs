@@ -105,8 +105,8 @@ const BREAKING: [(&str, &str, &str); 16] = [
         "field drex_plan_input.now_ns",
     ),
     (
-        "  int32_t token;",
-        "  uint32_t token;",
+        "  int32_t token;\n  // In [0, 1]",
+        "  uint32_t token;\n  // In [0, 1]",
         "field drex_verdict.token",
     ),
     (
@@ -120,8 +120,8 @@ const BREAKING: [(&str, &str, &str); 16] = [
         "struct drex_page_copy",
     ),
     (
-        "  uint32_t max_pending;\n} drex_config;",
-        "  uint16_t max_pending;\n  uint16_t more;\n} drex_config;",
+        "  uint32_t max_pending;\n  // CUDA",
+        "  uint16_t max_pending;\n  uint16_t more;\n  // CUDA",
         "field drex_config.more lies within what older programs have",
     ),
     (

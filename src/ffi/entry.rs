@@ -18,12 +18,21 @@ const SIZE_MAX: usize = 4096;
 
 /// Runs a call's body; its fault or panic becomes a status and a text.
 pub fn call(function: &str, body: impl FnOnce() -> Result<(), Fault>) -> drex_status {
+    call_or(function, body, |_| {})
+}
+
+fn call_or(
+    function: &str,
+    body: impl FnOnce() -> Result<(), Fault>,
+    failed: impl FnOnce(&Fault),
+) -> drex_status {
     // A body leaves nothing half done that anyone sees again: an engine in
     // which it panicked is poisoned by its guard.
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => DREX_OK,
         Ok(Err(fault)) => {
             error::set(function, format_args!("{fault}"));
+            failed(&fault);
             fault.status()
         }
         Err(payload) => {
@@ -44,21 +53,29 @@ pub fn with(
     engine: *const drex_engine,
     body: impl FnOnce(&mut Instance) -> Result<(), Fault>,
 ) -> drex_status {
-    call(function, || {
+    let inside = || {
         let mut guard = handle::ENGINES.enter(engine)?;
-        let instance = guard.object();
-        body(instance).map_err(|fault| failed(instance, function, fault))
-    })
+        body(guard.object())
+    };
+    call_or(function, inside, |fault| failed(function, engine, fault))
 }
 
+/// Tells who watches the engine, in a visit of its own: so calls that succeed
+/// pay nothing for it. Nobody else is in between but by breaking the rule on
+/// threads.
 #[cold]
 #[inline(never)]
-fn failed(instance: &Instance, function: &str, fault: Fault) -> Fault {
-    if instance.watch.on() {
-        let device = fault.status() == DREX_ERROR_DEVICE;
-        instance.watch.failed(function, &fault, device);
+fn failed(function: &str, engine: *const drex_engine, fault: &Fault) {
+    if matches!(fault, Fault::Handle(_) | Fault::Busy(_)) {
+        return;
     }
-    fault
+    if let Ok(mut guard) = handle::ENGINES.enter(engine) {
+        let watch = &guard.object().watch;
+        if watch.on() {
+            let device = fault.status() == DREX_ERROR_DEVICE;
+            watch.failed(function, fault, device);
+        }
+    }
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {

@@ -489,11 +489,7 @@ pub unsafe extern "C" fn drex_request_ready(
 ) -> drex_status {
     with("drex_request_ready", engine, |instance| {
         let _ = n_kv;
-        instance.engine.ready(id, now_ns)?;
-        if instance.watch.on() {
-            instance.watch.request(id, "ready");
-        }
-        Ok(())
+        Ok(instance.engine.ready(id, now_ns)?)
     })
 }
 
@@ -507,11 +503,7 @@ pub unsafe extern "C" fn drex_request_ready(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_request_remove(engine: *mut drex_engine, id: u64) -> drex_status {
     with("drex_request_remove", engine, |instance| {
-        instance.engine.remove(id)?;
-        if instance.watch.on() {
-            instance.watch.request(id, "removed");
-        }
-        Ok(())
+        Ok(instance.remove(id)?)
     })
 }
 
@@ -926,9 +918,7 @@ pub unsafe extern "C" fn drex_complete(
 /// Errors: CALL_ORDER when no step is planned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_abandon(engine: *mut drex_engine) -> drex_status {
-    with("drex_abandon", engine, |instance| {
-        Ok(instance.engine.abandon()?)
-    })
+    with("drex_abandon", engine, |instance| Ok(instance.abandon()?))
 }
 
 /// Tells the cost model of a pass that drex did not plan, at any time.

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What an engine tells about itself: log events, a snapshot, metrics. All of
+//! What an engine tells about itself: log events, a snapshot, metrics, a trace. All of
 //! it is off until asked for, and off costs a test of one flag per call.
 
 pub mod metrics;
 pub mod snapshot;
+pub mod trace;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt::{self, Display, Write};
@@ -15,6 +16,10 @@ use tracing::level_filters::LevelFilter;
 use crate::core::engine::Engine;
 use crate::core::planner::Marks;
 use crate::core::policy::{Decision, Policy};
+use trace::Trace;
+
+/// By `Reason`.
+const REASONS: [&str; 6] = ["none", "fill", "age", "deadline", "idle", "stay"];
 
 pub type Callback = unsafe extern "C" fn(*mut c_void, u32, *const c_char);
 
@@ -24,6 +29,7 @@ pub struct Watch {
     /// Somebody may listen: all that a hook looks at when nobody does.
     on: bool,
     sink: Option<Sink>,
+    trace: Option<Box<Trace>>,
 }
 
 pub struct Sink {
@@ -76,6 +82,15 @@ impl Watch {
         self.look();
     }
 
+    pub fn set_trace(&mut self, trace: Option<Box<Trace>>) {
+        self.trace = trace;
+        self.look();
+    }
+
+    pub fn trace(&self) -> Option<&Trace> {
+        self.trace.as_deref()
+    }
+
     /// Somebody may listen.
     #[inline]
     pub fn on(&self) -> bool {
@@ -86,7 +101,9 @@ impl Watch {
     /// come or go at any time: it is noticed at the next plan.
     #[inline]
     pub fn look(&mut self) {
-        self.on = self.sink.is_some() || LevelFilter::current() != LevelFilter::OFF;
+        self.on = self.sink.is_some()
+            || self.trace.is_some()
+            || LevelFilter::current() != LevelFilter::OFF;
     }
 
     #[cold]
@@ -198,7 +215,27 @@ impl Watch {
 
     #[cold]
     #[inline(never)]
-    pub fn completing(&self, engine: &Engine, now_ns: u64, duration_ns: u64) -> Before {
+    pub fn removing(&mut self, engine: &Engine, id: u64) {
+        if let Some(trace) = &mut self.trace {
+            trace.removing(engine, id);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub fn abandoning(&mut self, engine: &Engine) {
+        if let Some(trace) = &mut self.trace {
+            trace.leaving(engine, engine.clock_ns(), None);
+        }
+    }
+
+    /// The planned step is one that [`Engine::complete`] will end.
+    #[cold]
+    #[inline(never)]
+    pub fn completing(&mut self, engine: &Engine, now_ns: u64, duration_ns: u64) -> Before {
+        if let Some(trace) = &mut self.trace {
+            trace.leaving(engine, now_ns, Some(duration_ns));
+        }
         let auto = engine.config().policy == Policy::Auto;
         Before {
             misses: engine.counters().deadline_misses,
@@ -211,7 +248,10 @@ impl Watch {
 
     #[cold]
     #[inline(never)]
-    pub fn completed(&self, engine: &Engine, before: &Before) {
+    pub fn completed(&mut self, engine: &Engine, before: &Before) {
+        if let Some(trace) = &mut self.trace {
+            trace.completed(engine);
+        }
         let missed = engine.counters().deadline_misses - before.misses;
         log!(
             self,
