@@ -31,8 +31,9 @@ fn call_or(
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => DREX_OK,
         Ok(Err(fault)) => {
-            error::set(function, format_args!("{fault}"));
+            // A callback's own calls may fail too: this one's text comes last.
             failed(&fault);
+            error::set(function, format_args!("{fault}"));
             fault.status()
         }
         Err(payload) => {
