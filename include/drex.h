@@ -153,11 +153,14 @@
  * Functions that take no engine may be called from any thread at any time. Each
  * thread has its own drex_last_error().
  *
- * On the host no call waits for anything; for a CUDA device see chapter 7.
- * drex_request_ready(), drex_plan(), drex_ramp(), drex_fill(), drex_complete()
- * and drex_abandon() allocate nothing, take no lock and make no system call but
- * those of a CUDA driver. No call starts a thread, opens a file, installs a signal
- * handler or prints. No panic and no exception leaves a call.
+ * Callbacks (drex_log_callback, drex_trace_sink) run on the thread and inside
+ * the call that caused them: with several engines, on several threads. The
+ * engine is busy meanwhile; other engines are not.
+ *
+ * No call waits for anything, but for drex_ramp() on a CUDA device. drex_request_ready(), drex_plan(), drex_ramp(),
+ * drex_fill(), drex_complete() and drex_abandon() allocate nothing, take no lock
+ * and make no system call (those of a CUDA driver excepted). No call starts a thread, opens a file, installs a
+ * signal handler or prints. No panic and no exception leaves a call.
  *
  *
  * 4. STRUCTS THAT BEGIN WITH THEIR SIZE
@@ -235,14 +238,12 @@
  * drex needs it. The engine works in the CUDA context that is current when it is
  * made. Later calls may come from any thread: one that needs another context
  * than the current one pushes it, and pops it before it returns. The context
- * must outlive the engine. Scratch memory, 20 bytes for each row and 8192 logits of
- * n_vocab and some more with n_top, is allocated in drex_create() and
- * drex_bind_kv(), not later; these two wait until what they write is there.
+ * must outlive the engine. Scratch memory (some 1 kB a row for 128k logits) is
+ * allocated in drex_create() and drex_bind_kv(), not later.
  *
  *   ramp      One launch that reads the logits once, a copy of 20 bytes a row to
- *             pinned memory, and a wait for the stream. drex_ramp_enqueue()
- *             splits off the wait. No other call of a step waits, unless more
- *             than 224 rows are used on several streams.
+ *             pinned memory, and a wait for the stream: the only wait there is.
+ *             drex_ramp_enqueue() splits off the wait.
  *   fill      One launch on the stream of the ramp's logits, not waited for.
  *   streams   Work is enqueued on the streams that the host names, and is in
  *             order with what the host enqueues there. The legacy default stream
@@ -261,8 +262,7 @@
  *   launch            fill, on the same stream
  *   drex_complete()
  *
- * The logits' address, row length and n_top are those of the capture, and so is
- * the bound K/V: a graph with a fill is invalid after drex_bind_kv(). A launched
+ * The logits' address, row length and n_top are those of the capture. A launched
  * graph must have ended before the next call that writes what it reads; on one
  * stream, with drex_ramp() between, it has.
  *
@@ -1029,6 +1029,12 @@ typedef void (*drex_log_callback)(void *user_data,
                                   drex_log_level level,
                                   const char *text);
 
+// Receives a part of a text: n_bytes bytes, without a 0 byte, valid during the
+// call. A call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return:
+// no exception, no longjmp.
+// Since 0.1.
+typedef void (*drex_trace_sink)(void *user_data, const char *bytes, size_t n_bytes);
+
 // Where most of the time went of a token that missed its deadline:
 // DREX_MISS_*.
 // Since 0.1.
@@ -1416,8 +1422,7 @@ drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
 // CUDA: starts what drex_ramp() waits for, on the logits' stream, and returns
 // at once. Say drex_ramp() with the same logits and enqueued = 1 later; what
 // is between them, such as drex_replan(), runs beside the device. May be
-// captured into a graph, see chapter 7; if that was not launched, no row has a
-// confidence and none leaves.
+// captured into a graph, see chapter 7.
 //
 // logits  as for drex_ramp(); n_rows may be any number up to the rows of the
 //         largest step. They must stay as they are until drex_ramp() returns.
@@ -1618,6 +1623,42 @@ drex_status drex_metrics_text(const drex_engine *engine,
                               char *text,
                               size_t capacity,
                               size_t *length);
+
+// Records from now on what happens to an engine's rows, in a ring: when it is
+// full, the oldest events go. A trace that is under way is dropped.
+//
+// max_events  at least 1, of at most 64 bytes each; memory is taken now, and
+//             none later. A step takes one for its window, one for its
+//             counters, and one for each row that exits, and for each that
+//             was held.
+//
+// Errors: INVALID_ARGUMENT, also when there is no memory for so many.
+// Since 0.1.
+drex_status drex_trace_start(drex_engine *engine, uint32_t max_events);
+
+// Writes the trace so far, as Chrome's JSON trace events, which Perfetto
+// (ui.perfetto.dev) and chrome://tracing open. The trace goes on.
+//
+// sink       called with the text's parts in their order, on this thread
+// user_data  handed to it; may be NULL
+//
+// Windows are complete events on one track, from plan to complete, with the
+// host's own duration_ns in their arguments. Each time that a row was held is
+// a pair of async events with the request's id, named after its ramp; rows
+// that are held now end now. Exits are instants on a track per ramp. Times
+// are the host's; an exit's is its window's end. Steps that were abandoned
+// have no window.
+//
+// Allocates. Errors: NULL_ARGUMENT for sink; CALL_ORDER without
+// drex_trace_start().
+// Since 0.1.
+drex_status drex_trace_write(const drex_engine *engine,
+                             drex_trace_sink sink,
+                             void *user_data);
+
+// Ends the recording and frees its events. Without one, does nothing.
+// Since 0.1.
+drex_status drex_trace_stop(drex_engine *engine);
 
 #ifdef __cplusplus
 }  // extern "C"

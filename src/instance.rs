@@ -67,10 +67,12 @@ impl Instance {
             Place::Host => Box::new(Host::new(limits)),
             Place::Cuda => Box::new(Cuda::new(limits)?),
         };
+        let mut watch = Watch::default();
+        watch.look();
         Ok(Instance {
             engine,
             limits,
-            watch: Watch::default(),
+            watch,
             n_top: 0,
             device,
             kv: None,
@@ -117,6 +119,7 @@ impl Instance {
     pub fn plan(&mut self, now_ns: u64, capacity: usize) -> Result<Option<Step>> {
         self.filled = false;
         self.n_top = 0;
+        self.watch.look();
         let step = self.engine.plan(now_ns, capacity)?;
         if step.is_some() {
             let rows = self.engine.step_rows();
@@ -130,6 +133,23 @@ impl Instance {
             self.watch.planned(&self.engine);
         }
         Ok(step)
+    }
+
+    pub fn abandon(&mut self) -> Result<()> {
+        if self.watch.on() {
+            self.watch.abandoning(&self.engine);
+        }
+        self.engine.abandon()
+    }
+
+    pub fn remove(&mut self, id: u64) -> Result<()> {
+        if !self.watch.on() {
+            return self.engine.remove(id);
+        }
+        self.watch.removing(&self.engine, id);
+        self.engine.remove(id)?;
+        self.watch.request(id, "removed");
+        Ok(())
     }
 
     /// # Safety
@@ -210,6 +230,28 @@ impl Instance {
     /// `logits` has a readable row for every planned row, and `cells`, if not
     /// null, one number.
     pub unsafe fn ramp(&mut self, logits: &Logits, cells: *const u32) -> Result<()> {
+        // SAFETY: by this function's contract.
+        unsafe { self.list_rows(cells)? };
+        self.check_top(logits)?;
+        // SAFETY: by this function's contract.
+        unsafe {
+            self.device.score(logits, &self.metrics, &mut self.scores)?;
+        }
+        if self.watch.on() {
+            return self.decide_watched(logits.n_top);
+        }
+        self.engine.ramp(&self.scores)?;
+        self.n_top = logits.n_top;
+        Ok(())
+    }
+
+    /// What is asked of each row of the ramp. A function of its own, so that
+    /// what comes after does not take registers from its loop.
+    ///
+    /// # Safety
+    /// As [`Instance::ramp`].
+    #[inline(never)]
+    unsafe fn list_rows(&mut self, cells: *const u32) -> Result<()> {
         let rows = self.engine.step_rows();
         self.cells.clear();
         if let Some(kv) = &self.kv {
@@ -241,16 +283,15 @@ impl Instance {
             self.metrics.push(metric);
             self.scores.push(Score::NONE);
         }
-        self.check_top(logits)?;
-        // SAFETY: by this function's contract.
-        unsafe {
-            self.device.score(logits, &self.metrics, &mut self.scores)?;
-        }
+        Ok(())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn decide_watched(&mut self, n_top: usize) -> Result<()> {
         self.engine.ramp(&self.scores)?;
-        self.n_top = logits.n_top;
-        if self.watch.on() {
-            self.watch.ramped(&self.engine);
-        }
+        self.n_top = n_top;
+        self.watch.ramped(&self.engine);
         Ok(())
     }
 

@@ -8,8 +8,11 @@ mod fake;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::ffi::{c_char, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::*;
+use drex::ffi::observe::*;
 
 struct Counting;
 
@@ -52,9 +55,22 @@ const LAYERS: usize = 12;
 const CELLS: usize = 32;
 const ROW: usize = 16;
 
+/// Lines that were logged.
+static HEARD: AtomicU64 = AtomicU64::new(0);
+
+unsafe extern "C" fn hear(_: *mut c_void, _: u32, _: *const c_char) {
+    HEARD.fetch_add(1, Ordering::Relaxed);
+}
+
 /// A host's loop with all of its buffers made beforehand. Returns how often
 /// the allocator was called.
-fn serve(policy: drex_policy, fill: drex_fill_mode, cuda: bool, iterations: u64) -> u64 {
+fn serve(
+    policy: drex_policy,
+    fill: drex_fill_mode,
+    cuda: bool,
+    watched: bool,
+    iterations: u64,
+) -> u64 {
     let ramps = [4, 8];
     let mut config = config(&ramps, N as u32, 8, policy);
     config.max_hold_ns = 5000;
@@ -92,6 +108,20 @@ fn serve(policy: drex_policy, fill: drex_fill_mode, cuda: bool, iterations: u64)
     ok(unsafe { drex_bind_kv(engine.raw, layers.as_ptr(), LAYERS as u32) }).unwrap();
     for id in 0..N as u64 {
         engine.add(id).unwrap();
+    }
+
+    if watched {
+        // SAFETY: a handle; the callback takes no pointer.
+        unsafe {
+            ok(drex_trace_start(engine.raw, 1000)).unwrap();
+            ok(drex_log_set(
+                engine.raw,
+                Some(hear),
+                std::ptr::null_mut(),
+                DREX_LOG_TRACE,
+            ))
+            .unwrap();
+        }
     }
 
     let mut logits_data = vec![[0f32; VOCAB]; 8];
@@ -220,7 +250,7 @@ fn the_decode_path_does_not_allocate() {
     for policy in DREX_POLICY_OFF..=DREX_POLICY_AUTO {
         for fill in DREX_FILL_COPY..=DREX_FILL_VERIFY {
             assert_eq!(
-                serve(policy, fill, false, 1000),
+                serve(policy, fill, false, false, 1000),
                 0,
                 "policy {policy}, fill {fill}"
             );
@@ -229,9 +259,28 @@ fn the_decode_path_does_not_allocate() {
 }
 
 #[test]
+fn nor_does_it_under_a_log_and_a_trace() {
+    for policy in [DREX_POLICY_HOLD, DREX_POLICY_AUTO] {
+        for fill in DREX_FILL_COPY..=DREX_FILL_VERIFY {
+            let before = HEARD.load(Ordering::Relaxed);
+            assert_eq!(
+                serve(policy, fill, false, true, 1000),
+                0,
+                "policy {policy}, fill {fill}"
+            );
+            assert!(HEARD.load(Ordering::Relaxed) - before > 3000);
+        }
+    }
+}
+
+#[test]
 fn nor_does_it_on_a_cuda_device() {
     for fill in DREX_FILL_COPY..=DREX_FILL_VERIFY {
-        assert_eq!(serve(DREX_POLICY_AUTO, fill, true, 200), 0, "fill {fill}");
+        assert_eq!(
+            serve(DREX_POLICY_AUTO, fill, true, false, 200),
+            0,
+            "fill {fill}"
+        );
     }
     assert_eq!(fake::errors(), "");
 }

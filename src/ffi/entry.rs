@@ -18,11 +18,21 @@ const SIZE_MAX: usize = 4096;
 
 /// Runs a call's body; its fault or panic becomes a status and a text.
 pub fn call(function: &str, body: impl FnOnce() -> Result<(), Fault>) -> drex_status {
+    call_or(function, body, |_| {})
+}
+
+fn call_or(
+    function: &str,
+    body: impl FnOnce() -> Result<(), Fault>,
+    failed: impl FnOnce(&Fault),
+) -> drex_status {
     // A body leaves nothing half done that anyone sees again: an engine in
     // which it panicked is poisoned by its guard.
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => DREX_OK,
         Ok(Err(fault)) => {
+            // A callback's own calls may fail too: this one's text comes last.
+            failed(&fault);
             error::set(function, format_args!("{fault}"));
             fault.status()
         }
@@ -44,16 +54,29 @@ pub fn with(
     engine: *const drex_engine,
     body: impl FnOnce(&mut Instance) -> Result<(), Fault>,
 ) -> drex_status {
-    call(function, || {
+    let inside = || {
         let mut guard = handle::ENGINES.enter(engine)?;
-        let instance = guard.object();
-        let result = body(instance);
-        if let Err(fault) = &result {
+        body(guard.object())
+    };
+    call_or(function, inside, |fault| failed(function, engine, fault))
+}
+
+/// Tells who watches the engine, in a visit of its own: so calls that succeed
+/// pay nothing for it. Nobody else is in between but by breaking the rule on
+/// threads.
+#[cold]
+#[inline(never)]
+fn failed(function: &str, engine: *const drex_engine, fault: &Fault) {
+    if matches!(fault, Fault::Handle(_) | Fault::Busy(_)) {
+        return;
+    }
+    if let Ok(mut guard) = handle::ENGINES.enter(engine) {
+        let watch = &guard.object().watch;
+        if watch.on() {
             let device = fault.status() == DREX_ERROR_DEVICE;
-            instance.watch.failed(function, fault, device);
+            watch.failed(function, fault, device);
         }
-        result
-    })
+    }
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {

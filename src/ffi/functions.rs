@@ -260,7 +260,9 @@ pub unsafe extern "C" fn drex_create(
         let config = unsafe { convert(&c)? };
         let (place, limits) = device::convert(&c)?;
         let instance = Instance::on(place, config, limits)?;
-        instance.watch.created(&instance.engine);
+        if instance.watch.on() {
+            instance.watch.created(&instance.engine);
+        }
         let handle = handle::ENGINES.insert(instance)?;
         // SAFETY: not NULL.
         unsafe { out.write_unaligned(handle) };
@@ -326,7 +328,9 @@ pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
     }
     call("drex_destroy", || {
         let instance = handle::ENGINES.remove(engine)?;
-        instance.watch.destroyed(&instance.engine);
+        if instance.watch.on() {
+            instance.watch.destroyed(&instance.engine);
+        }
         Ok(())
     })
 }
@@ -459,7 +463,9 @@ pub unsafe extern "C" fn drex_request_add(
             max_tokens: c.max_tokens,
             priority: c.priority,
         })?;
-        instance.watch.request(c.id, "added");
+        if instance.watch.on() {
+            instance.watch.request(c.id, "added");
+        }
         Ok(())
     })
 }
@@ -483,9 +489,7 @@ pub unsafe extern "C" fn drex_request_ready(
 ) -> drex_status {
     with("drex_request_ready", engine, |instance| {
         let _ = n_kv;
-        instance.engine.ready(id, now_ns)?;
-        instance.watch.request(id, "ready");
-        Ok(())
+        Ok(instance.engine.ready(id, now_ns)?)
     })
 }
 
@@ -499,9 +503,7 @@ pub unsafe extern "C" fn drex_request_ready(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_request_remove(engine: *mut drex_engine, id: u64) -> drex_status {
     with("drex_request_remove", engine, |instance| {
-        instance.engine.remove(id)?;
-        instance.watch.request(id, "removed");
-        Ok(())
+        Ok(instance.remove(id)?)
     })
 }
 
@@ -916,9 +918,7 @@ pub unsafe extern "C" fn drex_complete(
 /// Errors: CALL_ORDER when no step is planned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_abandon(engine: *mut drex_engine) -> drex_status {
-    with("drex_abandon", engine, |instance| {
-        Ok(instance.engine.abandon()?)
-    })
+    with("drex_abandon", engine, |instance| Ok(instance.abandon()?))
 }
 
 /// Tells the cost model of a pass that drex did not plan, at any time.

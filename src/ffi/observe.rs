@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Logging, snapshot and metrics. Their documentation is the header's.
+//! Logging, snapshot, metrics and trace. Their documentation is the header's.
 
 #![allow(clippy::missing_safety_doc, non_camel_case_types)] // the header states each contract, for C
 
@@ -10,6 +10,7 @@ use super::entry::with;
 use super::error::Fault;
 use super::types::*;
 use crate::core::error::Error;
+use crate::observe::trace::Trace;
 use crate::observe::{Sink, metrics, snapshot};
 
 /// How much is logged: a level and all that are more urgent.
@@ -123,6 +124,84 @@ pub unsafe extern "C" fn drex_metrics_text(
         let all = metrics::text(&instance.engine, labels);
         // SAFETY: the caller's contract.
         unsafe { give(&all, text, capacity, length) }
+    })
+}
+
+/// Receives a part of a text: n_bytes bytes, without a 0 byte, valid during the
+/// call. A call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return:
+/// no exception, no longjmp.
+pub type drex_trace_sink =
+    Option<unsafe extern "C" fn(user_data: *mut c_void, bytes: *const c_char, n_bytes: usize)>;
+
+/// Records from now on what happens to an engine's rows, in a ring: when it is
+/// full, the oldest events go. A trace that is under way is dropped.
+///
+/// max_events  at least 1, of at most 64 bytes each; memory is taken now, and
+///             none later. A step takes one for its window, one for its
+///             counters, and one for each row that exits, and for each that
+///             was held.
+///
+/// Errors: INVALID_ARGUMENT, also when there is no memory for so many.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_trace_start(
+    engine: *mut drex_engine,
+    max_events: u32,
+) -> drex_status {
+    with("drex_trace_start", engine, |instance| {
+        let trace = (max_events > 0).then(|| Trace::new(max_events as usize));
+        let Some(trace) = trace.flatten() else {
+            let expected = "at least 1, and 64 bytes of memory for each";
+            return Err(Error::int("max_events", max_events, expected).into());
+        };
+        instance.watch.set_trace(Some(Box::new(trace)));
+        Ok(())
+    })
+}
+
+/// Writes the trace so far, as Chrome's JSON trace events, which Perfetto
+/// (ui.perfetto.dev) and chrome://tracing open. The trace goes on.
+///
+/// sink       called with the text's parts in their order, on this thread
+/// user_data  handed to it; may be NULL
+///
+/// Windows are complete events on one track, from plan to complete, with the
+/// host's own duration_ns in their arguments. Each time that a row was held is
+/// a pair of async events with the request's id, named after its ramp; rows
+/// that are held now end now. Exits are instants on a track per ramp. Times
+/// are the host's; an exit's is its window's end. Steps that were abandoned
+/// have no window.
+///
+/// Allocates. Errors: NULL_ARGUMENT for sink; CALL_ORDER without
+/// drex_trace_start().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_trace_write(
+    engine: *const drex_engine,
+    sink: drex_trace_sink,
+    user_data: *mut c_void,
+) -> drex_status {
+    with("drex_trace_write", engine, |instance| {
+        let Some(sink) = sink else {
+            return Err(Fault::Null("sink"));
+        };
+        let Some(trace) = instance.watch.trace() else {
+            return Err(
+                Error::CallOrder("no trace is under way; expected drex_trace_start first").into(),
+            );
+        };
+        trace.write(&instance.engine, &mut |part| {
+            // SAFETY: the host vouches for the pair.
+            unsafe { sink(user_data, part.as_ptr().cast(), part.len()) }
+        });
+        Ok(())
+    })
+}
+
+/// Ends the recording and frees its events. Without one, does nothing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_trace_stop(engine: *mut drex_engine) -> drex_status {
+    with("drex_trace_stop", engine, |instance| {
+        instance.watch.set_trace(None);
+        Ok(())
     })
 }
 

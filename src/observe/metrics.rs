@@ -4,10 +4,10 @@
 
 use std::fmt::Write;
 
+use super::REASONS;
 use crate::core::counters::WAIT_BUCKETS;
 use crate::core::engine::Engine;
 
-const REASONS: [&str; 6] = ["none", "fill", "age", "deadline", "idle", "stay"];
 const MISSES: [&str; 4] = ["host", "queue", "held", "run"];
 
 struct Text<'a> {

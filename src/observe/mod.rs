@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What an engine tells about itself: log events, a snapshot, metrics. All of
-//! it is off until asked for, and off costs a test of two words per call.
+//! What an engine tells about itself: log events, a snapshot, metrics, a trace. All of
+//! it is off until asked for, and off costs a test of one flag per call.
 
 pub mod metrics;
 pub mod snapshot;
+pub mod trace;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt::{self, Display, Write};
@@ -15,12 +16,21 @@ use tracing::level_filters::LevelFilter;
 use crate::core::engine::Engine;
 use crate::core::planner::Marks;
 use crate::core::policy::{Decision, Policy};
+use trace::Trace;
+
+/// By `Reason`.
+const REASONS: [&str; 6] = ["none", "fill", "age", "deadline", "idle", "stay"];
 
 pub type Callback = unsafe extern "C" fn(*mut c_void, u32, *const c_char);
 
 /// Where an engine's events go besides a Rust host's own subscriber.
 #[derive(Default)]
-pub struct Watch(Option<Sink>);
+pub struct Watch {
+    /// Somebody may listen: all that a hook looks at when nobody does.
+    on: bool,
+    sink: Option<Sink>,
+    trace: Option<Box<Trace>>,
+}
 
 pub struct Sink {
     pub callback: Callback,
@@ -52,10 +62,8 @@ impl Write for Line {
 /// One event: to the Rust host's subscriber, if any, and to the callback.
 macro_rules! log {
     ($watch:expr, $level:expr, $number:expr, $($text:tt)+) => {
-        if $watch.on() {
-            tracing::event!($level, $($text)+);
-            $watch.send($number, format_args!($($text)+));
-        }
+        tracing::event!($level, $($text)+);
+        $watch.send($number, format_args!($($text)+));
     };
 }
 
@@ -70,18 +78,37 @@ pub struct Before {
 
 impl Watch {
     pub fn set(&mut self, sink: Option<Sink>) {
-        self.0 = sink;
+        self.sink = sink;
+        self.look();
+    }
+
+    pub fn set_trace(&mut self, trace: Option<Box<Trace>>) {
+        self.trace = trace;
+        self.look();
+    }
+
+    pub fn trace(&self) -> Option<&Trace> {
+        self.trace.as_deref()
     }
 
     /// Somebody may listen.
     #[inline]
     pub fn on(&self) -> bool {
-        self.0.is_some() || LevelFilter::current() != LevelFilter::OFF
+        self.on
+    }
+
+    /// Finds out whether somebody listens. A subscriber of the Rust host may
+    /// come or go at any time: it is noticed at the next plan.
+    #[inline]
+    pub fn look(&mut self) {
+        self.on = self.sink.is_some()
+            || self.trace.is_some()
+            || LevelFilter::current() != LevelFilter::OFF;
     }
 
     #[cold]
     fn send(&self, level: u32, text: fmt::Arguments<'_>) {
-        let Some(sink) = self.0.as_ref().filter(|s| level <= s.level) else {
+        let Some(sink) = self.sink.as_ref().filter(|s| level <= s.level) else {
             return;
         };
         let mut line = Line {
@@ -95,6 +122,8 @@ impl Watch {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn created(&self, engine: &Engine) {
         let c = engine.config();
         log!(
@@ -112,6 +141,8 @@ impl Watch {
         );
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn destroyed(&self, engine: &Engine) {
         let c = engine.counters();
         log!(
@@ -124,6 +155,8 @@ impl Watch {
         );
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn failed(&self, function: &str, why: &dyn Display, device: bool) {
         if device {
             log!(self, Level::ERROR, 1, "{function}: {why}");
@@ -132,10 +165,14 @@ impl Watch {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn request(&self, id: u64, what: &str) {
         log!(self, Level::DEBUG, 4, "request {id} {what}");
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn planned(&self, engine: &Engine) {
         if let Some(s) = engine.step() {
             let rows = engine.step_rows().len();
@@ -152,6 +189,8 @@ impl Watch {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     pub fn ramped(&self, engine: &Engine) {
         let rows = engine.step_rows();
         let exits = rows.iter().filter(|r| r.decision == Decision::Exit).count();
@@ -174,7 +213,29 @@ impl Watch {
         }
     }
 
-    pub fn completing(&self, engine: &Engine, now_ns: u64, duration_ns: u64) -> Before {
+    #[cold]
+    #[inline(never)]
+    pub fn removing(&mut self, engine: &Engine, id: u64) {
+        if let Some(trace) = &mut self.trace {
+            trace.removing(engine, id);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub fn abandoning(&mut self, engine: &Engine) {
+        if let Some(trace) = &mut self.trace {
+            trace.leaving(engine, engine.clock_ns(), None);
+        }
+    }
+
+    /// The planned step is one that [`Engine::complete`] will end.
+    #[cold]
+    #[inline(never)]
+    pub fn completing(&mut self, engine: &Engine, now_ns: u64, duration_ns: u64) -> Before {
+        if let Some(trace) = &mut self.trace {
+            trace.leaving(engine, now_ns, Some(duration_ns));
+        }
         let auto = engine.config().policy == Policy::Auto;
         Before {
             misses: engine.counters().deadline_misses,
@@ -185,7 +246,12 @@ impl Watch {
         }
     }
 
-    pub fn completed(&self, engine: &Engine, before: &Before) {
+    #[cold]
+    #[inline(never)]
+    pub fn completed(&mut self, engine: &Engine, before: &Before) {
+        if let Some(trace) = &mut self.trace {
+            trace.completed(engine);
+        }
         let missed = engine.counters().deadline_misses - before.misses;
         log!(
             self,

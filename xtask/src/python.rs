@@ -12,19 +12,41 @@ use crate::{
 };
 
 /// Pinned, or for a Python that it left behind.
-const PINNED: &str = "numpy==2.3.5";
-const WIDE: &str = "numpy>=1.20";
+const NUMPY: Package = Package {
+    name: "numpy",
+    module: "numpy",
+    pinned: "numpy==2.3.5",
+    wide: "numpy>=1.20",
+};
+const PROMETHEUS: Package = Package {
+    name: "prometheus-client",
+    module: "prometheus_client",
+    pinned: "prometheus-client==0.23.1",
+    wide: "prometheus-client>=0.9",
+};
+
+struct Package {
+    name: &'static str,
+    module: &'static str,
+    pinned: &'static str,
+    wide: &'static str,
+}
 
 /// Runs them all and returns how many there were.
 pub fn test() -> Result<u32> {
     let library = cargo::build_library()?;
     let cache = Cache::open()?;
     let python = Python::find(&cache)?;
-    let numpy = numpy(&cache, &python)?;
+    let numpy = package(&cache, &python, &NUMPY)?;
+    let prometheus = package(&cache, &python, &PROMETHEUS)?;
     let bindings = cache::repo().join("bindings/python");
     let mut count = 0;
     // The tests of numpy.py would be left out by a discovery that cannot import it: they are named.
-    for modules in [&["test_abi", "test_engine"][..], &["test_numpy"]] {
+    for modules in [
+        &["test_abi", "test_engine"][..],
+        &["test_numpy"],
+        &["test_observe"],
+    ] {
         let mut command = python.command();
         command
             .args(["-B", "-W", "error", "-m", "unittest"])
@@ -32,6 +54,9 @@ pub fn test() -> Result<u32> {
         let mut path = vec![bindings.clone(), bindings.join("tests")];
         if modules.contains(&"test_numpy") {
             path.extend(numpy.clone());
+        }
+        if modules.contains(&"test_observe") {
+            path.extend(prometheus.clone());
         }
         command
             .env("PYTHONPATH", std::env::join_paths(path)?)
@@ -57,11 +82,13 @@ fn counted(command: &mut Command) -> Result<u32> {
     Ok(ran)
 }
 
-/// Where numpy is; nothing where Python has it already.
-fn numpy(cache: &Cache, python: &Python) -> Result<Option<PathBuf>> {
+/// Where a package is; nothing where Python has it already.
+fn package(cache: &Cache, python: &Python, package: &Package) -> Result<Option<PathBuf>> {
+    let name = package.name;
+    let import = format!("import {}", package.module);
     let has = |path: Option<&PathBuf>| {
         let mut command = python.command();
-        command.args(["-c", "import numpy"]);
+        command.args(["-c", &import]);
         if let Some(path) = path {
             command.env("PYTHONPATH", path);
         }
@@ -76,12 +103,12 @@ fn numpy(cache: &Cache, python: &Python) -> Result<Option<PathBuf>> {
             .command()
             .args(["-c", "import sys; print(sys.implementation.cache_tag)"]),
     )?;
-    let dir = cache.path(format!("numpy-{version}"));
+    let dir = cache.path(format!("{name}-{version}"));
     if has(Some(&dir)) {
         return Ok(Some(dir));
     }
     let lock = cache.lock()?;
-    let log = cache.log("numpy")?;
+    let log = cache.log(name)?;
     let temp = cache.temp_dir()?;
     let install = |requirement: &str, target: &str| {
         let mut command = python.pip();
@@ -96,18 +123,20 @@ fn numpy(cache: &Cache, python: &Python) -> Result<Option<PathBuf>> {
             ])
             .arg(temp.path().join(target))
             .arg(requirement);
-        process::logged(&mut command, "installing numpy", &log, false)
+        process::logged(&mut command, &format!("installing {name}"), &log, false)
     };
     let mut target = "pinned";
-    if install(PINNED, target).is_err() {
+    if install(package.pinned, target).is_err() {
         target = "wide";
-        install(WIDE, target).context("cannot install numpy with pip; install it yourself (Debian, Ubuntu: apt-get install python3-numpy)")?;
+        install(package.wide, target).with_context(|| {
+            format!("cannot install {name} with pip; install it yourself (Debian, Ubuntu: apt-get install python3-{name})")
+        })?;
     }
     temp.publish(target, &dir)?;
     drop(lock);
     ensure!(
         has(Some(&dir)),
-        "numpy was installed with pip but cannot be imported from {}",
+        "{name} was installed with pip but cannot be imported from {}",
         dir.display()
     );
     Ok(Some(dir))

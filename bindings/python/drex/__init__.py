@@ -7,11 +7,12 @@ Times are in nanoseconds. A call that fails raises `drex.Error` and has changed 
 """
 
 import ctypes as c
+import json
 import math
 from typing import List, NamedTuple, Optional
 
 from . import _abi
-from ._abi import DECISIONS, FILLS, METRICS, POLICIES, lib
+from ._abi import DECISIONS, FILLS, LOG_LEVELS, METRICS, POLICIES, lib
 
 __all__ = ["Engine", "Error", "Pages", "PageCopy", "Row", "Step", "Verdict", "abi_version", "speculate", "version"]
 
@@ -180,7 +181,7 @@ class Engine:
         self._verdicts = (_abi.drex_verdict * self._capacity)()
         self._decisions = (_abi.u32 * self._capacity)()
         self._n_rows = 0
-        self._kv = None
+        self._kv = self._log = None
 
     def close(self):
         """Ends the engine. The arrays that were bound are free again."""
@@ -351,13 +352,17 @@ class Engine:
         _check(lib.drex_replan(self._handle, _unsigned(max_windows, "max_windows"), done))
         return bool(done.value)
 
+    def _text(self, function, *arguments):
+        """What a function writes that is asked for the length first."""
+        length = _abi.size_t()
+        _check(function(self._handle, *arguments, None, 0, length))
+        text = c.create_string_buffer(length.value + 1)
+        _check(function(self._handle, *arguments, text, len(text), length))
+        return text.value.decode()
+
     def save_profile(self):
         """What was learned of costs, as JSON text."""
-        length = _abi.size_t()
-        _check(lib.drex_profile_save(self._handle, None, 0, length))
-        text = c.create_string_buffer(length.value + 1)
-        _check(lib.drex_profile_save(self._handle, text, len(text), length))
-        return text.value.decode()
+        return self._text(lib.drex_profile_save)
 
     def load_profile(self, text):
         if "\0" in text:
@@ -374,6 +379,43 @@ class Engine:
         out["flushes"] = dict(zip(_abi.REASONS, out["flushes"]))
         out["misses"] = dict(zip(_abi.MISSES, out["misses"]))
         return out
+
+    def snapshot(self):
+        """Counters, queues, held rows and the scheduler's estimates as a dict; what is not known is None."""
+        return json.loads(self._text(lib.drex_snapshot))
+
+    def metrics_text(self, **labels):
+        """Prometheus' text, with these labels on every sample."""
+        escape = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+        pairs = ",".join(f'{name}="{str(value).translate(escape)}"' for name, value in labels.items())
+        if "\0" in pairs:
+            raise ValueError("a label has no 0 bytes")
+        return self._text(lib.drex_metrics_text, pairs.encode())
+
+    def log(self, callback, level="info"):
+        """Calls `callback(level, text)` for each event up to `level`; None ends it. Its exceptions are printed and dropped."""
+
+        def note(_, level, text):
+            callback(LOG_LEVELS[level], text.decode())
+
+        # Ones before may be called during this call, and their memory is freed after it.
+        new = _abi.drex_log_callback(note) if callback is not None else _abi.drex_log_callback()
+        _check(lib.drex_log_set(self._handle, new, None, _index(LOG_LEVELS, level, "level")))
+        self._log = new
+
+    def trace_start(self, max_events=1 << 20):
+        """Records what happens from now on; the oldest events go when there are more."""
+        _check(lib.drex_trace_start(self._handle, _unsigned(max_events, "max_events")))
+
+    def trace(self):
+        """What was recorded, as Chrome's JSON text, for ui.perfetto.dev."""
+        parts = []
+        sink = _abi.drex_trace_sink(lambda _, address, n: parts.append(c.string_at(address, n)))
+        _check(lib.drex_trace_write(self._handle, sink, None))
+        return b"".join(parts).decode()
+
+    def trace_stop(self):
+        _check(lib.drex_trace_stop(self._handle))
 
 
 class Pages:

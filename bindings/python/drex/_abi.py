@@ -32,12 +32,12 @@ REASONS = "none fill age deadline idle stay".split()
 MISSES = "host queue held run".split()
 DECISIONS = "exit hold stay gone pending accept replace drop".split()
 DTYPES = "f32 f16 bf16".split()
-LOG_LEVELS = "off error warn info debug trace".split()
 DREX_METRIC_DEFAULT = UINT32_MAX
 DREX_FILL_DEFAULT = UINT32_MAX
 DREX_DEVICE_HOST = 0
 DREX_DEVICE_CUDA = 1
 DREX_MAX_TOP = 64
+LOG_LEVELS = "off error warn info debug trace".split()
 
 
 def _constants():
@@ -180,8 +180,8 @@ STRUCTS = [s for s in Struct.__subclasses__()]
 # Each function's result, then its arguments. An engine and an account of pages are opaque pointers.
 _engine = _pages = void
 _table = P(u32)
-# drex_log_callback: user_data, level, line
-log_callback = c.CFUNCTYPE(None, void, u32, text)
+drex_log_callback = c.CFUNCTYPE(None, void, u32, text)
+drex_trace_sink = c.CFUNCTYPE(None, void, void, size_t)
 FUNCTIONS = {
     "drex_version": (text,),
     "drex_abi_version": (u32,),
@@ -218,9 +218,12 @@ FUNCTIONS = {
     "drex_profile_save": (i32, _engine, void, size_t, P(size_t)),
     "drex_profile_load": (i32, _engine, text),
     "drex_stats_get": (i32, _engine, P(drex_stats)),
-    "drex_log_set": (i32, _engine, log_callback, void, u32),
+    "drex_log_set": (i32, _engine, drex_log_callback, void, u32),
     "drex_snapshot": (i32, _engine, void, size_t, P(size_t)),
     "drex_metrics_text": (i32, _engine, text, void, size_t, P(size_t)),
+    "drex_trace_start": (i32, _engine, u32),
+    "drex_trace_write": (i32, _engine, drex_trace_sink, void),
+    "drex_trace_stop": (i32, _engine),
     "drex_pages_create": (i32, P(drex_pages_config), P(void)),
     "drex_pages_destroy": (i32, _pages),
     "drex_pages_write": (i32, _pages, _table, u32, u64, u32, u32, P(drex_page_copy), u32, P(u32)),

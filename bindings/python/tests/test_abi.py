@@ -79,11 +79,11 @@ class Layout(unittest.TestCase):
         # A pointer where the header has one, and a number of the right size where it has none.
         sizes = {"uint8_t": 1, "uint32_t": 4, "int32_t": 4, "uint64_t": 8, "size_t": 8, "double": 8, "float": 4}
         sizes.update({f"drex_{n}": 4 for n in ("policy", "metric", "status", "fill_mode", "decision", "device", "log_level")})
-        sizes["drex_log_callback"] = c.sizeof(c.c_void_p)
         for name, args in theirs.items():
             for text, ours in zip(args.split(","), _abi.FUNCTIONS.get(name, [None])[1:]):
-                pointer = "*" in text
-                is_pointer = ours in (c.c_void_p, c.c_char_p) or hasattr(ours, "contents")
+                pointer = "*" in text or re.search(r"\bdrex_(log_callback|trace_sink)\b", text) is not None
+                is_function = isinstance(ours, type) and issubclass(ours, c._CFuncPtr)
+                is_pointer = ours in (c.c_void_p, c.c_char_p) or hasattr(ours, "contents") or is_function
                 self.assertEqual(pointer, is_pointer, f"{name}: {text.strip()}")
                 if not pointer:
                     kind = [w for w in text.split() if w != "const"][0]

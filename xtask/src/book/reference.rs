@@ -221,6 +221,11 @@ fn item(prose: Vec<String>, code: &[&str]) -> Result<Item> {
     };
     let (kind, name) = if let Some(define) = first.strip_prefix("#define ") {
         (Kind::Define, word(define))
+    } else if let Some((_, pointer)) = first
+        .split_once("(*")
+        .filter(|_| first.starts_with("typedef"))
+    {
+        (Kind::Type, word(pointer))
     } else if first.starts_with("typedef") {
         // A pointer to a function has its name in the middle.
         let name = match first.split_once("(*") {

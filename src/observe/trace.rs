@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! A ring of what happened, written as Chrome's JSON trace events ("Trace
+//! Event Format"), which Perfetto reads too.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+
+use super::REASONS;
+use crate::core::counters::Reason;
+use crate::core::engine::Engine;
+use crate::core::policy::Decision;
+use crate::core::request::{Request, State};
+
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    /// A window that ran.
+    Window {
+        begin_ns: u64,
+        end_ns: u64,
+        /// As the host measured it.
+        run_ns: u64,
+        layer_begin: u32,
+        layer_end: u32,
+        rows: u32,
+        exits: u32,
+        ramp: Option<u8>,
+        reason: Reason,
+    },
+    /// A row's time in the rebatching buffer, which is over.
+    Held {
+        begin_ns: u64,
+        end_ns: u64,
+        request: u64,
+        ramp: u8,
+    },
+    Exit {
+        at_ns: u64,
+        request: u64,
+        token: i32,
+        confidence: f32,
+        ramp: u8,
+        forced: bool,
+    },
+    Rows {
+        at_ns: u64,
+        held: u32,
+        ready: u32,
+    },
+}
+
+/// Said in the header.
+const _: () = assert!(size_of::<Event>() <= 64);
+
+pub struct Trace {
+    events: Vec<Event>,
+    max: usize,
+    /// Where the oldest lies once the ring is full.
+    next: usize,
+    dropped: u64,
+    /// Windows do not overlap, whatever the host's clock does.
+    last_ns: u64,
+}
+
+/// One line of the output.
+#[derive(Clone, Copy)]
+struct Item {
+    at_ns: u64,
+    event: Event,
+    ends: bool,
+}
+
+impl Trace {
+    /// `None`: there is no memory for so many.
+    pub fn new(max: usize) -> Option<Self> {
+        let mut events = Vec::new();
+        events.try_reserve_exact(max).ok()?;
+        Some(Trace {
+            events,
+            max,
+            next: 0,
+            dropped: 0,
+            last_ns: 0,
+        })
+    }
+
+    fn push(&mut self, event: Event) {
+        if self.events.len() < self.max {
+            self.events.push(event);
+        } else {
+            self.events[self.next] = event;
+            self.next = (self.next + 1) % self.max;
+            self.dropped += 1;
+        }
+    }
+
+    /// The planned step is about to end, and was timed, or is given up.
+    pub fn leaving(&mut self, e: &Engine, now_ns: u64, run_ns: Option<u64>) {
+        let Some(step) = e.step() else {
+            return;
+        };
+        let begin_ns = step.now_ns.max(self.last_ns);
+        let end_ns = now_ns.max(begin_ns);
+        let mut exits = 0;
+        for row in e.step_rows() {
+            let exit = e.ramped() && row.decision == Decision::Exit;
+            // In a step that is given up, the others go back.
+            if (run_ns.is_some() || row.gone || exit)
+                && let Some(ramp) = row.was_held_at()
+            {
+                let begin_ns = e.buffer().node(row.slot).since_ns;
+                self.push(Event::Held {
+                    begin_ns,
+                    end_ns: step.now_ns.max(begin_ns),
+                    request: row.id,
+                    ramp: ramp as u8,
+                });
+            }
+            if let (true, Some(ramp)) = (exit, step.ramp) {
+                exits += 1;
+                self.push(Event::Exit {
+                    at_ns: end_ns,
+                    request: row.id,
+                    token: row.score.token,
+                    confidence: row.score.confidence,
+                    ramp: ramp as u8,
+                    forced: row.forced,
+                });
+            }
+        }
+        self.last_ns = end_ns;
+        if let Some(run_ns) = run_ns {
+            self.push(Event::Window {
+                begin_ns,
+                end_ns,
+                run_ns,
+                layer_begin: step.layer_begin,
+                layer_end: step.layer_end,
+                rows: e.step_rows().len() as u32,
+                exits,
+                ramp: step.ramp.map(|r| r as u8),
+                reason: step.reason,
+            });
+        }
+    }
+
+    /// The step that was leaving has ended well.
+    pub fn completed(&mut self, e: &Engine) {
+        self.push(Event::Rows {
+            at_ns: self.last_ns,
+            held: e.buffer().held(),
+            ready: e.buffer().ready_rows() as u32,
+        });
+    }
+
+    /// A request is about to be forgotten.
+    pub fn removing(&mut self, e: &Engine, id: u64) {
+        if let Some(event) = e.request(id).ok().and_then(|r| held(e, r)) {
+            self.push(event);
+        }
+    }
+
+    /// Hands the JSON text to `sink`, in pieces. What is still held ends now.
+    pub fn write(&self, e: &Engine, sink: &mut dyn FnMut(&str)) {
+        let open = e.held_requests().filter_map(|r| held(e, r));
+        let planned = e.step_rows().iter().filter_map(|row| {
+            let begin_ns = e.buffer().node(row.slot).since_ns;
+            Some(Event::Held {
+                begin_ns,
+                end_ns: e.step()?.now_ns.max(begin_ns),
+                request: row.id,
+                ramp: row.was_held_at()? as u8,
+            })
+        });
+        let (late, early) = self.events.split_at(self.next);
+        let all = early.iter().chain(late).copied().chain(open).chain(planned);
+        let mut items = Vec::new();
+        // A host's clock that goes back must not put one of a request's spans
+        // into another.
+        let mut ended = HashMap::new();
+        for event in all {
+            let (mut begin, mut end) = event.times();
+            if let Event::Held { request, .. } = event {
+                let last = ended.entry(request).or_insert(begin);
+                begin = begin.max(*last);
+                end = end.max(begin);
+                *last = end;
+            }
+            let mut at = |at_ns, ends| items.push(Item { at_ns, event, ends });
+            at(begin, false);
+            if matches!(event, Event::Held { .. }) {
+                at(end, true);
+            }
+        }
+        // Stable: of one request, what came first stays first.
+        items.sort_by_key(|i| i.at_ns);
+        let mut out = Text {
+            text: String::with_capacity(2 * PIECE),
+            sink,
+        };
+        let _ = write!(
+            out.text,
+            "{{\"displayTimeUnit\":\"ns\",\"otherData\":{{\"drex_version\":\"{}\",\
+             \"dropped_events\":\"{}\"}},\"traceEvents\":[\n\
+             {{\"ph\":\"M\",\"pid\":1,\"name\":\"process_name\",\"args\":{{\"name\":\"drex\"}}}},\n\
+             {{\"ph\":\"M\",\"pid\":1,\"tid\":1,\"name\":\"thread_name\",\"args\":{{\"name\":\"windows\"}}}}",
+            env!("CARGO_PKG_VERSION"),
+            self.dropped,
+        );
+        for (r, layer) in e.config().ramp_layers.iter().enumerate() {
+            let _ = write!(
+                out.text,
+                ",\n{{\"ph\":\"M\",\"pid\":1,\"tid\":{},\"name\":\"thread_name\",\
+                 \"args\":{{\"name\":\"ramp {r}, layer {layer}\"}}}}",
+                r + 2
+            );
+        }
+        for item in &items {
+            out.item(item);
+        }
+        out.text.push_str("\n]}\n");
+        out.flush();
+    }
+}
+
+/// The span of a row that is held and not in the planned step, if it is.
+fn held(e: &Engine, r: &Request) -> Option<Event> {
+    let waits = r.state == State::Held && r.in_step == crate::core::NONE;
+    waits.then(|| {
+        let begin_ns = e.buffer().node(r.slot).since_ns;
+        Event::Held {
+            begin_ns,
+            end_ns: e.clock_ns().max(begin_ns),
+            request: r.id,
+            ramp: r.ramp as u8,
+        }
+    })
+}
+
+impl Event {
+    fn times(&self) -> (u64, u64) {
+        match *self {
+            Event::Window {
+                begin_ns, end_ns, ..
+            }
+            | Event::Held {
+                begin_ns, end_ns, ..
+            } => (begin_ns, end_ns),
+            Event::Exit { at_ns, .. } | Event::Rows { at_ns, .. } => (at_ns, at_ns),
+        }
+    }
+}
+
+const PIECE: usize = 16 * 1024;
+
+struct Text<'a> {
+    text: String,
+    sink: &'a mut dyn FnMut(&str),
+}
+
+impl Text<'_> {
+    fn flush(&mut self) {
+        (self.sink)(&self.text);
+        self.text.clear();
+    }
+
+    fn item(&mut self, item: &Item) {
+        let us = |ns: u64| Us(ns);
+        let at = us(item.at_ns);
+        let t = &mut self.text;
+        let _ = match item.event {
+            Event::Window {
+                begin_ns,
+                end_ns,
+                run_ns,
+                layer_begin,
+                layer_end,
+                rows,
+                exits,
+                ramp,
+                reason,
+            } => {
+                let ramp = ramp.map_or("null".to_owned(), |r| r.to_string());
+                write!(
+                    t,
+                    ",\n{{\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":{at},\"dur\":{},\"cat\":\"window\",\
+                     \"name\":\"[{layer_begin},{layer_end})\",\"args\":{{\"rows\":{rows},\
+                     \"reason\":\"{}\",\"ramp\":{ramp},\"exits\":{exits},\"duration_ns\":{run_ns}}}}}",
+                    us(end_ns - begin_ns),
+                    REASONS[reason as usize],
+                )
+            }
+            Event::Held { request, ramp, .. } => write!(
+                t,
+                ",\n{{\"ph\":\"{}\",\"pid\":1,\"tid\":{},\"ts\":{at},\"cat\":\"held\",\
+                 \"id\":\"{request:#x}\",\"name\":\"held at ramp {ramp}\",\
+                 \"args\":{{\"request\":{request}}}}}",
+                if item.ends { 'e' } else { 'b' },
+                u32::from(ramp) + 2,
+            ),
+            Event::Exit {
+                request,
+                token,
+                confidence,
+                ramp,
+                forced,
+                ..
+            } => {
+                let confidence = match confidence.is_finite() {
+                    true => confidence.to_string(),
+                    false => "null".to_owned(),
+                };
+                write!(
+                    t,
+                    ",\n{{\"ph\":\"i\",\"s\":\"t\",\"pid\":1,\"tid\":{},\"ts\":{at},\"cat\":\"exit\",\
+                     \"name\":\"exit\",\"args\":{{\"request\":{request},\"token\":{token},\
+                     \"confidence\":{confidence},\"forced\":{forced}}}}}",
+                    u32::from(ramp) + 2,
+                )
+            }
+            Event::Rows { held, ready, .. } => write!(
+                t,
+                ",\n{{\"ph\":\"C\",\"pid\":1,\"tid\":1,\"ts\":{at},\"name\":\"rows\",\
+                 \"args\":{{\"held\":{held},\"ready\":{ready}}}}}",
+            ),
+        };
+        if self.text.len() >= PIECE {
+            self.flush();
+        }
+    }
+}
+
+/// Nanoseconds as the format's microseconds, without rounding.
+struct Us(u64);
+
+impl std::fmt::Display for Us {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{:03}", self.0 / 1000, self.0 % 1000)
+    }
+}
