@@ -18,9 +18,23 @@ pub struct Sampling {
     pub max_tokens: u32,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
+    pub repetition_penalty: f32,
+    pub frequency_penalty: f32,
+    pub presence_penalty: f32,
     /// None: the model's
     pub drex_threshold: Option<f32>,
+    /// None: the model's; one of `FILLS`
+    pub drex_fill: Option<u32>,
+    /// Milliseconds between two tokens; 0: the model's
+    pub drex_deadline_ms: f32,
+    /// Milliseconds from the end of the prompt to the last token; 0: the model's
+    pub drex_request_deadline_ms: f32,
+    /// Higher is taken first
+    pub drex_priority: i32,
 }
+
+/// Fill modes by the numbers of drex.h.
+pub const FILLS: [&str; 4] = ["copy", "postfill", "verify", "propagate"];
 
 impl Default for Sampling {
     fn default() -> Self {
@@ -33,7 +47,14 @@ impl Default for Sampling {
             max_tokens: 16,
             stop: Vec::new(),
             ignore_eos: false,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
             drex_threshold: None,
+            drex_fill: None,
+            drex_deadline_ms: 0.0,
+            drex_request_deadline_ms: 0.0,
+            drex_priority: 0,
         }
     }
 }
@@ -43,13 +64,17 @@ impl Sampling {
     pub fn parse(text: &str) -> Result<Self, Failure> {
         let value: Value = serde_json::from_str(text)
             .map_err(|error| Failure::invalid(format!("sampling_parameters: not JSON: {error}")))?;
+        Self::from_value(&value)
+    }
+
+    pub fn from_value(value: &Value) -> Result<Self, Failure> {
         let Value::Object(fields) = value else {
             return Err(Failure::invalid(format!(
                 "sampling_parameters: not a JSON object: {value}"
             )));
         };
         let mut out = Self::default();
-        for (name, value) in &fields {
+        for (name, value) in fields {
             match name.as_str() {
                 "temperature" => out.temperature = number(name, value, 0.0, f64::from(f32::MAX))?,
                 "top_k" => out.top_k = integer(name, value, -1, i64::from(i32::MAX))?.max(0) as i32,
@@ -67,6 +92,30 @@ impl Sampling {
                 "stop" => out.stop = strings(name, value)?,
                 "drex_threshold" => {
                     out.drex_threshold = Some(number(name, value, 0.0, f64::from(f32::MAX))?)
+                }
+                "repetition_penalty" => out.repetition_penalty = number(name, value, 1e-3, 1e3)?,
+                "frequency_penalty" => out.frequency_penalty = number(name, value, -1e3, 1e3)?,
+                "presence_penalty" => out.presence_penalty = number(name, value, -1e3, 1e3)?,
+                "drex_fill" => {
+                    let known = value
+                        .as_str()
+                        .and_then(|text| FILLS.iter().position(|name| *name == text));
+                    let wanted = "copy, postfill or propagate";
+                    // verify takes tokens back, which this backend does not do yet
+                    out.drex_fill = Some(
+                        known
+                            .filter(|&mode| mode != 2)
+                            .ok_or_else(|| wrong(name, value, wanted))?
+                            as u32,
+                    )
+                }
+                "drex_deadline_ms" => out.drex_deadline_ms = number(name, value, 0.0, 1e9)?,
+                "drex_request_deadline_ms" => {
+                    out.drex_request_deadline_ms = number(name, value, 0.0, 1e9)?
+                }
+                "drex_priority" => {
+                    out.drex_priority =
+                        integer(name, value, i64::from(i32::MIN), i64::from(i32::MAX))? as i32
                 }
                 _ => {
                     return Err(Failure::invalid(format!(
@@ -90,8 +139,12 @@ fn number(name: &str, value: &Value, low: f64, high: f64) -> Result<f32, Failure
     let found = value.as_f64().or_else(|| value.as_str()?.parse().ok());
     match found {
         Some(x) if (low..=high).contains(&x) => Ok(x as f32),
-        _ if high == 1.0 => Err(wrong(name, value, "a number from 0 to 1")),
-        _ => Err(wrong(name, value, "a number, 0 or more")),
+        _ if high == f64::from(f32::MAX) => Err(wrong(name, value, "a number, 0 or more")),
+        _ => Err(wrong(
+            name,
+            value,
+            &format!("a number from {low} to {high}"),
+        )),
     }
 }
 
@@ -130,6 +183,7 @@ mod tests {
             stop: vec!["x".into()],
             ignore_eos: true,
             drex_threshold: Some(1.5),
+            ..Sampling::default()
         };
         assert_eq!(got.unwrap(), want);
         assert_eq!(Sampling::parse("{}").unwrap(), Sampling::default());

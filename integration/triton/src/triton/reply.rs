@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A request that is ours, and the one final flag that it gets.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::ptr::null_mut;
 
 use super::error::{Failure, check};
@@ -18,6 +18,22 @@ pub struct Reply {
     times: Times,
     finished: bool,
     success: bool,
+}
+
+/// A one-dimensional output.
+pub enum Tensor<'a> {
+    /// one string
+    Text(&'a str),
+    /// one UINT32
+    Count(u32),
+    /// INT32
+    Tokens(&'a [i32]),
+}
+
+/// A parameter of a response.
+pub enum Parameter {
+    Int(i64),
+    Text(CString),
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC.
@@ -58,6 +74,10 @@ impl Reply {
         self.times = times;
     }
 
+    pub fn times(&self) -> Times {
+        self.times
+    }
+
     /// Whether the client went away or asked to stop.
     pub fn is_cancelled(&self) -> bool {
         let mut cancelled = false;
@@ -73,10 +93,19 @@ impl Reply {
 
     /// Sends one string output; `last` makes it the final response. After that, nothing more can be sent.
     pub fn send_text(&mut self, output: &CStr, text: &str, last: bool) -> Result<(), Failure> {
+        self.send(&[(output, Tensor::Text(text))], &[], last)
+    }
+
+    /// Sends one response with these outputs and parameters; `last` makes it the final one.
+    pub fn send(
+        &mut self,
+        outputs: &[(&CStr, Tensor)],
+        parameters: &[(CString, Parameter)],
+        last: bool,
+    ) -> Result<(), Failure> {
         if self.finished {
             return Err(Failure::internal("a response after the final one"));
         }
-        let bytes = tensor::element(text)?;
         let mut response = null_mut();
         // SAFETY: the factory lives; the response is sent or deleted below, once.
         unsafe {
@@ -84,7 +113,7 @@ impl Reply {
                 &mut response,
                 self.factory,
             ))?;
-            if let Err(failure) = write(response, output, &bytes) {
+            if let Err(failure) = fill(response, outputs, parameters) {
                 // The write's failure says more than one of the deletion.
                 let _ = check(abi::TRITONBACKEND_ResponseDelete(response));
                 return Err(failure);
@@ -140,17 +169,54 @@ impl Reply {
 
 /// # Safety
 /// `response` is live.
-unsafe fn write(response: *mut abi::Response, name: &CStr, bytes: &[u8]) -> Result<(), Failure> {
+unsafe fn fill(
+    response: *mut abi::Response,
+    outputs: &[(&CStr, Tensor)],
+    parameters: &[(CString, Parameter)],
+) -> Result<(), Failure> {
+    // SAFETY: by the caller; Triton copies names and values.
+    unsafe {
+        for (name, tensor) in outputs {
+            write(response, name, tensor)?;
+        }
+        for (name, value) in parameters {
+            check(match value {
+                Parameter::Int(value) => {
+                    abi::TRITONBACKEND_ResponseSetIntParameter(response, name.as_ptr(), *value)
+                }
+                Parameter::Text(value) => abi::TRITONBACKEND_ResponseSetStringParameter(
+                    response,
+                    name.as_ptr(),
+                    value.as_ptr(),
+                ),
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// `response` is live.
+unsafe fn write(response: *mut abi::Response, name: &CStr, tensor: &Tensor) -> Result<(), Failure> {
+    let (datatype, elements, bytes) = match tensor {
+        Tensor::Text(text) => (abi::TYPE_BYTES, 1, tensor::element(text)?),
+        Tensor::Count(count) => (abi::TYPE_UINT32, 1, count.to_le_bytes().to_vec()),
+        Tensor::Tokens(tokens) => (
+            abi::TYPE_INT32,
+            tokens.len() as i64,
+            tokens.iter().flat_map(|t| t.to_le_bytes()).collect(),
+        ),
+    };
     let (mut output, mut buffer) = (null_mut(), null_mut());
     let (mut kind, mut id) = (abi::MEMORY_CPU, 0);
-    let shape = [1i64];
+    let shape = [elements];
     // SAFETY: by the caller; the buffer has the size asked for.
     unsafe {
         check(abi::TRITONBACKEND_ResponseOutput(
             response,
             &mut output,
             name.as_ptr(),
-            abi::TYPE_BYTES,
+            datatype,
             shape.as_ptr(),
             1,
         ))?;
@@ -167,7 +233,9 @@ unsafe fn write(response: *mut abi::Response, name: &CStr, bytes: &[u8]) -> Resu
                 name.to_string_lossy()
             )));
         }
-        std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.cast(), bytes.len());
+        if !bytes.is_empty() {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.cast(), bytes.len());
+        }
     }
     Ok(())
 }
