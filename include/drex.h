@@ -47,49 +47,99 @@
  * later steps as *pending rows* (drex_row.back > 0), before their request's own
  * row: several rows of one sequence, causal among themselves.
  *
- *   drex_config config = DREX_CONFIG_INITIALIZER;
- *   const uint32_t ramps[1] = { 8 };
- *   drex_engine *engine = NULL;
- *   config.n_layers = 32;
- *   config.n_ramps = 1;
- *   config.ramp_layers = ramps;
- *   config.n_slots = config.max_requests = config.max_batch = 64;
- *   if (drex_create(&config, &engine) != DREX_OK) {
- *     fprintf(stderr, "%s\n", drex_last_error());
- *     return 1;
- *   }
- *   drex_bind_kv(engine, layers, 32);
+ * A whole loop with the default fill (a test compiles and runs it). Hosts with
+ * drafts, other fills or paged K/V add what chapter 6 and the calls say.
  *
- *   for (;;) {
- *     ... new requests: drex_request_add(), prompt, drex_request_ready() ...
+ *   #include <drex.h>
+ *   #include <stdio.h>
+ *
+ *   // The host's own: its model, its queue, its client.
+ *   #define LAYERS 16
+ *   #define BATCH 4
+ *   #define VOCAB 100
+ *   uint64_t host_now(void);  // ns of a monotonic clock
+ *   int host_wait(drex_engine *engine);  // new requests: drex_request_add(), their
+ *                                        // prompts, drex_request_ready(); 0: stop
+ *   void host_run(uint32_t layer_begin, uint32_t layer_end, const drex_row *rows,
+ *                 uint32_t n_rows, float logits[][VOCAB]);
+ *   uint32_t host_cell(const drex_row *row);  // KV cell of the row's token
+ *   int32_t host_sample(const float *logits);
+ *   void host_emit(drex_engine *engine, uint64_t request, int32_t token);
+ *                        // to the client; then drex_request_ready() or _remove()
+ *
+ *   static float logits[BATCH][VOCAB];
+ *
+ *   // One iteration. What it leaves undone, host_loop() takes back.
+ *   static drex_status iterate(drex_engine *engine, int *idle) {
  *     drex_plan_input input = DREX_PLAN_INPUT_INITIALIZER;
  *     drex_step step = DREX_STEP_INITIALIZER;
- *     input.now_ns = now();
- *     drex_plan(engine, &input, rows, 64, &step);
- *     if (step.n_rows == 0) { wait for work; continue; }
+ *     drex_completion completion = DREX_COMPLETION_INITIALIZER;
+ *     drex_row rows[BATCH];
+ *     drex_status status;
+ *     uint64_t begin = host_now();
+ *     uint32_t i;
  *
- *     run_layers(step.layer_begin, step.layer_end, rows, step.n_rows);
+ *     input.now_ns = begin;
+ *     status = drex_plan(engine, &input, rows, BATCH, &step);
+ *     *idle = status == DREX_OK && step.n_rows == 0;
+ *     if (status != DREX_OK || *idle) return status;
+ *
+ *     host_run(step.layer_begin, step.layer_end, rows, step.n_rows, logits);
  *
  *     if (step.ramp != DREX_NO_RAMP) {
- *       drex_logits logits = DREX_LOGITS_INITIALIZER;
- *       logits.data = ramp_logits;
- *       logits.row_stride_bytes = n_vocab * sizeof(float);
- *       logits.n_rows = step.n_rows;
- *       logits.n_vocab = n_vocab;
- *       drex_ramp(engine, &logits, cells, verdicts, 64);
- *       ... emit verdicts[i].token where verdicts[i].decision is EXIT ...
- *       drex_fill(engine);
- *     } else {
- *       ... sample and emit every row ...
+ *       drex_logits scored = DREX_LOGITS_INITIALIZER;
+ *       drex_verdict verdicts[BATCH];
+ *       uint32_t cells[BATCH];
+ *       for (i = 0; i < step.n_rows; i++) cells[i] = host_cell(&rows[i]);
+ *       scored.data = logits;
+ *       scored.row_stride_bytes = sizeof logits[0];
+ *       scored.n_rows = step.n_rows;
+ *       scored.n_vocab = VOCAB;
+ *       status = drex_ramp(engine, &scored, cells, verdicts, BATCH);
+ *       if (status != DREX_OK) return status;
+ *       status = drex_fill(engine);
+ *       if (status != DREX_OK) return status;
+ *       for (i = 0; i < step.n_rows; i++) {
+ *         if (verdicts[i].decision == DREX_DECISION_EXIT) {
+ *           host_emit(engine, rows[i].request, verdicts[i].token);
+ *         }
+ *       }
  *     }
- *     drex_completion completion = DREX_COMPLETION_INITIALIZER;
- *     completion.now_ns = now();
- *     completion.duration_ns = time_of_the_window;
- *     drex_complete(engine, &completion);
- *     ... drex_request_ready() for each request that goes on ...
+ *     completion.now_ns = host_now();
+ *     completion.duration_ns = completion.now_ns - begin;
+ *     status = drex_complete(engine, &completion);
+ *     if (status == DREX_OK && step.ramp == DREX_NO_RAMP) {
+ *       for (i = 0; i < step.n_rows; i++) {
+ *         host_emit(engine, rows[i].request, host_sample(logits[i]));
+ *       }
+ *     }
+ *     return status;
  *   }
  *
- *   drex_destroy(engine);
+ *   int host_loop(const drex_kv_layer *kv) {
+ *     const uint32_t ramps[1] = { 8 };
+ *     drex_config config = DREX_CONFIG_INITIALIZER;
+ *     drex_engine *engine = NULL;
+ *     drex_status status;
+ *     int idle = 1;
+ *
+ *     config.n_layers = LAYERS;
+ *     config.n_ramps = 1;
+ *     config.ramp_layers = ramps;
+ *     config.n_slots = config.max_requests = config.max_batch = BATCH;
+ *     status = drex_create(&config, &engine);
+ *     if (status == DREX_OK) status = drex_bind_kv(engine, kv, LAYERS);
+ *     while (status == DREX_OK && (!idle || host_wait(engine))) {
+ *       status = iterate(engine, &idle);
+ *     }
+ *     if (status != DREX_OK) {
+ *       fprintf(stderr, "%s\n", drex_last_error());
+ *       // A host that goes on calls drex_abandon(engine) here: the rows of a
+ *       // step that was not completed go back to where they were.
+ *     }
+ *     drex_destroy(engine);
+ *     return status == DREX_OK ? 0 : 1;
+ *   }
  *
  * If a window fails, call drex_abandon() instead of what is left of the step.
  * The same calls with the same arguments always give the same results.
@@ -103,9 +153,9 @@
  * Functions that take no engine may be called from any thread at any time. Each
  * thread has its own drex_last_error().
  *
- * No call waits for anything. drex_request_ready(), drex_plan(), drex_ramp(),
+ * No call waits for anything, but for drex_ramp() on a CUDA device. drex_request_ready(), drex_plan(), drex_ramp(),
  * drex_fill(), drex_complete() and drex_abandon() allocate nothing, take no lock
- * and make no system call. No call starts a thread, opens a file, installs a
+ * and make no system call (those of a CUDA driver excepted). No call starts a thread, opens a file, installs a
  * signal handler or prints. No panic and no exception leaves a call.
  *
  *
@@ -120,17 +170,39 @@
  *           beyond what the library knows must be 0, else a newer program relies
  *           on something that this library lacks: DREX_ERROR_STRUCT_SIZE too.
  *   output  The caller sets size; the library writes no more than that, and not
- *           the size itself. A size below the first version's is an error.
+ *           the size itself. A size below the first version's is an error. What
+ *           lies beyond what the library knows is left as it was, which is 0
+ *           after the INITIALIZER.
  *   arrays  of such structs: the size of the first element is the distance from
  *           one to the next.
+ *
+ * drex_row, drex_verdict and drex_page_copy have no size and never grow.
+ *
+ * A program may compare drex_abi_version() with DREX_ABI_VERSION at its start;
+ * drex_create() does so by itself.
  *
  *
  * 5. CONVENTIONS
  *
- * Times are in nanoseconds, sizes and strides in bytes, layers count from 0 and
- * windows are half open. Pointers may not be NULL unless it says so. What is
- * passed in stays the caller's and is not kept beyond the call, but for the
- * tensors bound by drex_bind_kv(). Pointers to static text are the library's.
+ * What holds where an item does not say otherwise:
+ *
+ *   units    Times are in nanoseconds, sizes and strides in bytes, layers count
+ *            from 0 and windows are half open.
+ *   arrays   [n] before a text: what the pointer points to has n elements.
+ *   NULL     No pointer may be NULL: DREX_ERROR_NULL_ARGUMENT.
+ *   owner    What is passed in stays the caller's, is not changed where it is
+ *            const, and is not kept beyond the call; the tensors bound by
+ *            drex_bind_kv() are the one exception. Handles are the caller's to
+ *            destroy. Returned texts are the library's and static.
+ *   outputs  Written last, and only when the call returns DREX_OK.
+ *   errors   Every call on a handle can also return DREX_ERROR_NULL_ARGUMENT,
+ *            DREX_ERROR_INVALID_HANDLE, DREX_ERROR_HANDLE_BUSY and
+ *            DREX_ERROR_PANIC. "Errors:" names the others, without DREX_ERROR_.
+ *   threads  Chapter 3.
+ *   since    Items say in which version they came, constants where they are
+ *            younger than the type or the items that they belong to, fields
+ *            where they are younger than their struct. DREX_VERSION_* is the
+ *            header's version, drex_version() the library's.
  *
  *
  * 6. PAGED K/V
@@ -153,6 +225,46 @@
  *             drex_pages_fork() where another one shares its beginning.
  *
  * These calls need no engine, and none of them but drex_pages_create() allocates.
+ *
+ *
+ * 7. CUDA
+ *
+ * With DREX_DEVICE_CUDA, logits, K/V and arena rows are pointers of a CUDA
+ * device. libcuda is looked for when such an engine is made; nothing else of
+ * drex needs it. The engine works in the CUDA context that is current when it is
+ * made. Later calls may come from any thread: one that needs another context
+ * than the current one pushes it, and pops it before it returns. The context
+ * must outlive the engine. Scratch memory (some 1 kB a row for 128k logits) is
+ * allocated in drex_create() and drex_bind_kv(), not later.
+ *
+ *   ramp      One launch that reads the logits once, a copy of 20 bytes a row to
+ *             pinned memory, and a wait for the stream: the only wait there is.
+ *             drex_ramp_enqueue() splits off the wait.
+ *   fill      One launch on the stream of the ramp's logits, not waited for.
+ *   streams   Work is enqueued on the streams that the host names, and is in
+ *             order with what the host enqueues there. The legacy default stream
+ *             is not ordered with non-blocking ones.
+ *
+ * Graphs. drex_ramp_enqueue(), drex_fill_enqueue(), drex_gather() and
+ * drex_scatter() may be called while the host captures a stream. What changes
+ * from step to step is read, when the graph runs, from memory that the following
+ * calls write; so a graph is captured once for each number of rows (ramp) or once
+ * (the others), and then, in each step:
+ *
+ *   drex_plan()       names the arena rows for gather and scatter
+ *   launch            window, gather, scatter, ramp
+ *   drex_ramp()       with logits.enqueued = 1: waits, and decides
+ *   drex_fill_plan()  names the holes
+ *   launch            fill, on the same stream
+ *   drex_complete()
+ *
+ * The logits' address, row length and n_top are those of the capture. A launched
+ * graph must have ended before the next call that writes what it reads; on one
+ * stream, with drex_ramp() between, it has.
+ *
+ * An error of the driver is DREX_ERROR_DEVICE, with its name and text in
+ * drex_last_error(). After one that CUDA calls sticky, such as an illegal
+ * address, the context is lost, and the engine can only be destroyed.
  */
 
 #ifndef DREX_H
@@ -162,7 +274,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Initializers, for instance: drex_config config = DREX_CONFIG_INITIALIZER;
+/* The version of this header. Since 0.1. */
+#define DREX_VERSION_MAJOR 0
+#define DREX_VERSION_MINOR 1
+#define DREX_VERSION_PATCH 0
+
+/* Initializers, since 0.1, for instance: drex_config config = DREX_CONFIG_INITIALIZER;
  *
  * Each sets the struct's size and the defaults named here; all else is 0. */
 
@@ -171,8 +288,9 @@
 #define DREX_CONFIG_INITIALIZER                                              \
   { sizeof(drex_config), DREX_ABI_VERSION, 0, 0, NULL, 0, 0, 0,              \
     DREX_POLICY_AUTO, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
-    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0 }
+    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0, 0, 0 }
 
+/* n_cells, and the fields of K, V or both, must be set. */
 #define DREX_KV_LAYER_INITIALIZER                                            \
   { sizeof(drex_kv_layer), 0, NULL, NULL, 0, 0, 0, 0, 0, 0 }
 
@@ -184,18 +302,26 @@
 #define DREX_REQUEST_INFO_INITIALIZER                                        \
   { sizeof(drex_request_info), 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0 }
 
+/* now_ns must be set. */
 #define DREX_PLAN_INPUT_INITIALIZER                                          \
   { sizeof(drex_plan_input), 0, 0 }
 
+/* Of an output: nothing must be set, here and in the two _INFO and _STATS ones. */
 #define DREX_STEP_INITIALIZER                                                \
   { sizeof(drex_step), 0, 0, 0, DREX_NO_RAMP, DREX_FLUSH_NONE }
 
+/* dtype F32. data, row_stride_bytes, n_rows and n_vocab must be set. */
 #define DREX_LOGITS_INITIALIZER                                              \
-  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL }
+  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL, 0, 0 }
 
+#define DREX_ARENA_INITIALIZER                                               \
+  { sizeof(drex_arena), 0, NULL, NULL, 0, 0, 0, NULL }
+
+/* now_ns must be set. */
 #define DREX_COMPLETION_INITIALIZER                                          \
   { sizeof(drex_completion), 0, 0, 0, 0 }
 
+/* n_rows, the layers and duration_ns must be set. */
 #define DREX_OBSERVATION_INITIALIZER                                         \
   { sizeof(drex_observation), 0, 0, 0, 0, 0 }
 
@@ -216,30 +342,42 @@
 #define DREX_ABI_VERSION 1
 
 // Most exit ramps that a model may have.
+// Since 0.1.
 #define DREX_MAX_RAMPS 16
 
 // In place of a ramp's index: none.
+// Since 0.1.
 #define DREX_NO_RAMP UINT32_MAX
 
+// Most of the greatest logits of a row that a ramp lists.
+// Since 0.1.
+#define DREX_MAX_TOP 64
+
 // In place of an arena row: none.
+// Since 0.1.
 #define DREX_NO_SLOT UINT32_MAX
 
 // Length of drex_stats.wait_us_buckets.
+// Since 0.1.
 #define DREX_WAIT_BUCKETS 32
 
 // How many reasons there are.
+// Since 0.1.
 #define DREX_MISS_REASONS 4
 
 // A block table entry without a page.
+// Since 0.1.
 #define DREX_NO_PAGE UINT32_MAX
 
 // One engine: the scheduler of one model instance. Opaque, and not an
 // address: never read through it. Made by drex_create(), ended by
 // drex_destroy(). A destroyed handle gives DREX_ERROR_INVALID_HANDLE.
+// Since 0.1.
 typedef struct drex_engine drex_engine;
 
 // Accounts for a pool of K/V pages. One thread at a time may be inside a call
 // on one of these.
+// Since 0.1.
 typedef struct drex_pages drex_pages;
 
 // How a call went: DREX_OK (0) or one of DREX_ERROR_*. The numbers never
@@ -247,6 +385,7 @@ typedef struct drex_pages drex_pages;
 // but 0 as a failure. A call that fails changes nothing and writes none of
 // its outputs, and leaves a text that names the function, the field and the
 // value: see drex_last_error().
+// Since 0.1.
 typedef int32_t drex_status;
 
 // Done.
@@ -287,6 +426,7 @@ typedef int32_t drex_status;
 // An *involuntary exit* is a row made to exit below its threshold; only
 // EAGER, MEDIAN and MEAN do that. An *involuntary stay* is a confident row
 // that goes on with its batch. Both are counted, and marked in the verdict.
+// Since 0.1.
 typedef uint32_t drex_policy;
 
 // Full passes only; no ramp is ever reached.
@@ -327,6 +467,7 @@ typedef uint32_t drex_policy;
 
 // How sure a row is, from its raw logits (before temperature, penalties and
 // grammar), in [0, 1]: DREX_METRIC_*.
+// Since 0.1.
 typedef uint32_t drex_metric;
 
 // p(top 1) - p(top 2)
@@ -340,6 +481,7 @@ typedef uint32_t drex_metric;
 
 // How the K/V entries of the layers that an exited token skipped (its
 // *hole*) are filled: DREX_FILL_*. Requests of one batch may differ.
+// Since 0.1.
 typedef uint32_t drex_fill_mode;
 
 // State-copy: K and V of the last computed layer at the token's cell are
@@ -363,14 +505,18 @@ typedef uint32_t drex_fill_mode;
 // In a request: the engine's mode.
 #define DREX_FILL_DEFAULT UINT32_MAX
 
-// Where logits and K/V lie: DREX_DEVICE_*. 1 is reserved for CUDA and gives
-// DREX_ERROR_UNSUPPORTED.
+// Where logits, arena rows and K/V lie: DREX_DEVICE_*.
+// Since 0.1.
 typedef uint32_t drex_device;
 
 // Memory that the calling thread can read and write.
 #define DREX_DEVICE_HOST 0
+// Memory of a CUDA device. drex_create() needs a current CUDA context on its
+// thread, and the engine works in that one: see chapter 7.
+#define DREX_DEVICE_CUDA 1
 
 // What an engine is made from. Everything is copied; no pointer is kept.
+// Since 0.1.
 typedef struct drex_config {
   // sizeof(drex_config)
   uint32_t size;
@@ -426,6 +572,12 @@ typedef struct drex_config {
   // so many, its next row goes deep even if it is confident (an involuntary
   // stay). They and that row must fit into max_batch, which cuts it.
   uint32_t max_pending;
+  // CUDA: most logits of a row, which scratch memory is made for; 0:
+  // 524288. On the host, rows may have any length.
+  uint32_t n_vocab;
+  // Most of the greatest logits that a ramp is asked to list, see
+  // drex_top_get(); 0..DREX_MAX_TOP.
+  uint32_t n_top;
 } drex_config;
 
 // The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -436,6 +588,7 @@ typedef struct drex_config {
 // layout*) or *transposed*: element j of cell c is v_elem_bytes bytes at
 // v + j * v_elem_stride + c * v_elem_bytes. A side with 0 row bytes does not
 // exist, and its pointer may be NULL.
+// Since 0.1.
 typedef struct drex_kv_layer {
   // sizeof(drex_kv_layer)
   uint32_t size;
@@ -461,6 +614,7 @@ typedef struct drex_kv_layer {
 } drex_kv_layer;
 
 // What a request is made from.
+// Since 0.1.
 typedef struct drex_request_config {
   // sizeof(drex_request_config)
   uint32_t size;
@@ -489,6 +643,7 @@ typedef struct drex_request_config {
 } drex_request_config;
 
 // What a request is doing: DREX_REQUEST_*.
+// Since 0.1.
 typedef uint32_t drex_request_state;
 
 // It has no token to run: its prompt is being processed, or the host is
@@ -502,6 +657,7 @@ typedef uint32_t drex_request_state;
 #define DREX_REQUEST_HELD 3
 
 // What is known of a request.
+// Since 0.1.
 typedef struct drex_request_info {
   // sizeof(drex_request_info), set by the caller
   uint32_t size;
@@ -528,6 +684,7 @@ typedef struct drex_request_info {
 } drex_request_info;
 
 // What drex_plan() is told.
+// Since 0.1.
 typedef struct drex_plan_input {
   // sizeof(drex_plan_input)
   uint32_t size;
@@ -539,6 +696,7 @@ typedef struct drex_plan_input {
 } drex_plan_input;
 
 // A row of the planned step.
+// Since 0.1.
 typedef struct drex_row {
   // The request's id.
   uint64_t request;
@@ -553,6 +711,7 @@ typedef struct drex_row {
 } drex_row;
 
 // Why a step runs: DREX_FLUSH_*.
+// Since 0.1.
 typedef uint32_t drex_flush_reason;
 
 // How many reasons there are.
@@ -571,6 +730,7 @@ typedef uint32_t drex_flush_reason;
 #define DREX_FLUSH_STAY 5
 
 // What drex_plan() says: run layers [layer_begin, layer_end) over the rows.
+// Since 0.1.
 typedef struct drex_step {
   // sizeof(drex_step), set by the caller
   uint32_t size;
@@ -588,6 +748,7 @@ typedef struct drex_step {
 } drex_step;
 
 // The element type of logits: DREX_DTYPE_*, in the machine's byte order.
+// Since 0.1.
 typedef uint32_t drex_dtype;
 
 // IEEE binary32
@@ -598,12 +759,14 @@ typedef uint32_t drex_dtype;
 #define DREX_DTYPE_BF16 2
 
 // The logits at a ramp.
+// Since 0.1.
 typedef struct drex_logits {
   // sizeof(drex_logits)
   uint32_t size;
   drex_dtype dtype;
   // [n_rows, n_vocab]; row i, in the order of drex_plan()'s rows, begins
-  // at data + i * row_stride_bytes. Not NULL. Needs no alignment.
+  // at data + i * row_stride_bytes. Not NULL. On the host it needs no
+  // alignment, on a CUDA device that of its elements.
   const void *data;
   // Bytes from row to row, at least n_vocab elements.
   uint64_t row_stride_bytes;
@@ -611,11 +774,19 @@ typedef struct drex_logits {
   uint32_t n_rows;
   // Logits per row, at least 1, below 2^31.
   uint32_t n_vocab;
-  // The device stream on which the logits are made; NULL on the host.
+  // CUDA: the CUstream (or cudaStream_t) on which the logits are made, and
+  // on which drex works until the next ramp; NULL is the default stream.
+  // NULL on the host.
   void *stream;
+  // Greatest logits of each row to list, at most drex_config.n_top.
+  uint32_t n_top;
+  // 1: the logits were given to drex_ramp_enqueue() before, or a graph that
+  // captured it has been launched. Else 0.
+  uint32_t enqueued;
 } drex_logits;
 
 // What becomes of a row at a ramp: DREX_DECISION_*.
+// Since 0.1.
 typedef uint32_t drex_decision;
 
 // Emit the token from the ramp's logits; the row is done.
@@ -636,6 +807,7 @@ typedef uint32_t drex_decision;
 #define DREX_DECISION_DROP 7
 
 // What a ramp says about a row.
+// Since 0.1.
 typedef struct drex_verdict {
   drex_decision decision;
   // The greatest logit's index, the lowest on a tie; -1 where confidence
@@ -649,6 +821,7 @@ typedef struct drex_verdict {
 } drex_verdict;
 
 // What drex_complete() is told.
+// Since 0.1.
 typedef struct drex_completion {
   // sizeof(drex_completion)
   uint32_t size;
@@ -664,6 +837,7 @@ typedef struct drex_completion {
 } drex_completion;
 
 // A timing of a pass that drex did not plan: calibration, full passes.
+// Since 0.1.
 typedef struct drex_observation {
   // sizeof(drex_observation)
   uint32_t size;
@@ -679,6 +853,7 @@ typedef struct drex_observation {
 } drex_observation;
 
 // Totals since drex_create(), and some current values.
+// Since 0.1.
 typedef struct drex_stats {
   // sizeof(drex_stats), set by the caller
   uint32_t size;
@@ -751,7 +926,37 @@ typedef struct drex_stats {
   uint64_t rows_dropped;
 } drex_stats;
 
+// One of the greatest logits of a row.
+// Since 0.1.
+typedef struct drex_top {
+  float logit;
+  // Its index; -1 where the row has no more logits that are numbers.
+  int32_t token;
+} drex_top;
+
+// Rows of an arena, and rows of a dense batch: row i of the batch belongs to
+// row i of the planned step.
+// Since 0.1.
+typedef struct drex_arena {
+  // sizeof(drex_arena)
+  uint32_t size;
+  // 0
+  uint32_t reserved;
+  // Row s at arena + s * arena_stride_bytes. Not NULL.
+  void *arena;
+  // Row i at dense + i * dense_stride_bytes. Not NULL.
+  void *dense;
+  // At least row_bytes, like the next.
+  uint64_t arena_stride_bytes;
+  uint64_t dense_stride_bytes;
+  // At least 1, below 2^32.
+  uint64_t row_bytes;
+  // As drex_logits.stream.
+  void *stream;
+} drex_arena;
+
 // For drex_pages_create().
+// Since 0.1.
 typedef struct drex_pages_config {
   // sizeof(drex_pages_config)
   uint32_t size;
@@ -766,6 +971,7 @@ typedef struct drex_pages_config {
 
 // Cells [first_cell, first_cell + n_cells) of a page, K and V, to the same
 // cells of another.
+// Since 0.1.
 typedef struct drex_page_copy {
   uint32_t from;
   uint32_t to;
@@ -774,6 +980,7 @@ typedef struct drex_page_copy {
 } drex_page_copy;
 
 // For drex_pages_stats_get().
+// Since 0.1.
 typedef struct drex_pages_stats {
   // sizeof(drex_pages_stats), set by the caller
   uint32_t size;
@@ -791,20 +998,52 @@ typedef struct drex_pages_stats {
   uint64_t cells_aliased;
 } drex_pages_stats;
 
+// How much is logged: a level and all that are more urgent.
+// Since 0.1.
+typedef uint32_t drex_log_level;
+
+// Nothing.
+#define DREX_LOG_OFF 0
+// A device failed.
+#define DREX_LOG_ERROR 1
+// Refused calls, missed deadlines, logits that are not finite.
+#define DREX_LOG_WARN 2
+// Engines, and the rules that AUTO chooses.
+#define DREX_LOG_INFO 3
+// Requests.
+#define DREX_LOG_DEBUG 4
+// Every step.
+#define DREX_LOG_TRACE 5
+
+// Receives one event: its level and a line of UTF-8 without a line break, at
+// most 511 bytes, valid during the call. It runs on the thread and inside the
+// call that caused it, so a call on the same engine gets
+// DREX_ERROR_HANDLE_BUSY (DREX_ERROR_INVALID_HANDLE from the event of its
+// destruction). It must return: no exception, no longjmp.
+// Since 0.1.
+typedef void (*drex_log_callback)(void *user_data,
+                                  drex_log_level level,
+                                  const char *text);
+
 // Where most of the time went of a token that missed its deadline:
 // DREX_MISS_*.
+// Since 0.1.
 typedef uint32_t drex_miss_reason;
 
 // Between its last token and drex_request_ready(): in the host.
+// Since 0.1.
 #define DREX_MISS_HOST 0
 
 // Ready, while other rows ran: overload.
+// Since 0.1.
 #define DREX_MISS_QUEUE 1
 
 // Held in the rebatching buffer.
+// Since 0.1.
 #define DREX_MISS_HELD 2
 
 // In layer windows, its own or others' while it was to go on at once.
+// Since 0.1.
 #define DREX_MISS_RUN 3
 
 #ifdef __cplusplus
@@ -812,36 +1051,50 @@ extern "C" {
 #endif // __cplusplus
 
 // The library's version, such as "0.1.0". Static; never NULL.
+// Since 0.1.
 const char *drex_version(void);
 
 // The library's DREX_ABI_VERSION, to compare with the header's.
+// Since 0.1.
 uint32_t drex_abi_version(void);
 
 // A status by its name, such as "DREX_ERROR_CAPACITY"; "DREX_ERROR_UNKNOWN"
 // for a number that this version does not know. Static; never NULL.
+// Since 0.1.
 const char *drex_status_name(drex_status status);
+
+// What a status means in general, such as "another thread is inside a call on
+// this handle"; "unknown status" for a number that this version does not
+// know. drex_last_error() says what it was in particular. Static; never NULL.
+// Since 0.1.
+const char *drex_status_text(drex_status status);
 
 // The text of the last call that failed on the calling thread, in UTF-8,
 // such as "drex_create: threshold is NaN; expected a finite number >= 0".
 // Empty before the first; a call that succeeds leaves it alone. Valid until
 // the next failure on this thread, or the thread's end. Never NULL; not to
 // be freed.
+// Since 0.1.
 const char *drex_last_error(void);
 
 // A policy's name in lower case, such as "hold"; NULL when unknown. Static.
+// Since 0.1.
 const char *drex_policy_name(drex_policy policy);
 
 // A metric's name in lower case, such as "gap"; NULL when unknown. Static.
+// Since 0.1.
 const char *drex_metric_name(drex_metric metric);
 
 // The policy of a name, exactly as drex_policy_name() writes it.
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+// Since 0.1.
 drex_status drex_policy_from_name(const char *name, drex_policy *out);
 
 // The metric of a name, exactly as drex_metric_name() writes it.
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+// Since 0.1.
 drex_status drex_metric_from_name(const char *name, drex_metric *out);
 
 // Makes an engine. All its memory is allocated here: no call between
@@ -851,9 +1104,11 @@ drex_status drex_metric_from_name(const char *name, drex_metric *out);
 // out     receives the engine; the caller owns it and ends it with
 //         drex_destroy()
 //
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT;
-// UNSUPPORTED for a reserved device; CAPACITY when 256 engines
-// are alive in this process.
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; CAPACITY
+// when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
+// UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
+// current, and DEVICE.
+// Since 0.1.
 drex_status drex_create(const drex_config *config, drex_engine **out);
 
 // Ends an engine, in any state, and frees what it holds. The host's tensors
@@ -861,6 +1116,7 @@ drex_status drex_create(const drex_config *config, drex_engine **out);
 //
 // Errors: INVALID_HANDLE for one that is destroyed already; HANDLE_BUSY
 // while another thread is inside, and then the engine lives on.
+// Since 0.1.
 drex_status drex_destroy(drex_engine *engine);
 
 // Names the K/V cache that drex_fill() works on. Binding again replaces it.
@@ -879,6 +1135,7 @@ drex_status drex_destroy(drex_engine *engine);
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED, with
 // the layers named, where state-copy cannot work; CALL_ORDER while a step is
 // planned.
+// Since 0.1.
 drex_status drex_bind_kv(drex_engine *engine,
                          const drex_kv_layer *layers,
                          uint32_t n_layers);
@@ -889,6 +1146,7 @@ drex_status drex_bind_kv(drex_engine *engine,
 // Errors: NULL_ARGUMENT, STRUCT_SIZE; INVALID_ARGUMENT, also for a fill mode
 // that n_slots or max_batch leave no room for; DUPLICATE_REQUEST; CAPACITY
 // when max_requests are alive.
+// Since 0.1.
 drex_status drex_request_add(drex_engine *engine,
                              const drex_request_config *request);
 
@@ -902,6 +1160,7 @@ drex_status drex_request_add(drex_engine *engine,
 // A row that exited may be made ready again before drex_complete().
 //
 // Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE.
+// Since 0.1.
 drex_status drex_request_ready(drex_engine *engine,
                                uint64_t id,
                                uint32_t n_kv,
@@ -914,6 +1173,7 @@ drex_status drex_request_ready(drex_engine *engine,
 // The hole of a row that exited and was not filled yet is not filled.
 //
 // Errors: UNKNOWN_REQUEST.
+// Since 0.1.
 drex_status drex_request_remove(drex_engine *engine, uint64_t id);
 
 // What is known of a request.
@@ -921,6 +1181,7 @@ drex_status drex_request_remove(drex_engine *engine, uint64_t id);
 // out  its size is set by the caller
 //
 // Errors: UNKNOWN_REQUEST, NULL_ARGUMENT, STRUCT_SIZE.
+// Since 0.1.
 drex_status drex_request_get(const drex_engine *engine,
                              uint64_t id,
                              drex_request_info *out);
@@ -951,6 +1212,7 @@ drex_status drex_request_get(const drex_engine *engine,
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0;
 // CALL_ORDER while a step is planned.
+// Since 0.1.
 drex_status drex_plan(drex_engine *engine,
                       const drex_plan_input *input,
                       drex_row *rows,
@@ -958,8 +1220,8 @@ drex_status drex_plan(drex_engine *engine,
                       drex_step *out);
 
 // At the end of a window that ends at a ramp: scores every row's logits and
-// decides what becomes of it. The logits must be complete and stay unchanged
-// during the call. A row's confidence and token depend on nothing but its
+// decides what becomes of it. The logits must be complete, or on a CUDA device
+// enqueued on their stream, and stay unchanged during the call. A row's confidence and token depend on nothing but its
 // own logits.
 //
 // logits    the window's logits
@@ -974,6 +1236,7 @@ drex_status drex_plan(drex_engine *engine,
 // CALL_ORDER when no step is planned, when it ends at the last layer, when
 // it had its verdicts, or when cells are missing. After a failure, the call
 // may be made again.
+// Since 0.1.
 drex_status drex_ramp(drex_engine *engine,
                       const drex_logits *logits,
                       const uint32_t *cells,
@@ -986,8 +1249,12 @@ drex_status drex_ramp(drex_engine *engine,
 // layers from layer_end on. Does nothing when none exited, or when done
 // already. Nothing else may touch these cells during the call.
 //
+// On a CUDA device it is enqueued on the stream of that ramp's logits, in one
+// launch, and not waited for.
+//
 // Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
 // called since the last plan; DEVICE.
+// Since 0.1.
 drex_status drex_fill(drex_engine *engine);
 
 // At the end of a window that ends at n_layers and has drafts: says which of
@@ -1017,6 +1284,7 @@ drex_status drex_fill(drex_engine *engine);
 //
 // Errors: NULL_ARGUMENT, INVALID_ARGUMENT, CAPACITY; CALL_ORDER when no step is
 // planned, when it ends at a ramp, or when it is verified already.
+// Since 0.1.
 drex_status drex_verify(drex_engine *engine,
                         const uint8_t *agrees,
                         uint32_t n_rows,
@@ -1033,6 +1301,7 @@ drex_status drex_verify(drex_engine *engine,
 //
 // Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE, or when a row of it
 // is in a step that is not complete.
+// Since 0.1.
 drex_status drex_request_settle(drex_engine *engine,
                                 uint64_t id,
                                 uint64_t now_ns,
@@ -1053,6 +1322,7 @@ drex_status drex_request_settle(drex_engine *engine,
 // token        receives the token
 //
 // Takes no engine. Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
+// Since 0.1.
 drex_status drex_speculate(const float *deep,
                            const float *draft,
                            uint32_t n_vocab,
@@ -1069,6 +1339,7 @@ drex_status drex_speculate(const float *deep,
 // step is planned, when its ramp was not called, when it has drafts and
 // drex_verify() was not called, or when K/V is bound, rows exited with
 // DREX_FILL_COPY and drex_fill() was not called.
+// Since 0.1.
 drex_status drex_complete(drex_engine *engine,
                           const drex_completion *completion);
 
@@ -1078,11 +1349,13 @@ drex_status drex_complete(drex_engine *engine,
 // their holes stay open unless drex_fill() was called.
 //
 // Errors: CALL_ORDER when no step is planned.
+// Since 0.1.
 drex_status drex_abandon(drex_engine *engine);
 
 // Tells the cost model of a pass that drex did not plan, at any time.
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT.
+// Since 0.1.
 drex_status drex_observe(drex_engine *engine,
                          const drex_observation *observation);
 
@@ -1097,6 +1370,7 @@ drex_status drex_observe(drex_engine *engine,
 //              be NULL
 //
 // Allowed between any two calls. Does nothing under other policies.
+// Since 0.1.
 drex_status drex_replan(drex_engine *engine,
                         uint32_t max_windows,
                         uint32_t *done);
@@ -1111,6 +1385,7 @@ drex_status drex_replan(drex_engine *engine,
 //
 // Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
 // not fit and capacity is not 0; CALL_ORDER before anything is known.
+// Since 0.1.
 drex_status drex_profile_save(const drex_engine *engine,
                               char *text,
                               size_t capacity,
@@ -1123,6 +1398,7 @@ drex_status drex_profile_save(const drex_engine *engine,
 //       layers and ramps
 //
 // Allocates. Errors: NULL_ARGUMENT; INVALID_ARGUMENT with the field named.
+// Since 0.1.
 drex_status drex_profile_load(drex_engine *engine, const char *text);
 
 // A snapshot of the engine's totals. Cheap enough for every step.
@@ -1130,7 +1406,74 @@ drex_status drex_profile_load(drex_engine *engine, const char *text);
 // out  its size is set by the caller
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE.
+// Since 0.1.
 drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
+
+// CUDA: starts what drex_ramp() waits for, on the logits' stream, and returns
+// at once. Say drex_ramp() with the same logits and enqueued = 1 later; what
+// is between them, such as drex_replan(), runs beside the device. May be
+// captured into a graph, see chapter 7; if that was not launched, no row has a
+// confidence and none leaves.
+//
+// logits  as for drex_ramp(); n_rows may be any number up to the rows of the
+//         largest step. They must stay as they are until drex_ramp() returns.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY; DEVICE;
+// UNSUPPORTED on the host.
+// Since 0.1.
+drex_status drex_ramp_enqueue(drex_engine *engine,
+                              const drex_logits *logits);
+
+// The greatest logits of a row, the greatest first and the lower index before
+// an equal one: candidates for hosts that sample, without the whole row. From
+// the last drex_ramp(), whose logits had n_top > 0, until the next plan.
+//
+// row       of the planned step, from 0
+// top       [capacity] receives them
+// capacity  at most
+// n         receives how many: the lesser of capacity and n_top, or 0 for a
+//           row without a verdict of its own (GONE, PENDING)
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CALL_ORDER without such a ramp.
+// Since 0.1.
+drex_status drex_top_get(const drex_engine *engine,
+                         uint32_t row,
+                         drex_top *top,
+                         uint32_t capacity,
+                         uint32_t *n);
+
+// Gathers the planned step's hidden rows: arena row rows[i].slot to row i of
+// a dense batch, for hosts whose engine has no gather by index. On a CUDA
+// device in one launch on arena->stream; may be captured.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
+// step is planned; DEVICE.
+// Since 0.1.
+drex_status drex_gather(drex_engine *engine, const drex_arena *arena);
+
+// The way back: row i of the dense batch to arena row rows[i].slot.
+//
+// Errors: as drex_gather().
+// Since 0.1.
+drex_status drex_scatter(drex_engine *engine, const drex_arena *arena);
+
+// CUDA: enqueues, for a graph capture, the fill of the holes that
+// drex_fill_plan() names last before the graph is launched. See chapter 7.
+//
+// stream  the CUstream that is being captured
+//
+// Errors: CALL_ORDER when no K/V is bound; DEVICE; UNSUPPORTED on the host.
+// Since 0.1.
+drex_status drex_fill_enqueue(drex_engine *engine, void *stream);
+
+// CUDA: in place of drex_fill(), for a host that will launch a graph which
+// captured drex_fill_enqueue(): names the holes, and launches nothing. The
+// graph must be launched before drex_complete(), on the stream of the last
+// ramp's logits or ordered behind it.
+//
+// Errors: as drex_fill(); UNSUPPORTED on the host.
+// Since 0.1.
+drex_status drex_fill_plan(drex_engine *engine);
 
 // Accounts for a pool of K/V pages, see chapter 6.
 //
@@ -1139,12 +1482,14 @@ drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
 //
 // Allocates 8 bytes a page; nothing else here does. Errors: NULL_ARGUMENT,
 // STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY for more than 256 pools.
+// Since 0.1.
 drex_status drex_pages_create(const drex_pages_config *config,
                               drex_pages **out);
 
 // NULL is ignored. Block tables stay the host's.
 //
 // Errors: INVALID_HANDLE, HANDLE_BUSY.
+// Since 0.1.
 drex_status drex_pages_destroy(drex_pages *pages);
 
 // Before layers [layer_begin, layer_end) write the cell of the token at `pos`:
@@ -1161,6 +1506,7 @@ drex_status drex_pages_destroy(drex_pages *pages);
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CAPACITY when no page is free or
 // `copies` is too short. Nothing has changed then.
+// Since 0.1.
 drex_status drex_pages_write(drex_pages *pages,
                              uint32_t *table,
                              uint32_t n_blocks,
@@ -1180,6 +1526,7 @@ drex_status drex_pages_write(drex_pages *pages,
 // max_copies  2 * n_layers is always enough
 //
 // The rest is as for drex_pages_write().
+// Since 0.1.
 drex_status drex_pages_exit(drex_pages *pages,
                             uint32_t *table,
                             uint32_t n_blocks,
@@ -1194,6 +1541,7 @@ drex_status drex_pages_exit(drex_pages *pages,
 // Whoever writes into a shared page first gets one of its own.
 //
 // Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
+// Since 0.1.
 drex_status drex_pages_fork(drex_pages *pages,
                             const uint32_t *table,
                             uint32_t n_blocks,
@@ -1204,6 +1552,7 @@ drex_status drex_pages_fork(drex_pages *pages,
 // entries become DREX_NO_PAGE.
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT, also for a page that is free.
+// Since 0.1.
 drex_status drex_pages_release(drex_pages *pages,
                                uint32_t *table,
                                uint32_t n_blocks,
@@ -1215,8 +1564,56 @@ drex_status drex_pages_release(drex_pages *pages,
 // out  its size is set by the caller
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE.
+// Since 0.1.
 drex_status drex_pages_stats_get(const drex_pages *pages,
                                  drex_pages_stats *out);
+
+// Sends an engine's events to a callback, and says its configuration at level
+// INFO. Events of other engines do not go there.
+//
+// callback   NULL: none from now on
+// user_data  handed to the callback; kept until the engine ends or another
+//            call of this function; may be NULL
+// level      DREX_LOG_*
+//
+// Errors: INVALID_ARGUMENT for an unknown level.
+// Since 0.1.
+drex_status drex_log_set(drex_engine *engine,
+                         drex_log_callback callback,
+                         void *user_data,
+                         drex_log_level level);
+
+// Counters, queues, held rows with their ages, and the scheduler's estimates
+// as a JSON object. What is not known is null.
+//
+// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
+//           to ask for the length
+// capacity  bytes at text
+// length    receives the text's bytes without the 0 byte
+//
+// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
+// not fit and capacity is not 0, with what is needed in the error's text.
+// Since 0.1.
+drex_status drex_snapshot(const drex_engine *engine,
+                          char *text,
+                          size_t capacity,
+                          size_t *length);
+
+// Counters, gauges and histograms in Prometheus' text format 0.0.4.
+//
+// labels    put on every sample, as name="value" separated by commas, with
+//           values escaped as that format says; NULL or empty: none. Not
+//           ramp, reason, cause or le.
+// text, capacity, length  as for drex_snapshot()
+//
+// Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
+// drex_snapshot().
+// Since 0.1.
+drex_status drex_metrics_text(const drex_engine *engine,
+                              const char *labels,
+                              char *text,
+                              size_t capacity,
+                              size_t *length);
 
 #ifdef __cplusplus
 }  // extern "C"

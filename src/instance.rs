@@ -3,16 +3,31 @@
 //! One engine with its device and the host's tensors: what a handle stands
 //! for.
 
+use std::ffi::c_void;
+
 use crate::core::config::Config;
 use crate::core::engine::{Engine, Step, StepRow};
 use crate::core::error::{Error, Result};
 use crate::core::metric::{Metric, Score};
+use crate::device::cuda::Cuda;
 use crate::device::host::Host;
 use crate::device::kv::{Kv, Layer};
-use crate::device::{Device, Hole, Logits};
+use crate::device::{Arena, Device, Hole, Limits, Logits, Top};
+use crate::observe::Watch;
+
+/// Where the host's tensors lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    Host,
+    Cuda,
+}
 
 pub struct Instance {
     pub engine: Engine,
+    pub watch: Watch,
+    limits: Limits,
+    /// Of the last ramp.
+    n_top: usize,
     device: Box<dyn Device>,
     kv: Option<Kv>,
     metrics: Vec<Option<Metric>>,
@@ -23,13 +38,41 @@ pub struct Instance {
     filled: bool,
 }
 
+/// Who starts the device's work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Launch {
+    /// This call.
+    Now,
+    /// The host, by replaying a graph.
+    Replay,
+}
+
+const UNBOUND: Error = Error::CallOrder("no K/V is bound; expected drex_bind_kv first");
+
 impl Instance {
+    /// On the host, where a step's rows are all that limits it.
     pub fn new(config: Config) -> Result<Self> {
+        Instance::on(Place::Host, config, Limits::default())
+    }
+
+    /// `limits.rows` is the engine's own.
+    pub fn on(place: Place, config: Config, limits: Limits) -> Result<Self> {
         let engine = Engine::new(config)?;
         let batch = engine.config().pass_rows();
+        let limits = Limits {
+            rows: batch,
+            ..limits
+        };
+        let device: Box<dyn Device> = match place {
+            Place::Host => Box::new(Host::new(limits)),
+            Place::Cuda => Box::new(Cuda::new(limits)?),
+        };
         Ok(Instance {
             engine,
-            device: Box::new(Host::new()),
+            limits,
+            watch: Watch::default(),
+            n_top: 0,
+            device,
             kv: None,
             metrics: Vec::with_capacity(batch),
             scores: Vec::with_capacity(batch),
@@ -48,7 +91,7 @@ impl Instance {
         }
         let config = self.engine.config();
         let first = config.ramp_layers[0] as usize - 1;
-        self.kv = match layers {
+        let kv = match layers {
             None => None,
             Some(layers) if layers.len() != config.n_layers as usize => {
                 return Err(Error::Conflict {
@@ -62,6 +105,8 @@ impl Instance {
             }
             Some(layers) => Some(Kv::new(layers, first)?),
         };
+        self.device.bind(kv.as_ref())?;
+        self.kv = kv;
         Ok(())
     }
 
@@ -71,7 +116,94 @@ impl Instance {
 
     pub fn plan(&mut self, now_ns: u64, capacity: usize) -> Result<Option<Step>> {
         self.filled = false;
-        self.engine.plan(now_ns, capacity)
+        self.n_top = 0;
+        let step = self.engine.plan(now_ns, capacity)?;
+        if step.is_some() {
+            let rows = self.engine.step_rows();
+            let planned = self.device.plan_rows(&mut rows.iter().map(|r| r.slot));
+            if let Err(e) = planned {
+                self.engine.abandon()?;
+                return Err(e);
+            }
+        }
+        if self.watch.on() {
+            self.watch.planned(&self.engine);
+        }
+        Ok(step)
+    }
+
+    /// # Safety
+    /// The logits may be read until they were scored.
+    pub unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize) -> Result<()> {
+        self.check_top(logits)?;
+        if n_rows > self.limits.rows {
+            return Err(Error::Capacity {
+                field: "logits.n_rows",
+                value: n_rows as u64,
+                need: self.limits.rows as u64,
+                why: "no step has more rows than that",
+            });
+        }
+        // SAFETY: by this function's contract. Whose rows they will be, and
+        // under what metric, is not known in a capture: nothing is left out.
+        unsafe { self.device.enqueue(logits, n_rows, true) }
+    }
+
+    fn check_top(&self, logits: &Logits) -> Result<()> {
+        if logits.n_top > self.limits.n_top as usize {
+            return Err(Error::Conflict {
+                field: "logits.n_top",
+                index: None,
+                value: logits.n_top as u64,
+                other: "n_top of drex_config",
+                other_value: self.limits.n_top.into(),
+                why: "memory for the lists is made with the engine",
+            });
+        }
+        Ok(())
+    }
+
+    /// The greatest logits of a row of the last ramp; how many there are.
+    pub fn top(&self, row: usize, out: &mut [Top]) -> Result<usize> {
+        if self.n_top == 0 || !self.engine.ramped() {
+            return Err(Error::CallOrder(
+                "no ramp has listed logits since the last plan; expected drex_ramp with n_top",
+            ));
+        }
+        let rows = self.engine.step_rows();
+        if row >= rows.len() {
+            return Err(Error::Conflict {
+                field: "row",
+                index: None,
+                value: row as u64,
+                other: "the planned step's n_rows",
+                other_value: rows.len() as u64,
+                why: "rows count from 0",
+            });
+        }
+        let n = if rows[row].gone || rows[row].back > 0 {
+            0
+        } else {
+            self.n_top.min(out.len())
+        };
+        self.device.top(row, self.n_top, &mut out[..n]);
+        Ok(n)
+    }
+
+    /// # Safety
+    /// The rows may be read and written, and do not overlap.
+    pub unsafe fn copy_rows(&mut self, arena: &Arena, to_arena: bool) -> Result<()> {
+        if self.engine.step().is_none() {
+            return Err(Error::CallOrder(
+                "no step is planned; expected drex_plan first",
+            ));
+        }
+        let rows = self.engine.step_rows();
+        // SAFETY: by this function's contract.
+        unsafe {
+            self.device
+                .copy_rows(arena, to_arena, &mut rows.iter().map(|r| r.slot))
+        }
     }
 
     /// # Safety
@@ -109,18 +241,35 @@ impl Instance {
             self.metrics.push(metric);
             self.scores.push(Score::NONE);
         }
+        self.check_top(logits)?;
         // SAFETY: by this function's contract.
         unsafe {
             self.device.score(logits, &self.metrics, &mut self.scores)?;
         }
-        self.engine.ramp(&self.scores)
+        self.engine.ramp(&self.scores)?;
+        self.n_top = logits.n_top;
+        if self.watch.on() {
+            self.watch.ramped(&self.engine);
+        }
+        Ok(())
     }
 
-    pub fn fill(&mut self) -> Result<()> {
+    /// Enqueues the fill of holes that [`Instance::fill`] with `Launch::Replay`
+    /// names.
+    ///
+    /// # Safety
+    /// As [`Device::enqueue_fill`].
+    pub unsafe fn enqueue_fill(&mut self, stream: *mut c_void) -> Result<()> {
+        if self.kv.is_none() {
+            return Err(UNBOUND);
+        }
+        // SAFETY: by this function's contract.
+        unsafe { self.device.enqueue_fill(stream) }
+    }
+
+    pub fn fill(&mut self, launch: Launch) -> Result<()> {
         let Some(kv) = &self.kv else {
-            return Err(Error::CallOrder(
-                "no K/V is bound; expected drex_bind_kv first",
-            ));
+            return Err(UNBOUND);
         };
         let layer = match self.engine.step() {
             Some(step) if self.engine.ramped() => step.layer_end,
@@ -141,9 +290,12 @@ impl Instance {
                 self.holes.push(Hole { cell });
             }
         }
-        // SAFETY: `Kv::new` checked the layers, `ramp` the cells; the host
-        // vouched for the pointers when it bound them.
-        unsafe { self.device.fill(kv, layer, &self.holes)? };
+        match launch {
+            // SAFETY: `Kv::new` checked the layers, `ramp` the cells; the host
+            // vouched for the pointers when it bound them.
+            Launch::Now => unsafe { self.device.fill(kv, layer, &self.holes)? },
+            Launch::Replay => self.device.plan_fill(layer, &self.holes)?,
+        }
         let n = self.holes.len() as u64;
         let bytes = n * kv.hole_bytes(layer);
         let counters = self.engine.counters_mut();
@@ -163,6 +315,13 @@ impl Instance {
                 "rows exited and their skipped layers are not filled; expected drex_fill first",
             ));
         }
-        self.engine.complete(now_ns, duration_ns, cells)
+        if !self.watch.on() {
+            return self.engine.complete(now_ns, duration_ns, cells);
+        }
+        self.engine.expect_complete()?;
+        let before = self.watch.completing(&self.engine, now_ns, duration_ns);
+        self.engine.complete(now_ns, duration_ns, cells)?;
+        self.watch.completed(&self.engine, &before);
+        Ok(())
     }
 }

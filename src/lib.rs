@@ -13,4 +13,5 @@ pub mod core;
 pub mod device;
 pub mod ffi;
 pub mod instance;
+pub mod observe;
 pub mod profile;

@@ -41,7 +41,12 @@ fn names() {
         string(drex_status_name(DREX_ERROR_PANIC)),
         "DREX_ERROR_PANIC"
     );
+    let texts: std::collections::BTreeSet<_> =
+        (0..14).map(|i| string(drex_status_text(i))).collect();
+    assert_eq!(texts.len(), 14, "every status has a text of its own");
+    assert!(!texts.contains("unknown status"));
     for unknown in [-1, 14, i32::MIN, i32::MAX] {
+        assert_eq!(string(drex_status_text(unknown)), "unknown status");
         assert_eq!(string(drex_status_name(unknown)), "DREX_ERROR_UNKNOWN");
     }
     let policies = [
@@ -428,17 +433,19 @@ fn sizes_from_the_past_and_the_future() {
 
 #[test]
 fn the_layout_of_version_one_is_frozen() {
-    assert_eq!(size_of::<drex_config>(), 112);
+    assert_eq!(size_of::<drex_config>(), 120);
     assert_eq!(size_of::<drex_kv_layer>(), 72);
     assert_eq!(size_of::<drex_request_config>(), 56);
     assert_eq!(size_of::<drex_request_info>(), 192);
     assert_eq!(size_of::<drex_plan_input>(), 16);
     assert_eq!(size_of::<drex_row>(), 16);
     assert_eq!(size_of::<drex_step>(), 24);
-    assert_eq!(size_of::<drex_logits>(), 40);
+    assert_eq!(size_of::<drex_logits>(), 48);
     assert_eq!(size_of::<drex_verdict>(), 16);
     assert_eq!(size_of::<drex_completion>(), 32);
     assert_eq!(size_of::<drex_observation>(), 32);
+    assert_eq!(size_of::<drex_top>(), 8);
+    assert_eq!(size_of::<drex_arena>(), 56);
     assert_eq!(offset_of!(drex_config, ramp_thresholds), 56);
     assert_eq!(offset_of!(drex_config, art_ratio), 88);
     assert_eq!(offset_of!(drex_stats, wait_us_buckets), 416);

@@ -42,18 +42,16 @@ fn run(command: &mut Command) -> String {
 }
 
 fn compile(out: &Path, link: &[&str]) {
+    compile_file(&root().join("tests/c/smoke.c"), "c99", out, link);
+}
+
+fn compile_file(source: &Path, standard: &str, out: &Path, link: &[&str]) {
     run(Command::new("cc")
-        .args([
-            "-std=c99",
-            "-Wall",
-            "-Wextra",
-            "-Wpedantic",
-            "-Werror",
-            "-O1",
-        ])
+        .arg(format!("-std={standard}"))
+        .args(["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O1"])
         .arg("-I")
         .arg(root().join("include"))
-        .arg(root().join("tests/c/smoke.c"))
+        .arg(source)
         .args(link)
         .arg("-o")
         .arg(out));
@@ -110,4 +108,46 @@ fn the_shared_library_exports_drex_and_nothing_else() {
 fn the_shared_library_has_a_soname() {
     let out = run(Command::new("readelf").arg("-d").arg(library("libdrex.so")));
     assert!(out.contains("[libdrex.so.0]"), "{out}");
+}
+
+/// The loop that the header's second chapter shows is a program, but for what
+/// is the host's.
+#[test]
+fn the_headers_own_example_runs() {
+    let header = std::fs::read_to_string(root().join("include/drex.h")).unwrap();
+    let mut lines = header
+        .lines()
+        .map(|l| l.strip_prefix(" *   ").unwrap_or(""));
+    let mut text = String::new();
+    for line in lines.by_ref().skip_while(|l| !l.starts_with("#include")) {
+        text.push_str(line);
+        text.push('\n');
+        if line == "}" && text.contains("int host_loop") {
+            break;
+        }
+    }
+    assert!(text.ends_with("}\n") && text.lines().count() > 80, "{text}");
+    let host = std::fs::read_to_string(root().join("tests/c/header_loop.c")).unwrap();
+    let dir = scratch("header-example");
+    let source = dir.join("loop.c");
+    let policy = "#ifdef HOLD\n  config.policy = DREX_POLICY_HOLD;\n#endif\n  config.n_layers";
+    let text = text.replacen("config.n_layers", policy, 1);
+    std::fs::write(&source, text + &host).unwrap();
+    for name in ["libdrex.so", "libdrex.so.0"] {
+        std::os::unix::fs::symlink(library("libdrex.so"), dir.join(name)).unwrap();
+    }
+    // As it is, where AUTO first learns what pays; and with a policy that lets
+    // every sure row out, where the numbers are known.
+    for (standard, define) in [("c99", ""), ("c11", "-DHOLD")] {
+        let exe = dir.join(standard);
+        let mut link = vec!["-L", dir.to_str().unwrap(), "-ldrex"];
+        link.extend(Some(define).filter(|d| !d.is_empty()));
+        compile_file(&source, standard, &exe, &link);
+        let out = run(Command::new(&exe).env("LD_LIBRARY_PATH", &dir));
+        let numbers: Vec<u32> = out.split(' ').filter_map(|w| w.parse().ok()).collect();
+        assert_eq!(numbers[0] + numbers[1], 18, "{out}");
+        if !define.is_empty() {
+            assert_eq!(out, "9 tokens at the ramp, 9 deep, 0 bytes wrong\n");
+        }
+    }
 }

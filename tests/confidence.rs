@@ -3,61 +3,16 @@
 //! Scores of logits rows against a reference in f64, in every instruction set
 //! that this machine has.
 
-use drex::core::metric::{Metric, Score};
+use drex::core::metric::Score;
 use drex::device::host::Host;
 use drex::device::host::ramp::{Isa, score};
-use drex::device::{Device, Dtype, Logits};
-use half::{bf16, f16};
+use drex::device::{Device, Dtype, Limits, Logits};
 use proptest::prelude::*;
 
-const METRICS: [Metric; 3] = [Metric::Gap, Metric::MaxProb, Metric::Entropy];
-const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+#[path = "common/rows.rs"]
+mod rows;
 
-/// The numbers that a row has once it is stored as `dtype`.
-fn rounded(row: &[f32], dtype: Dtype) -> Vec<f64> {
-    row.iter()
-        .map(|&x| match dtype {
-            Dtype::F32 => f64::from(x),
-            Dtype::F16 => f16::from_f32(x).to_f64(),
-            Dtype::Bf16 => bf16::from_f32(x).to_f64(),
-        })
-        .collect()
-}
-
-fn bytes(row: &[f32], dtype: Dtype) -> Vec<u8> {
-    row.iter()
-        .flat_map(|&x| match dtype {
-            Dtype::F32 => x.to_ne_bytes().to_vec(),
-            Dtype::F16 => f16::from_f32(x).to_ne_bytes().to_vec(),
-            Dtype::Bf16 => bf16::from_f32(x).to_ne_bytes().to_vec(),
-        })
-        .collect()
-}
-
-/// By the definitions, in the plainest way.
-fn reference(row: &[f64], metric: Metric) -> (f64, i32) {
-    let bad = |x: &f64| x.is_nan() || *x == f64::INFINITY;
-    if row.iter().any(bad) || row.iter().all(|&x| x == f64::NEG_INFINITY) {
-        return (f64::NAN, -1);
-    }
-    let mut token = 0;
-    for (i, &x) in row.iter().enumerate() {
-        if x > row[token] {
-            token = i;
-        }
-    }
-    let total: f64 = row.iter().map(|x| (x - row[token]).exp()).sum();
-    let mut p: Vec<f64> = row.iter().map(|x| (x - row[token]).exp() / total).collect();
-    let entropy: f64 = p.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum();
-    p.sort_by(|a, b| b.total_cmp(a));
-    let c = match metric {
-        Metric::MaxProb => p[0],
-        Metric::Gap => p[0] - p.get(1).copied().unwrap_or(0.0),
-        Metric::Entropy if row.len() == 1 => 1.0,
-        Metric::Entropy => 1.0 - entropy / (row.len() as f64).ln(),
-    };
-    (c, token as i32)
-}
+use rows::*;
 
 fn check(row: &[f32], what: &str) {
     for dtype in DTYPES {
@@ -86,18 +41,6 @@ fn check(row: &[f32], what: &str) {
             }
         }
     }
-}
-
-fn noise(n: usize, seed: u64, scale: f32) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..n)
-        .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            ((x >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * scale
-        })
-        .collect()
 }
 
 #[test]
@@ -227,7 +170,7 @@ proptest! {
             let row = bytes(&noise(n, seed, scale), dtype);
             memory[i * stride..][..row.len()].copy_from_slice(&row);
         }
-        let mut host = Host::new();
+        let mut host = Host::new(Limits::default());
         let mut run = |data: *const u8, count: usize| {
             let logits = Logits {
                 data,
@@ -235,6 +178,8 @@ proptest! {
                 row_stride: stride,
                 n_vocab: n,
                 stream: std::ptr::null_mut(),
+        n_top: 0,
+        enqueued: false,
             };
             let metrics: Vec<_> = (0..count).map(|i| Some(METRICS[i % 3])).collect();
             let mut out = vec![Score::NONE; count];
@@ -254,7 +199,7 @@ proptest! {
 }
 
 fn host_isa() -> Isa {
-    Host::new().isa()
+    Host::new(Limits::default()).isa()
 }
 
 #[test]
@@ -265,9 +210,11 @@ fn rows_left_out_are_not_read() {
         row_stride: 4,
         n_vocab: 1,
         stream: std::ptr::null_mut(),
+        n_top: 0,
+        enqueued: false,
     };
     let mut out = [Score::NONE; 3];
     // SAFETY: no row is scored.
-    unsafe { Host::new().score(&logits, &[None; 3], &mut out) }.unwrap();
+    unsafe { Host::new(Limits::default()).score(&logits, &[None; 3], &mut out) }.unwrap();
     assert!(out.iter().all(|s| s.confidence.is_nan() && s.token == -1));
 }

@@ -13,7 +13,12 @@ fn root() -> PathBuf {
 fn generate() -> String {
     let mut config = cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap();
     config.header = config.header.map(|h| h.trim().to_owned());
-    let sources = ["types", "functions", "pages"];
+    config.after_includes = config.after_includes.map(|text| {
+        text.replace("@MAJOR@", env!("CARGO_PKG_VERSION_MAJOR"))
+            .replace("@MINOR@", env!("CARGO_PKG_VERSION_MINOR"))
+            .replace("@PATCH@", env!("CARGO_PKG_VERSION_PATCH"))
+    });
+    let sources = ["types", "functions", "device", "pages", "observe"];
     let mut builder = cbindgen::Builder::new().with_config(config);
     for name in sources {
         builder = builder.with_src(root().join(format!("src/ffi/{name}.rs")));
@@ -24,7 +29,7 @@ fn generate() -> String {
 }
 
 /// Prefixes of the constants that a type's values are.
-const VALUES: [(&str, &[&str]); 9] = [
+const VALUES: [(&str, &[&str]); 10] = [
     ("drex_status", &["DREX_OK", "DREX_ERROR_"]),
     ("drex_policy", &["DREX_POLICY_"]),
     ("drex_metric", &["DREX_METRIC_"]),
@@ -34,7 +39,22 @@ const VALUES: [(&str, &[&str]); 9] = [
     ("drex_request_state", &["DREX_REQUEST_"]),
     ("drex_flush_reason", &["DREX_FLUSH_"]),
     ("drex_decision", &["DREX_DECISION_"]),
+    ("drex_log_level", &["DREX_LOG_"]),
 ];
+
+/// Says of every item in which version it came: the first one where the source
+/// says nothing. Values of a type are as old as the type.
+fn dated(block: &str) -> String {
+    let item = block.starts_with("//") && !block.starts_with("// Since");
+    let said = block.lines().any(|l| l.starts_with("// Since "));
+    if !item || said {
+        return block.to_owned();
+    }
+    let text = block.lines().take_while(|l| l.starts_with("//"));
+    let at: usize = text.map(|l| l.len() + 1).sum();
+    let (text, item) = block.split_at(at.min(block.len()));
+    format!("{text}// Since 0.1.\n{item}")
+}
 
 /// cbindgen puts all types before all constants. A reader wants a type's
 /// values right below it.
@@ -61,7 +81,7 @@ fn arrange(header: &str) -> String {
                 false => l.replace("struct drex_", "drex_"),
             })
             .collect();
-        let block = &plain.join("\n");
+        let block = &dated(&plain.join("\n"));
         if constant(block).is_some_and(|name| owner(&name).is_some()) {
             continue;
         }

@@ -533,12 +533,11 @@ proptest! {
     ) {
         let mut model = Model::new(policy, n, batch, ratio, max_hold);
         for op in &ops {
-            if let Op::Add { id, .. } = op {
-                if model.requests.len() == n as usize && !model.requests.contains_key(id) {
+            if let Op::Add { id, .. } = op
+                && model.requests.len() == n as usize && !model.requests.contains_key(id) {
                     prop_assert_eq!(model.engine.add(*id), Err(Failed(DREX_ERROR_CAPACITY)));
                     continue;
                 }
-            }
             model.apply(op);
             model.check();
         }

@@ -3,6 +3,8 @@
 //! The decode path allocates nothing: counted, not assumed.
 
 mod common;
+#[path = "common/fake.rs"]
+mod fake;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -52,14 +54,21 @@ const ROW: usize = 16;
 
 /// A host's loop with all of its buffers made beforehand. Returns how often
 /// the allocator was called.
-fn serve(policy: drex_policy, fill: drex_fill_mode, iterations: u64) -> u64 {
+fn serve(policy: drex_policy, fill: drex_fill_mode, cuda: bool, iterations: u64) -> u64 {
     let ramps = [4, 8];
     let mut config = config(&ramps, N as u32, 8, policy);
     config.max_hold_ns = 5000;
     config.fill = fill;
     config.n_slots = N as u32 + 16;
     config.token_deadline_ns = 20_000;
+    if cuda {
+        config.device = DREX_DEVICE_CUDA;
+        fake::context(1);
+    }
     let engine = Engine::new(&config);
+    let device: Vec<_> = (0..2 * LAYERS * usize::from(cuda))
+        .map(|_| fake::Memory::new(CELLS * ROW))
+        .collect();
     let mut k = vec![[0u8; CELLS * ROW]; LAYERS];
     let mut v = vec![[0u8; CELLS * ROW]; LAYERS];
     let layers: Vec<drex_kv_layer> = (0..LAYERS)
@@ -68,6 +77,9 @@ fn serve(policy: drex_policy, fill: drex_fill_mode, iterations: u64) -> u64 {
             l.n_cells = CELLS as u32;
             l.k = k[i].as_mut_ptr().cast();
             l.v = v[i].as_mut_ptr().cast();
+            if cuda {
+                (l.k, l.v) = (device[2 * i].at.cast(), device[2 * i + 1].at.cast());
+            }
             l.k_row_bytes = ROW as u64;
             l.k_cell_stride = ROW as u64;
             l.v_row_bytes = ROW as u64;
@@ -183,6 +195,10 @@ fn serve(policy: drex_policy, fill: drex_fill_mode, iterations: u64) -> u64 {
         }
     }
     let calls = count() - before;
+    if cuda {
+        // The last fill, before its memory goes.
+        fake::wait(std::ptr::null_mut());
+    }
     // It did serve.
     let _: Vec<drex_verdict> = verdicts;
     assert!(steps > 0 && idle_error > 0);
@@ -203,9 +219,21 @@ fn serve(policy: drex_policy, fill: drex_fill_mode, iterations: u64) -> u64 {
 fn the_decode_path_does_not_allocate() {
     for policy in DREX_POLICY_OFF..=DREX_POLICY_AUTO {
         for fill in DREX_FILL_COPY..=DREX_FILL_VERIFY {
-            assert_eq!(serve(policy, fill, 1000), 0, "policy {policy}, fill {fill}");
+            assert_eq!(
+                serve(policy, fill, false, 1000),
+                0,
+                "policy {policy}, fill {fill}"
+            );
         }
     }
+}
+
+#[test]
+fn nor_does_it_on_a_cuda_device() {
+    for fill in DREX_FILL_COPY..=DREX_FILL_VERIFY {
+        assert_eq!(serve(DREX_POLICY_AUTO, fill, true, 200), 0, "fill {fill}");
+    }
+    assert_eq!(fake::errors(), "");
 }
 
 #[test]

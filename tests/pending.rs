@@ -52,7 +52,7 @@ fn attend(kv: &Kv, layer: usize, pos: usize, hidden: u64) -> u64 {
 /// Mostly the same at all depths, as that of a trained model.
 fn token(input: u64, hidden: u64) -> u64 {
     let same = mix(input, 77) % 500;
-    if mix(hidden, 5) % 6 == 0 {
+    if mix(hidden, 5).is_multiple_of(6) {
         500 + mix(hidden, 6) % 500
     } else {
         same

@@ -147,14 +147,14 @@ impl Config {
                 "one threshold per ramp",
             ));
         }
-        if let Some(r) = self.art_ratio {
-            if !(r.is_finite() && r >= 0.0) {
-                return Err(Error::float(
-                    "art_ratio",
-                    r,
-                    "a finite number >= 0, or NaN for the measured one",
-                ));
-            }
+        if let Some(r) = self.art_ratio
+            && !(r.is_finite() && r >= 0.0)
+        {
+            return Err(Error::float(
+                "art_ratio",
+                r,
+                "a finite number >= 0, or NaN for the measured one",
+            ));
         }
         Ok(())
     }

@@ -59,6 +59,9 @@ pub struct Counters {
     pub step_rows: u64,
     pub wait_us_buckets: [u64; WAIT_BUCKETS],
     pub wait_us_sum: u64,
+    /// Durations of windows, as the host measured them.
+    pub window_us_buckets: [u64; WAIT_BUCKETS],
+    pub window_us_sum: u64,
 }
 
 impl Counters {
@@ -66,6 +69,12 @@ impl Counters {
         let us = ns / 1000;
         self.wait_us_buckets[bucket(us)] += 1;
         self.wait_us_sum += us;
+    }
+
+    pub fn window(&mut self, ns: u64) {
+        let us = ns / 1000;
+        self.window_us_buckets[bucket(us)] += 1;
+        self.window_us_sum = self.window_us_sum.saturating_add(us);
     }
 }
 

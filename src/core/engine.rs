@@ -71,6 +71,14 @@ impl StepRow {
         self.decision == Decision::Exit && !self.gone && self.fill == Fill::Copy
     }
 
+    /// The ramp that it was held at before the step.
+    pub fn was_held_at(&self) -> Option<usize> {
+        match self.origin {
+            Origin::Held(ramp) => Some(ramp),
+            _ => None,
+        }
+    }
+
     /// Waits for [`Engine::verify`] in a step that ends at the last layer.
     pub fn is_draft(&self) -> bool {
         self.back > 0 && self.fill == Fill::Verify && !self.gone
@@ -194,6 +202,29 @@ impl Engine {
 
     pub fn buffer(&self) -> &Buffer {
         &self.buffer
+    }
+
+    pub fn acceptance(&self) -> &Acceptance {
+        &self.acceptance
+    }
+
+    pub fn gaps(&self) -> &Gaps {
+        &self.gaps
+    }
+
+    /// Requests alive that have had a token to run.
+    pub fn decoding(&self) -> usize {
+        self.decoding
+    }
+
+    /// The latest time that any call named.
+    pub fn clock_ns(&self) -> u64 {
+        self.clock_ns
+    }
+
+    /// The requests alive whose row is held, in no order.
+    pub fn held_requests(&self) -> impl Iterator<Item = &Request> {
+        self.requests.iter().filter(|r| r.state == State::Held)
     }
 
     pub fn requests(&self) -> usize {
@@ -804,8 +835,8 @@ impl Engine {
         })
     }
 
-    /// The planned step ran: its rows go where they were sent.
-    pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
+    /// The planned step, if [`Engine::complete`] would end it.
+    pub fn expect_complete(&self) -> Result<Step> {
         let Some(step) = self.step else {
             return Err(Error::CallOrder(
                 "no step is planned; expected drex_plan first",
@@ -821,7 +852,14 @@ impl Engine {
                 "the planned step has drafts; expected drex_verify first",
             ));
         }
+        Ok(step)
+    }
+
+    /// The planned step ran: its rows go where they were sent.
+    pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
+        let step = self.expect_complete()?;
         self.tick(now_ns);
+        self.counters.window(duration_ns);
         self.cost.observe(
             step.layer_begin,
             step.layer_end,

@@ -87,6 +87,14 @@ pub enum Error {
         why: &'static str,
     },
     Device(&'static str),
+    /// A device's driver refused a call.
+    Driver {
+        call: &'static str,
+        code: i32,
+        name: &'static str,
+        /// The driver's own.
+        text: &'static str,
+    },
 }
 
 impl Error {
@@ -116,6 +124,15 @@ impl Error {
         self
     }
 
+    /// As [`Error::at`], where the index so far counts from `by`.
+    #[must_use]
+    pub fn moved(mut self, by: usize) -> Self {
+        if let Error::Invalid { index, .. } | Error::Conflict { index, .. } = &mut self {
+            *index = index.map(|i| i + by);
+        }
+        self
+    }
+
     pub fn kind(&self) -> Kind {
         match self {
             Error::Invalid { .. } | Error::Conflict { .. } => Kind::Invalid,
@@ -124,7 +141,7 @@ impl Error {
             Error::NotIdle { .. } | Error::CallOrder(_) => Kind::CallOrder,
             Error::Capacity { .. } => Kind::Capacity,
             Error::Unsupported { .. } | Error::KvLayers { .. } => Kind::Unsupported,
-            Error::Device(_) => Kind::Device,
+            Error::Device(_) | Error::Driver { .. } => Kind::Device,
         }
     }
 }
@@ -191,6 +208,12 @@ impl fmt::Display for Error {
                  {source_value}: {why}"
             ),
             Error::Device(text) => f.write_str(text),
+            Error::Driver {
+                call,
+                code,
+                name,
+                text,
+            } => write!(f, "{call} failed with {name} ({code}): {text}"),
         }
     }
 }

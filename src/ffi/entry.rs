@@ -44,7 +44,16 @@ pub fn with(
     engine: *const drex_engine,
     body: impl FnOnce(&mut Instance) -> Result<(), Fault>,
 ) -> drex_status {
-    call(function, || body(handle::ENGINES.enter(engine)?.object()))
+    call(function, || {
+        let mut guard = handle::ENGINES.enter(engine)?;
+        let instance = guard.object();
+        let result = body(instance);
+        if let Err(fault) = &result {
+            let device = fault.status() == DREX_ERROR_DEVICE;
+            instance.watch.failed(function, fault, device);
+        }
+        result
+    })
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {
@@ -85,6 +94,7 @@ sized!(
     drex_plan_input = 16,
     drex_step = 24,
     drex_logits = 40,
+    drex_arena = 56,
     drex_completion = 32,
     drex_observation = 32,
     drex_stats = 688,

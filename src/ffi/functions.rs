@@ -7,6 +7,7 @@
 use std::ffi::{CStr, c_char};
 use std::mem::size_of;
 
+use super::device::{self, convert_logits};
 use super::entry::{self, call, with};
 use super::error::{self, Fault};
 use super::handle;
@@ -19,8 +20,7 @@ use crate::core::policy::{Decision, Policy};
 use crate::core::request::{RequestConfig, State};
 use crate::core::speculate::speculate;
 use crate::device::kv::{Layer, Layout, Side};
-use crate::device::{Dtype, Logits};
-use crate::instance::Instance;
+use crate::instance::{Instance, Launch};
 
 const POLICIES: [(&CStr, Policy); 9] = [
     (c"off", Policy::Off),
@@ -57,6 +57,23 @@ const STATUS_NAMES: [&CStr; 14] = [
     c"DREX_ERROR_PANIC",
 ];
 
+const STATUS_TEXTS: [&CStr; 14] = [
+    c"success",
+    c"a pointer that may not be NULL is NULL",
+    c"a value is out of range, or clashes with another one",
+    c"the program was built for another version of the interface",
+    c"a struct's size is too small, or it uses fields that this library does not know",
+    c"the handle was never created, or has been destroyed",
+    c"another thread is inside a call on this handle",
+    c"no request alive has this id",
+    c"a request with this id is alive already",
+    c"the call does not fit the calls before it",
+    c"something of fixed size is full, or an array is too short",
+    c"the value is known, and this version cannot serve it",
+    c"the device failed",
+    c"a bug in drex was caught; destroy the handle",
+];
+
 /// The library's version, such as "0.1.0". Static; never NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn drex_version() -> *const c_char {
@@ -77,6 +94,18 @@ pub extern "C" fn drex_status_name(status: drex_status) -> *const c_char {
         .ok()
         .and_then(|i| STATUS_NAMES.get(i))
         .unwrap_or(&c"DREX_ERROR_UNKNOWN")
+        .as_ptr()
+}
+
+/// What a status means in general, such as "another thread is inside a call on
+/// this handle"; "unknown status" for a number that this version does not
+/// know. drex_last_error() says what it was in particular. Static; never NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_status_text(status: drex_status) -> *const c_char {
+    usize::try_from(status)
+        .ok()
+        .and_then(|i| STATUS_TEXTS.get(i))
+        .unwrap_or(&c"unknown status")
         .as_ptr()
 }
 
@@ -209,9 +238,10 @@ fn reserved(value: u32) -> Result<(), Error> {
 /// out     receives the engine; the caller owns it and ends it with
 ///         drex_destroy()
 ///
-/// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT;
-/// UNSUPPORTED for a reserved device; CAPACITY when 256 engines
-/// are alive in this process.
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; CAPACITY
+/// when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
+/// UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
+/// current, and DEVICE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_create(
     config: *const drex_config,
@@ -228,15 +258,9 @@ pub unsafe extern "C" fn drex_create(
         }
         // SAFETY: the caller's contract.
         let config = unsafe { convert(&c)? };
-        let instance = Instance::new(config)?;
-        tracing::debug!(
-            n_layers = c.n_layers,
-            n_ramps = c.n_ramps,
-            max_requests = c.max_requests,
-            max_batch = c.max_batch,
-            policy = c.policy,
-            "engine created"
-        );
+        let (place, limits) = device::convert(&c)?;
+        let instance = Instance::on(place, config, limits)?;
+        instance.watch.created(&instance.engine);
         let handle = handle::ENGINES.insert(instance)?;
         // SAFETY: not NULL.
         unsafe { out.write_unaligned(handle) };
@@ -265,18 +289,6 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         (0..n).map(at).collect()
     };
     let policy = POLICIES.get(c.policy as usize).map(|&(_, p)| p);
-    match c.device {
-        DREX_DEVICE_HOST => {}
-        1 => {
-            return Err(Error::Unsupported {
-                field: "device",
-                value: 1,
-                why: "CUDA (1) is reserved for a later version",
-            }
-            .into());
-        }
-        other => return Err(Error::int("device", other, "DREX_DEVICE_HOST (0)").into()),
-    }
     reserved(c.reserved)?;
     if c.routing > 1 {
         return Err(Error::int("routing", c.routing, "0 or 1").into());
@@ -313,8 +325,8 @@ pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
         return DREX_OK;
     }
     call("drex_destroy", || {
-        drop(handle::ENGINES.remove(engine)?);
-        tracing::debug!("engine destroyed");
+        let instance = handle::ENGINES.remove(engine)?;
+        instance.watch.destroyed(&instance.engine);
         Ok(())
     })
 }
@@ -382,7 +394,7 @@ fn kv_layer(l: &drex_kv_layer) -> Result<Layer, Error> {
             stride: int("layers.v_cell_stride", l.v_cell_stride)?,
         }
     } else {
-        if l.v_row_bytes % l.v_elem_bytes != 0 {
+        if !l.v_row_bytes.is_multiple_of(l.v_elem_bytes) {
             return Err(Error::Conflict {
                 field: "layers.v_row_bytes",
                 index: None,
@@ -437,7 +449,7 @@ pub unsafe extern "C" fn drex_request_add(
             f => Some(fill(f, "DREX_FILL_* (0..3) or DREX_FILL_DEFAULT")?),
         };
         reserved(c.reserved)?;
-        Ok(instance.engine.add(RequestConfig {
+        instance.engine.add(RequestConfig {
             id: c.id,
             metric,
             threshold: (!c.threshold.is_nan()).then_some(c.threshold),
@@ -446,7 +458,9 @@ pub unsafe extern "C" fn drex_request_add(
             request_deadline_ns: c.request_deadline_ns,
             max_tokens: c.max_tokens,
             priority: c.priority,
-        })?)
+        })?;
+        instance.watch.request(c.id, "added");
+        Ok(())
     })
 }
 
@@ -469,7 +483,9 @@ pub unsafe extern "C" fn drex_request_ready(
 ) -> drex_status {
     with("drex_request_ready", engine, |instance| {
         let _ = n_kv;
-        Ok(instance.engine.ready(id, now_ns)?)
+        instance.engine.ready(id, now_ns)?;
+        instance.watch.request(id, "ready");
+        Ok(())
     })
 }
 
@@ -483,7 +499,9 @@ pub unsafe extern "C" fn drex_request_ready(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_request_remove(engine: *mut drex_engine, id: u64) -> drex_status {
     with("drex_request_remove", engine, |instance| {
-        Ok(instance.engine.remove(id)?)
+        instance.engine.remove(id)?;
+        instance.watch.request(id, "removed");
+        Ok(())
     })
 }
 
@@ -603,8 +621,8 @@ pub unsafe extern "C" fn drex_plan(
 }
 
 /// At the end of a window that ends at a ramp: scores every row's logits and
-/// decides what becomes of it. The logits must be complete and stay unchanged
-/// during the call. A row's confidence and token depend on nothing but its
+/// decides what becomes of it. The logits must be complete, or on a CUDA device
+/// enqueued on their stream, and stay unchanged during the call. A row's confidence and token depend on nothing but its
 /// own logits.
 ///
 /// logits    the window's logits
@@ -672,60 +690,22 @@ pub unsafe extern "C" fn drex_ramp(
     })
 }
 
-fn convert_logits(l: &drex_logits) -> Result<Logits, Fault> {
-    let dtype = match l.dtype {
-        DREX_DTYPE_F32 => Dtype::F32,
-        DREX_DTYPE_F16 => Dtype::F16,
-        DREX_DTYPE_BF16 => Dtype::Bf16,
-        other => return Err(Error::int("logits.dtype", other, "DREX_DTYPE_* (0..2)").into()),
-    };
-    if l.data.is_null() {
-        return Err(Fault::Null("logits.data"));
-    }
-    if l.n_vocab == 0 || i32::try_from(l.n_vocab).is_err() {
-        return Err(Error::int("logits.n_vocab", l.n_vocab, "1..2147483647").into());
-    }
-    let row = l.n_vocab as usize * dtype.bytes();
-    if l.row_stride_bytes < row as u64 {
-        return Err(Error::Conflict {
-            field: "logits.row_stride_bytes",
-            index: None,
-            value: l.row_stride_bytes,
-            other: "n_vocab",
-            other_value: l.n_vocab.into(),
-            why: "rows would overlap",
-        }
-        .into());
-    }
-    let span = l.row_stride_bytes.checked_mul(l.n_rows.into());
-    if span.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
-        return Err(Error::int(
-            "logits.row_stride_bytes",
-            l.row_stride_bytes,
-            "a stride that keeps the rows within the address space",
-        )
-        .into());
-    }
-    Ok(Logits {
-        data: l.data.cast(),
-        dtype,
-        row_stride: l.row_stride_bytes as usize,
-        n_vocab: l.n_vocab as usize,
-        stream: l.stream,
-    })
-}
-
 /// Fills the holes of the rows that the last drex_ramp() let out and whose
 /// requests have DREX_FILL_COPY: for each,
 /// K and V of the window's last layer at the row's cell are copied to all
 /// layers from layer_end on. Does nothing when none exited, or when done
 /// already. Nothing else may touch these cells during the call.
 ///
+/// On a CUDA device it is enqueued on the stream of that ramp's logits, in one
+/// launch, and not waited for.
+///
 /// Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
 /// called since the last plan; DEVICE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_fill(engine: *mut drex_engine) -> drex_status {
-    with("drex_fill", engine, |instance| Ok(instance.fill()?))
+    with("drex_fill", engine, |instance| {
+        Ok(instance.fill(Launch::Now)?)
+    })
 }
 
 /// At the end of a window that ends at n_layers and has drafts: says which of
@@ -1059,7 +1039,9 @@ pub unsafe extern "C" fn drex_profile_load(
         // SAFETY: the caller passes a C string.
         let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
         let profile = crate::profile::from_json(&text).map_err(Fault::Profile)?;
-        Ok(instance.engine.load_profile(&profile)?)
+        instance.engine.load_profile(&profile)?;
+
+        Ok(())
     })
 }
 
@@ -1135,4 +1117,4 @@ pub unsafe extern "C" fn drex_stats_get(
 }
 
 // Padding would hand the caller whatever was on our stack.
-const _: () = assert!(size_of::<drex_stats>() % 8 == 0);
+const _: () = assert!(size_of::<drex_stats>().is_multiple_of(8));

@@ -19,6 +19,9 @@ pub const DREX_MAX_RAMPS: usize = 16;
 /// In place of a ramp's index: none.
 pub const DREX_NO_RAMP: u32 = u32::MAX;
 
+/// Most of the greatest logits of a row that a ramp lists.
+pub const DREX_MAX_TOP: usize = 64;
+
 /// In place of an arena row: none.
 pub const DREX_NO_SLOT: u32 = u32::MAX;
 
@@ -157,12 +160,14 @@ pub const DREX_DTYPE_F16: drex_dtype = 1;
 /// The upper half of binary32
 pub const DREX_DTYPE_BF16: drex_dtype = 2;
 
-/// Where logits and K/V lie: DREX_DEVICE_*. 1 is reserved for CUDA and gives
-/// DREX_ERROR_UNSUPPORTED.
+/// Where logits, arena rows and K/V lie: DREX_DEVICE_*.
 pub type drex_device = u32;
 
 /// Memory that the calling thread can read and write.
 pub const DREX_DEVICE_HOST: drex_device = 0;
+/// Memory of a CUDA device. drex_create() needs a current CUDA context on its
+/// thread, and the engine works in that one: see chapter 7.
+pub const DREX_DEVICE_CUDA: drex_device = 1;
 
 /// What a request is doing: DREX_REQUEST_*.
 pub type drex_request_state = u32;
@@ -295,6 +300,12 @@ pub struct drex_config {
     /// so many, its next row goes deep even if it is confident (an involuntary
     /// stay). They and that row must fit into max_batch, which cuts it.
     pub max_pending: u32,
+    /// CUDA: most logits of a row, which scratch memory is made for; 0:
+    /// 524288. On the host, rows may have any length.
+    pub n_vocab: u32,
+    /// Most of the greatest logits that a ramp is asked to list, see
+    /// drex_top_get(); 0..DREX_MAX_TOP.
+    pub n_top: u32,
 }
 
 /// The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -445,7 +456,8 @@ pub struct drex_logits {
     pub size: u32,
     pub dtype: drex_dtype,
     /// [n_rows, n_vocab]; row i, in the order of drex_plan()'s rows, begins
-    /// at data + i * row_stride_bytes. Not NULL. Needs no alignment.
+    /// at data + i * row_stride_bytes. Not NULL. On the host it needs no
+    /// alignment, on a CUDA device that of its elements.
     pub data: *const c_void,
     /// Bytes from row to row, at least n_vocab elements.
     pub row_stride_bytes: u64,
@@ -453,7 +465,45 @@ pub struct drex_logits {
     pub n_rows: u32,
     /// Logits per row, at least 1, below 2^31.
     pub n_vocab: u32,
-    /// The device stream on which the logits are made; NULL on the host.
+    /// CUDA: the CUstream (or cudaStream_t) on which the logits are made, and
+    /// on which drex works until the next ramp; NULL is the default stream.
+    /// NULL on the host.
+    pub stream: *mut c_void,
+    /// Greatest logits of each row to list, at most drex_config.n_top.
+    pub n_top: u32,
+    /// 1: the logits were given to drex_ramp_enqueue() before, or a graph that
+    /// captured it has been launched. Else 0.
+    pub enqueued: u32,
+}
+
+/// One of the greatest logits of a row.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_top {
+    pub logit: f32,
+    /// Its index; -1 where the row has no more logits that are numbers.
+    pub token: i32,
+}
+
+/// Rows of an arena, and rows of a dense batch: row i of the batch belongs to
+/// row i of the planned step.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_arena {
+    /// sizeof(drex_arena)
+    pub size: u32,
+    /// 0
+    pub reserved: u32,
+    /// Row s at arena + s * arena_stride_bytes. Not NULL.
+    pub arena: *mut c_void,
+    /// Row i at dense + i * dense_stride_bytes. Not NULL.
+    pub dense: *mut c_void,
+    /// At least row_bytes, like the next.
+    pub arena_stride_bytes: u64,
+    pub dense_stride_bytes: u64,
+    /// At least 1, below 2^32.
+    pub row_bytes: u64,
+    /// As drex_logits.stream.
     pub stream: *mut c_void,
 }
 

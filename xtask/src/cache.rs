@@ -104,6 +104,14 @@ pub struct TempDir {
 }
 
 impl TempDir {
+    /// In the system's folder, for work without the cache's lock: who takes that clears the cache's own.
+    pub fn unlocked(name: &str) -> Result<TempDir> {
+        let path = env::temp_dir().join(format!("drex-{name}-{}", std::process::id()));
+        remove(&path)?;
+        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(TempDir { path })
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

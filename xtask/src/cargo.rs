@@ -15,6 +15,25 @@ pub fn cargo() -> Command {
 
 /// Builds the library and returns where its shared object is.
 pub fn build_library() -> Result<PathBuf> {
+    build("so")
+}
+
+/// Builds the library and returns where its archive is.
+pub fn build_archive() -> Result<PathBuf> {
+    build("a")
+}
+
+/// Cargo's target folder.
+pub fn target_dir() -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["metadata", "--format-version", "1", "--no-deps"]);
+    let text = crate::process::output(&mut command)?;
+    let metadata: Value = serde_json::from_str(&text)?;
+    let dir = metadata["target_directory"].as_str();
+    Ok(dir.context("cargo names no target folder")?.into())
+}
+
+fn build(extension: &str) -> Result<PathBuf> {
     let mut command = cargo();
     command.args([
         "build",
@@ -41,6 +60,6 @@ pub fn build_library() -> Result<PathBuf> {
         })
         .flat_map(|message| message["filenames"].as_array().cloned().unwrap_or_default())
         .filter_map(|name| name.as_str().map(PathBuf::from))
-        .find(|name| name.extension().is_some_and(|e| e == "so"))
-        .context("cargo built no libdrex.so")
+        .find(|name| name.extension().is_some_and(|e| e == extension))
+        .with_context(|| format!("cargo built no libdrex.{extension}"))
 }

@@ -155,6 +155,10 @@ pub struct Python {
 }
 
 impl Python {
+    pub fn command(&self) -> Command {
+        Command::new(&self.program)
+    }
+
     pub fn pip(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.args(["-m", "pip", "--disable-pip-version-check", "--no-input"]);

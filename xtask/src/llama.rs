@@ -43,6 +43,30 @@ const FLAGS: [&str; 10] = [
 const EXACT_FLAGS: [&str; 2] = ["-DGGML_LLAMAFILE=OFF", "-DGGML_CPU_REPACK=OFF"];
 const EXACT_TARGET: &str = "ggml-cpu";
 
+/// What a build of the libraries and the server does not read.
+const UNPACKED: [&str; 20] = [
+    ".git",
+    "app/",
+    "benches/",
+    "ci/",
+    "conversion/",
+    "convert",
+    "docs/",
+    "examples/",
+    "gguf-py/",
+    "grammars/",
+    "media/",
+    "models/",
+    "pocs/",
+    "requirements",
+    "scripts/",
+    "skills/",
+    "tests/",
+    "AUTHORS",
+    "flake",
+    "pyproject",
+];
+
 const SONAME: &str = "libdrex.so.0";
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -214,6 +238,47 @@ impl<'a> Llama<'a> {
             source_id,
             patches: patches()?,
         })
+    }
+
+    /// Writes what a machine without Rust and network needs to build llama.cpp with CUDA: the library, and the patched
+    /// source without what that build does not read, as an archive.
+    pub fn pack(&self, to: &Path) -> Result<PathBuf> {
+        let library = cargo::build_library()?;
+        let lock = self.cache.lock()?;
+        let work = self.prepare(&lock)?;
+        let temp = self.cache.temp_dir()?;
+        let tree = temp.path().join("llama.cpp");
+        let unused = |path: &Path| {
+            let name = path.to_string_lossy();
+            UNPACKED.iter().any(|p| name.starts_with(p))
+                || name.starts_with("ggml/src/ggml-")
+                    && name.matches('/').count() > 2
+                    && !["cpu", "cuda"].contains(
+                        &name["ggml/src/ggml-".len()..]
+                            .split('/')
+                            .next()
+                            .unwrap_or_default(),
+                    )
+        };
+        mirror(&work.pristine(), &tree, &unused)?;
+        for patch in &work.patches {
+            apply(patch, &tree)?;
+        }
+        fs::create_dir_all(to)?;
+        let archive = to.join("llama.cpp.tar.xz");
+        process::output(
+            Command::new("tar")
+                .arg("-C")
+                .arg(&tree)
+                .arg("-cJf")
+                .arg(&archive)
+                .arg("."),
+        )?;
+        let packed = to.join("libdrex.so");
+        copy_if_different(&library, &packed)?;
+        // Debug information would be most of it.
+        process::output(Command::new("strip").arg("--strip-debug").arg(&packed))?;
+        Ok(archive)
     }
 
     /// Compiles our own programs for a runtime: `tools/*.cpp` for an unpatched one, `tests/*.cpp` for a patched one.

@@ -2,16 +2,23 @@
 //!
 //! Needs Rust, a C++ compiler and Python 3; everything else is fetched into a cache folder outside of the clone.
 
+mod book;
 mod cache;
 mod cargo;
 mod client;
+mod consumers;
 mod demo;
+mod examples;
 mod fetch;
 mod gguf;
+mod gpu;
 mod http;
+mod install;
+mod kernels;
 mod llama;
 mod load;
 mod process;
+mod python;
 mod score;
 mod server;
 mod server_tests;
@@ -93,6 +100,14 @@ enum Cmd {
         )]
         args: Vec<OsString>,
     },
+    /// Prepare a run on a GPU machine, see tools/gpu/README.md
+    Gpu {
+        /// Write what that machine needs into .gpu/
+        #[arg(value_parser = ["pack"])]
+        what: String,
+        #[command(flatten)]
+        source: Source,
+    },
     /// Time the core's calls with criterion
     Bench {
         /// What to time
@@ -105,6 +120,21 @@ enum Cmd {
         #[arg(long)]
         quick: bool,
     },
+    /// Build the book in docs/ into target/book, with dead links as errors
+    Docs,
+    /// Compile the CUDA kernels to kernels/prebuilt; needs neither CUDA nor a GPU
+    ///
+    /// The compiler is fetched with pip into the cache, 105 MB, pinned by hash. Only who changes a kernel needs this:
+    /// a build of drex takes the committed artefacts, or an nvcc of its own if there is one (DREX_NVCC names it; empty:
+    /// none).
+    Kernels(kernels::Options),
+    /// Install the libraries, the headers, drex.pc and the CMake package below a prefix
+    #[command(
+        after_help = "Example: cargo xtask install --prefix ~/.local\n\nSee docs/install.md for how programs find it."
+    )]
+    Install(install::Options),
+    /// Build the Debian packages libdrex0 and libdrex-dev
+    Deb(install::deb::Options),
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -122,7 +152,12 @@ fn main() -> ExitCode {
         Cmd::Serve { source, args } => serve(&source, args).map(|()| true),
         Cmd::Demo(options) => demo::run(&options).map(|()| true),
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
+        Cmd::Gpu { source, .. } => gpu::pack(&source).map(|()| true),
         Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
+        Cmd::Docs => book::print().map(|()| true),
+        Cmd::Kernels(options) => kernels::run(&options),
+        Cmd::Install(options) => install::run(&options).map(|()| true),
+        Cmd::Deb(options) => install::deb::run(&options).map(|()| true),
         Cmd::Test(options) => test::run(&options),
     };
     match result {

@@ -110,3 +110,20 @@ pub fn choices(
 ) -> Result<Vec<Choices>> {
     run(tool, model, &["--choices", "-ctk", kv], streams)
 }
+
+/// As `Score`, and by how much the logit of the model's own choice exceeds each token's; 0: they are the same.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Margins {
+    pub n: u64,
+    pub agree: u64,
+    pub nll: f64,
+    pub margins: Vec<f64>,
+}
+
+pub fn margins(
+    tool: &Path,
+    model: &Path,
+    streams: &[(Vec<i64>, Vec<i64>)],
+) -> Result<Vec<Margins>> {
+    run(tool, model, &["--margins"], streams)
+}

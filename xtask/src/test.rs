@@ -10,29 +10,57 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::{
-    Source, cache,
+    Source, book, cache,
     cache::Cache,
     cargo::cargo,
+    consumers, examples, kernels,
     llama::{Kind, Llama},
+    python,
     server_tests::{self, Suite},
 };
 
 #[derive(Args)]
 pub struct Options {
     /// Only the bit-exact comparison of the patched server with the unpatched one
-    #[arg(long, conflicts_with = "quick")]
+    #[arg(long, group = "part")]
     exact: bool,
     /// Only the comparison of fill `verify` with the unpatched server
-    #[arg(long, conflicts_with_all = ["quick", "exact", "only"])]
+    #[arg(long, group = "part")]
     lossless: bool,
-    /// Leave out the slow server tests and the exact builds
-    #[arg(long)]
-    quick: bool,
+    /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
+    #[arg(long, group = "part")]
+    kernels: bool,
+    /// Only the dry run of tools/gpu/run.sh: what a GPU machine does, on this machine's CPU
+    #[arg(long, group = "part")]
+    gpu_dry_run: bool,
+    /// Only programs built against an installed drex: make, CMake, plain cc, static, Debian packages, sanitizers
+    #[arg(long, group = "part")]
+    consumers: bool,
+    /// Only the programs in examples/, built and run, and compared with llama.cpp
+    #[arg(long, group = "part")]
+    examples: bool,
+    /// Only the Python package
+    #[arg(long, group = "part")]
+    python: bool,
     /// Only the server tests whose names contain this
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", group = "part")]
     only: Option<String>,
+    /// Leave out the slow server tests, the exact builds, the consumers, the examples and the book
+    #[arg(long, conflicts_with = "part")]
+    quick: bool,
     #[command(flatten)]
     source: Source,
+}
+
+impl Options {
+    /// One part was asked for.
+    fn part(&self) -> bool {
+        self.of_server() || self.kernels || self.consumers || self.examples || self.python
+    }
+
+    fn of_server(&self) -> bool {
+        self.exact || self.lossless || self.gpu_dry_run || self.only.is_some()
+    }
 }
 
 #[derive(Default)]
@@ -68,10 +96,47 @@ impl Count {
 /// Whether everything passed.
 pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
-    if !options.exact && !options.lossless && options.only.is_none() {
+    let all = !options.part();
+    let long = all && !options.quick;
+    if all {
         rust(&mut count);
     }
-    server(options, &mut count);
+    if options.kernels {
+        // The cases are worth seeing where they are asked for.
+        let tests = [
+            "test",
+            "-p",
+            "drex",
+            "--release",
+            "--test",
+            "kernels",
+            "--test",
+            "cuda",
+        ];
+        let tests = [&tests[..], &["--", "--nocapture"]].concat();
+        cargo_test(&mut count, "cargo test, kernels", &tests);
+    }
+    if all || options.kernels {
+        compiled_kernels(&mut count);
+    }
+    if long || options.consumers {
+        consumers::run(&mut |name, result, start| count.one(name, result, start));
+    }
+    if long || options.examples {
+        examples(&mut count);
+    }
+    if all || options.python {
+        python_tests(&mut count);
+    }
+    if long {
+        println!("== the book");
+        let start = Instant::now();
+        let built = book::build().map(drop);
+        count.one("the book builds, and no link is dead", built, start);
+    }
+    if all || options.of_server() {
+        server(options, &mut count);
+    }
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0)
 }
@@ -112,19 +177,65 @@ fn rust(count: &mut Count) {
         ("cargo test, xtask", &["test", "--package", "xtask"]),
     ];
     for (name, args) in tests {
-        println!("== {name}");
-        let start = Instant::now();
-        let mut command = cargo();
-        match counted(command.args(args)) {
-            // What does not even build reports no test, but has failed all the same.
-            Ok((tests, false)) if tests.failed == 0 => {
-                count.add(tests);
-                count.one(name, Err(anyhow::anyhow!("{name} failed")), start);
-            }
-            Ok((tests, _)) => count.add(tests),
-            Err(error) => count.one(name, Err(error), start),
-        }
+        cargo_test(count, name, args);
     }
+}
+
+fn examples(count: &mut Count) {
+    println!("== examples");
+    let start = Instant::now();
+    let kit = match examples::Kit::build() {
+        Ok(kit) => kit,
+        Err(error) => return count.one("build the examples", Err(error), start),
+    };
+    count.one("build the examples", Ok(()), start);
+    for test in examples::TESTS {
+        let start = Instant::now();
+        count.one(test.name, (test.run)(&kit), start);
+    }
+}
+
+fn python_tests(count: &mut Count) {
+    println!("== python");
+    let start = Instant::now();
+    match python::test() {
+        Ok(tests) => {
+            count.passed += u64::from(tests);
+            let seconds = start.elapsed().as_secs_f64();
+            println!("ok      {tests} tests of bindings/python ({seconds:.1} s)");
+        }
+        Err(error) => count.one("bindings/python", Err(error), start),
+    }
+}
+
+fn cargo_test(count: &mut Count, name: &str, args: &[&str]) {
+    println!("== {name}");
+    let start = Instant::now();
+    let mut command = cargo();
+    match counted(command.args(args)) {
+        // What does not even build reports no test, but has failed all the same.
+        Ok((tests, false)) if tests.failed == 0 => {
+            count.add(tests);
+            count.one(name, Err(anyhow::anyhow!("{name} failed")), start);
+        }
+        Ok((tests, _)) => count.add(tests),
+        Err(error) => count.one(name, Err(error), start),
+    }
+}
+
+fn compiled_kernels(count: &mut Count) {
+    println!("== compiled kernels");
+    let start = Instant::now();
+    let result = kernels::run(&kernels::Options { check: true }).and_then(|same| {
+        anyhow::ensure!(
+            same,
+            "the committed kernels are not what their sources give"
+        );
+        Ok(())
+    });
+    count.one("cargo xtask kernels --check", result, start);
+    let start = Instant::now();
+    count.one("tools/gpu/kernels.sh --dry-run", kernels::dry_run(), start);
 }
 
 fn succeed(command: &mut Command) -> Result<()> {
@@ -184,6 +295,7 @@ fn server(options: &Options, count: &mut Count) {
     let mut chosen = 0;
     for test in server_tests::all() {
         let wanted = match (&options.only, options.exact) {
+            _ if options.gpu_dry_run => test.name == server_tests::GPU_DRY_RUN,
             _ if options.lossless => test.name.contains("lossless"),
             (Some(text), _) => test.name.contains(text.as_str()),
             (None, true) => test.exact,
@@ -206,7 +318,7 @@ fn suite(options: &Options) -> Result<Suite> {
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let mut kinds = vec![Kind::Reference, Kind::Patched];
-    if !options.quick {
+    if !options.quick && !options.gpu_dry_run {
         kinds.extend([Kind::ReferenceExact, Kind::PatchedExact]);
     }
     let mut runtimes = Vec::new();

@@ -200,6 +200,7 @@ int main(int argc, char ** argv) {
                 if (++stage[s] < (int) bounds.size() - 1) {
                     continue;
                 }
+                ok = llama_window_fetch_logits(ctx, i, 1);
                 const float * logits = llama_get_logits_ith(ctx, i);
                 for (int v = 0; v < n_vocab; ++v) {
                     max_diff = std::max(max_diff, (double) std::abs(logits[v] - expected[s][done[s]][v]));

@@ -294,6 +294,12 @@ const float * drex_llama_logits(drex_llama * l, int32_t i) {
         return nullptr;
     }
 }
+const float * drex_llama_window_logits(const drex_llama * l) {
+    const ggml_tensor * t = llama_window_logits(l->ctx);
+    const bool plain = t && t->buffer && ggml_backend_buffer_is_host(t->buffer) && t->type == GGML_TYPE_F32 &&
+        t->nb[1] == sizeof(float)*llama_vocab_n_tokens(l->vocab);
+    return plain ? static_cast<const float *>(t->data) : nullptr;
+}
 void drex_llama_forget(drex_llama * l, int32_t sequence) {
     llama_memory_seq_rm(llama_get_memory(l->ctx), sequence, -1, -1);
 }
@@ -344,8 +350,11 @@ void drex_llama_sampler_free(drex_llama_sampler * s) {
         delete s;
     }
 }
-int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i) {
+int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, int32_t window) {
     return guarded([&] {
+        if (window && !llama_window_fetch_logits(l->ctx, i, 1)) {
+            return -1;
+        }
         return llama_get_logits_ith(l->ctx, i) ? llama_sampler_sample(s->chain, l->ctx, i) : -1;
     });
 }

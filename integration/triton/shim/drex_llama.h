@@ -83,16 +83,19 @@ int32_t drex_llama_project(drex_llama *llama, const int32_t *positions, const in
                            int32_t n, int32_t begin);
 /* KV cell of each row of the last window. */
 const uint32_t *drex_llama_cells(const drex_llama *llama);
-/* [n_vocab] of row i of the last pass; NULL when it was no output. */
+/* [n_vocab] of row i of the last pass through drex_llama_decode(); NULL when it was no output. */
 const float *drex_llama_logits(drex_llama *llama, int32_t i);
+/* [n][n_vocab] of the last window, where it left them; NULL when that is not host memory. */
+const float *drex_llama_window_logits(const drex_llama *llama);
 /* Frees all cells of a sequence. */
 void drex_llama_forget(drex_llama *llama, int32_t sequence);
 void drex_llama_rollback(drex_llama *llama, int32_t sequence, int32_t position);
 
 drex_llama_sampler *drex_llama_sampler_new(const drex_llama *llama, const drex_llama_sampling *params);
 void drex_llama_sampler_free(drex_llama_sampler *sampler);
-/* Chooses a token from row i's logits and remembers it. Below 0: there are no such logits. */
-int32_t drex_llama_sample(drex_llama *llama, drex_llama_sampler *sampler, int32_t i);
+/* Chooses a token from row i's logits and remembers it. window: of the last window, else of the last decode. Below 0: there
+ * are no such logits. */
+int32_t drex_llama_sample(drex_llama *llama, drex_llama_sampler *sampler, int32_t i, int32_t window);
 
 void drex_llama_perf(const drex_llama *llama, uint64_t *graphs_built, uint64_t *graphs_reused);
 

@@ -236,18 +236,18 @@ impl Engine {
             let kv = self.llama.layer(layer).ok_or_else(|| {
                 Failure::unsupported(format!("layer {layer} has no K/V in host memory"))
             })?;
-            layers.push(drex_kv_layer {
-                size: size_of::<drex_kv_layer>() as u32,
-                n_cells: kv.n_cells,
-                k: kv.k,
-                v: kv.v,
-                k_row_bytes: kv.k_row_bytes,
-                k_cell_stride: kv.k_cell_stride,
-                v_row_bytes: kv.v_row_bytes,
-                v_cell_stride: kv.v_cell_stride,
-                v_elem_bytes: kv.v_elem_bytes,
-                v_elem_stride: kv.v_elem_stride,
-            });
+            let mut one: drex_kv_layer = zeroed();
+            one.size = size_of::<drex_kv_layer>() as u32;
+            one.n_cells = kv.n_cells;
+            one.k = kv.k;
+            one.v = kv.v;
+            one.k_row_bytes = kv.k_row_bytes;
+            one.k_cell_stride = kv.k_cell_stride;
+            one.v_row_bytes = kv.v_row_bytes;
+            one.v_cell_stride = kv.v_cell_stride;
+            one.v_elem_bytes = kv.v_elem_bytes;
+            one.v_elem_stride = kv.v_elem_stride;
+            layers.push(one);
         }
         // SAFETY: the tensors live as long as the context, which is closed after the engine.
         unsafe {
@@ -485,7 +485,7 @@ impl Engine {
             }
         }
         for (at, row) in ends {
-            self.emit(at, row);
+            self.emit(at, row, false);
         }
         Ok(())
     }
@@ -620,10 +620,10 @@ impl Engine {
             logits.row_stride_bytes = u64::from(self.llama.n_vocab) * 4;
             logits.n_rows = info.n_rows;
             logits.n_vocab = self.llama.n_vocab;
-            let first = self.llama.logits(0);
-            logits.data = first
-                .ok_or_else(|| Failure::internal("the window gave no logits"))?
-                .as_ptr()
+            logits.data = self
+                .llama
+                .window_logits()
+                .ok_or_else(|| Failure::internal("the window gave no logits in host memory"))?
                 .cast();
             // SAFETY: all rows of a window are outputs, so that the logits of n rows lie one after another.
             unsafe {
@@ -669,19 +669,19 @@ impl Engine {
         // SAFETY: a step is planned, and its ramp was called.
         unsafe { check(drex_complete(self.drex, &done))? };
         for (at, row) in emits {
-            self.emit(at, row);
+            self.emit(at, row, true);
         }
         Ok(())
     }
 
-    /// Chooses the token of a row of the last pass and gives it out.
-    fn emit(&mut self, at: usize, row: usize) {
+    /// Chooses the token of a row, of a window or of a prompt, and gives it out.
+    fn emit(&mut self, at: usize, row: usize, window: bool) {
         let Some(slot) = &mut self.slots[at] else {
             return;
         };
         let token = match &mut slot.sampler {
-            Some(sampler) => self.llama.sample(sampler, row),
-            None => greedy(&mut self.llama, row, slot.sampling.ignore_eos),
+            Some(sampler) => self.llama.sample(sampler, row, window),
+            None => greedy(&mut self.llama, row, window, slot.sampling.ignore_eos),
         };
         let Some(token) = token else {
             return self.fail(at, Failure::internal("a row gave no logits"));
@@ -769,13 +769,13 @@ impl Drop for Engine {
 }
 
 /// The most likely token, the lowest number among equals.
-fn greedy(llama: &mut Llama, row: usize, ignore_eos: bool) -> Option<i32> {
-    let mut best = argmax(llama.logits(row)?, |_| false)?;
+fn greedy(llama: &mut Llama, row: usize, window: bool, ignore_eos: bool) -> Option<i32> {
+    let mut best = argmax(llama.logits(row, window)?, |_| false)?;
     if ignore_eos && llama.is_end(best) {
         let ends: Vec<bool> = (0..llama.n_vocab as i32)
             .map(|token| llama.is_end(token))
             .collect();
-        best = argmax(llama.logits(row)?, |token| ends[token])?;
+        best = argmax(llama.logits(row, window)?, |token| ends[token])?;
     }
     Some(best)
 }

@@ -87,10 +87,11 @@ functions! {
     project: fn(Handle, *const i32, *const i32, *const i32, i32, i32) -> i32;
     cells: fn(Handle) -> *const u32;
     logits: fn(Handle, i32) -> *const f32;
+    window_logits: fn(Handle) -> *const f32;
     forget: fn(Handle, i32);
     sampler_new: fn(Handle, *const SamplerParams) -> Handle;
     sampler_free: fn(Handle);
-    sample: fn(Handle, Handle, i32) -> i32;
+    sample: fn(Handle, Handle, i32, i32) -> i32;
     perf: fn(Handle, *mut u64, *mut u64);
 }
 
@@ -344,12 +345,24 @@ impl Llama {
         unsafe { (self.f.cells)(self.handle) }
     }
 
-    /// The logits of row i of the last pass.
-    pub fn logits(&mut self, i: usize) -> Option<&[f32]> {
-        // SAFETY: n_vocab numbers that stay until the next pass, which needs `&mut self`.
+    /// The logits of all rows of the last window.
+    pub fn window_logits(&self) -> Option<*const f32> {
+        // SAFETY: only asks.
+        let data = unsafe { (self.f.window_logits)(self.handle) };
+        (!data.is_null()).then_some(data)
+    }
+
+    /// The logits of row i, of the last window or of the last pass through all layers.
+    pub fn logits(&mut self, i: usize, window: bool) -> Option<&[f32]> {
+        let n = self.n_vocab as usize;
+        // SAFETY: n numbers that stay until the next pass, which needs `&mut self`; i is one of the window's rows.
         unsafe {
-            let data = (self.f.logits)(self.handle, i as i32);
-            (!data.is_null()).then(|| std::slice::from_raw_parts(data, self.n_vocab as usize))
+            let data = if window {
+                self.window_logits()?.add(i * n)
+            } else {
+                (self.f.logits)(self.handle, i as i32)
+            };
+            (!data.is_null()).then(|| std::slice::from_raw_parts(data, n))
         }
     }
 
@@ -368,9 +381,10 @@ impl Llama {
     }
 
     /// A token from row i's logits; None when there are none.
-    pub fn sample(&mut self, sampler: &mut Sampler, i: usize) -> Option<i32> {
+    pub fn sample(&mut self, sampler: &mut Sampler, i: usize, window: bool) -> Option<i32> {
+        let (row, window) = (i as i32, i32::from(window));
         // SAFETY: both handles are good.
-        let token = unsafe { (self.f.sample)(self.handle, sampler.handle, i as i32) };
+        let token = unsafe { (self.f.sample)(self.handle, sampler.handle, row, window) };
         (token >= 0).then_some(token)
     }
 

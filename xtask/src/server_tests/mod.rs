@@ -42,6 +42,8 @@ pub struct Suite {
     pub model: PathBuf,
 }
 
+pub const GPU_DRY_RUN: &str = "what a GPU machine runs, on the CPU";
+
 pub struct Test {
     pub name: &'static str,
     pub run: fn(&Suite) -> Result<()>,

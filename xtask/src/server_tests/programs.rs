@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use super::{Build, Suite, Test, program};
-use crate::process;
+use crate::{gpu, process};
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
@@ -32,6 +32,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
             },
         )
         .exact(),
+        Test::new(super::GPU_DRY_RUN, |suite| gpu::dry_run(&suite.patched.0)),
     ]
 };
 

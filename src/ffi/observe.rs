@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Logging, snapshot and metrics. Their documentation is the header's.
+
+#![allow(clippy::missing_safety_doc, non_camel_case_types)] // the header states each contract, for C
+
+use std::ffi::{CStr, c_char, c_void};
+
+use super::entry::with;
+use super::error::Fault;
+use super::types::*;
+use crate::core::error::Error;
+use crate::observe::{Sink, metrics, snapshot};
+
+/// How much is logged: a level and all that are more urgent.
+pub type drex_log_level = u32;
+
+/// Nothing.
+pub const DREX_LOG_OFF: drex_log_level = 0;
+/// A device failed.
+pub const DREX_LOG_ERROR: drex_log_level = 1;
+/// Refused calls, missed deadlines, logits that are not finite.
+pub const DREX_LOG_WARN: drex_log_level = 2;
+/// Engines, and the rules that AUTO chooses.
+pub const DREX_LOG_INFO: drex_log_level = 3;
+/// Requests.
+pub const DREX_LOG_DEBUG: drex_log_level = 4;
+/// Every step.
+pub const DREX_LOG_TRACE: drex_log_level = 5;
+
+/// Receives one event: its level and a line of UTF-8 without a line break, at
+/// most 511 bytes, valid during the call. It runs on the thread and inside the
+/// call that caused it, so a call on the same engine gets
+/// DREX_ERROR_HANDLE_BUSY (DREX_ERROR_INVALID_HANDLE from the event of its
+/// destruction). It must return: no exception, no longjmp.
+pub type drex_log_callback = Option<
+    unsafe extern "C" fn(user_data: *mut c_void, level: drex_log_level, text: *const c_char),
+>;
+
+/// Sends an engine's events to a callback, and says its configuration at level
+/// INFO. Events of other engines do not go there.
+///
+/// callback   NULL: none from now on
+/// user_data  handed to the callback; kept until the engine ends or another
+///            call of this function; may be NULL
+/// level      DREX_LOG_*
+///
+/// Errors: INVALID_ARGUMENT for an unknown level.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_log_set(
+    engine: *mut drex_engine,
+    callback: drex_log_callback,
+    user_data: *mut c_void,
+    level: drex_log_level,
+) -> drex_status {
+    with("drex_log_set", engine, |instance| {
+        if level > DREX_LOG_TRACE {
+            return Err(Error::int("level", level, "DREX_LOG_* (0..5)").into());
+        }
+        let sink = callback.filter(|_| level > DREX_LOG_OFF);
+        instance.watch.set(sink.map(|callback| Sink {
+            callback,
+            user_data,
+            level,
+        }));
+        if sink.is_some() {
+            instance.watch.created(&instance.engine);
+        }
+        Ok(())
+    })
+}
+
+/// Counters, queues, held rows with their ages, and the scheduler's estimates
+/// as a JSON object. What is not known is null.
+///
+/// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
+///           to ask for the length
+/// capacity  bytes at text
+/// length    receives the text's bytes without the 0 byte
+///
+/// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
+/// not fit and capacity is not 0, with what is needed in the error's text.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_snapshot(
+    engine: *const drex_engine,
+    text: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> drex_status {
+    with("drex_snapshot", engine, |instance| {
+        let json = snapshot::to_json(&instance.engine);
+        // SAFETY: the caller's contract.
+        unsafe { give(&json, text, capacity, length) }
+    })
+}
+
+/// Counters, gauges and histograms in Prometheus' text format 0.0.4.
+///
+/// labels    put on every sample, as name="value" separated by commas, with
+///           values escaped as that format says; NULL or empty: none. Not
+///           ramp, reason, cause or le.
+/// text, capacity, length  as for drex_snapshot()
+///
+/// Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
+/// drex_snapshot().
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_metrics_text(
+    engine: *const drex_engine,
+    labels: *const c_char,
+    text: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> drex_status {
+    with("drex_metrics_text", engine, |instance| {
+        let labels = match labels.is_null() {
+            true => "",
+            // SAFETY: the caller passes a C string.
+            false => unsafe { CStr::from_ptr(labels) }
+                .to_str()
+                .map_err(|_| Fault::Profile("labels is not UTF-8".into()))?,
+        };
+        metrics::check_labels(labels).map_err(|e| Fault::Profile(format!("labels: {e}")))?;
+        let all = metrics::text(&instance.engine, labels);
+        // SAFETY: the caller's contract.
+        unsafe { give(&all, text, capacity, length) }
+    })
+}
+
+/// # Safety
+/// `text` has `capacity` bytes; `length` is NULL or can be written.
+unsafe fn give(
+    from: &str,
+    text: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> Result<(), Fault> {
+    if length.is_null() {
+        return Err(Fault::Null("length"));
+    }
+    if text.is_null() && capacity > 0 {
+        return Err(Fault::Null("text"));
+    }
+    if capacity > 0 && capacity <= from.len() {
+        return Err(Error::Capacity {
+            field: "capacity",
+            value: capacity as u64,
+            need: from.len() as u64 + 1,
+            why: "the text and its 0 byte must fit",
+        }
+        .into());
+    }
+    // SAFETY: checked above.
+    unsafe {
+        length.write_unaligned(from.len());
+        if capacity > 0 {
+            std::ptr::copy_nonoverlapping(from.as_ptr(), text.cast::<u8>(), from.len());
+            text.add(from.len()).write(0);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The header held against the last release's, and programs built with older
+//! and newer headers against this library.
+//!
+//! tests/abi/VERSION.txt has the symbols, struct layouts and numbers of a
+//! release. On a release, add the new version's file:
+//! `DREX_ABI_RECORD=1 cargo test --test abi_baseline`.
+
+#![cfg(target_os = "linux")]
+
+mod headers;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use headers::{Abi, Header};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn header() -> String {
+    std::fs::read_to_string(root().join("include/drex.h")).unwrap()
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+/// The newest of the recorded releases.
+fn baseline() -> (String, Abi) {
+    let number = |p: &Path| -> Vec<u32> {
+        let stem = p.file_stem().unwrap().to_str().unwrap();
+        stem.split('.').map(|n| n.parse().unwrap()).collect()
+    };
+    let dir = std::fs::read_dir(root().join("tests/abi")).unwrap();
+    let all = dir.map(|e| e.unwrap().path());
+    let texts = all.filter(|p| p.extension().is_some_and(|e| e == "txt"));
+    let path = texts.max_by_key(|p| number(p)).expect("no baseline");
+    let text = std::fs::read_to_string(&path).unwrap();
+    (path.display().to_string(), Abi::parse(&text))
+}
+
+fn abi_of(header: &str, name: &str) -> Abi {
+    Header::parse(header).measure(header, &scratch(name))
+}
+
+#[test]
+fn nothing_of_the_last_release_is_gone_or_changed() {
+    let now = abi_of(&header(), "abi-now");
+    if std::env::var_os("DREX_ABI_RECORD").is_some() {
+        let file = format!("tests/abi/{}.txt", env!("CARGO_PKG_VERSION"));
+        std::fs::write(root().join(file), now.to_string()).unwrap();
+    }
+    let (path, then) = baseline();
+    assert!(then.0.len() > 250, "{path} has {} lines", then.0.len());
+    let wrong = then.broken_by(&now);
+    assert!(
+        wrong.is_empty(),
+        "against {path}:\n{}\nThis breaks programs that exist. If it has to be, DREX_ABI_VERSION, the SONAME \
+         and DREX_0 in packaging/libdrex.map go up together.",
+        wrong.join("\n")
+    );
+}
+
+/// (what is replaced, by what, what the check must say)
+const BREAKING: [(&str, &str, &str); 16] = [
+    (
+        "drex_status drex_abandon(drex_engine *engine);",
+        "",
+        "symbol drex_abandon is gone",
+    ),
+    (
+        "drex_status drex_abandon(drex_engine *engine);",
+        "drex_status drex_abandon(const drex_engine *engine);",
+        "symbol drex_abandon",
+    ),
+    (
+        "uint32_t drex_abi_version(void);",
+        "uint64_t drex_abi_version(void);",
+        "symbol drex_abi_version",
+    ),
+    (
+        "uint32_t capacity,\n                      drex_step *out",
+        "drex_step *out,\n                      uint32_t capacity",
+        "symbol drex_plan",
+    ),
+    (
+        "  uint64_t token_deadline_ns;\n  // Pins",
+        "  // Pins",
+        "field drex_config.token_deadline_ns is gone",
+    ),
+    (
+        "  uint32_t n_layers;\n  // Exit ramps, 1..",
+        "  uint32_t layers;\n  // Exit ramps, 1..",
+        "field drex_config.n_layers is gone",
+    ),
+    (
+        "  uint64_t now_ns;\n} drex_plan_input;",
+        "  uint32_t now_ns;\n} drex_plan_input;",
+        "field drex_plan_input.now_ns",
+    ),
+    (
+        "  int32_t token;\n  // In [0, 1]",
+        "  uint32_t token;\n  // In [0, 1]",
+        "field drex_verdict.token",
+    ),
+    (
+        "  uint32_t slot;\n  // 0: the request's own row",
+        "  uint32_t more;\n  uint32_t slot;\n  // 0: the request's own row",
+        "field drex_row.slot",
+    ),
+    (
+        "  uint32_t n_cells;\n} drex_page_copy;",
+        "  uint32_t n_cells;\n  uint32_t more;\n} drex_page_copy;",
+        "struct drex_page_copy",
+    ),
+    (
+        "  uint32_t n_top;\n} drex_config;",
+        "  uint16_t n_top;\n  uint16_t more;\n} drex_config;",
+        "field drex_config.more lies within what older programs have",
+    ),
+    (
+        "#define DREX_ERROR_CAPACITY 10",
+        "#define DREX_ERROR_CAPACITY 11",
+        "number DREX_ERROR_CAPACITY",
+    ),
+    (
+        "#define DREX_POLICY_AUTO 8",
+        "",
+        "number DREX_POLICY_AUTO is gone",
+    ),
+    (
+        "#define DREX_MAX_RAMPS 16",
+        "#define DREX_MAX_RAMPS 32",
+        "number DREX_MAX_RAMPS",
+    ),
+    (
+        "typedef int32_t drex_status;",
+        "typedef uint32_t drex_status;",
+        "type drex_status",
+    ),
+    (
+        "#define DREX_NO_SLOT UINT32_MAX",
+        "#define DREX_NO_SLOT INT32_MAX",
+        "number DREX_NO_SLOT",
+    ),
+];
+
+#[test]
+fn each_breaking_change_is_found() {
+    let original = header();
+    let then = abi_of(&original, "abi-original");
+    for (i, (from, to, words)) in BREAKING.iter().enumerate() {
+        assert_eq!(original.matches(from).count(), 1, "{from}");
+        let now = abi_of(&original.replace(from, to), &format!("abi-broken-{i}"));
+        let wrong = then.broken_by(&now).join("\n");
+        assert!(
+            wrong.contains(words),
+            "{from} -> {to}: \"{words}\" is not in: {wrong}"
+        );
+    }
+}
+
+#[test]
+fn additions_are_no_breaking_changes() {
+    let original = header();
+    let then = abi_of(&original, "abi-before");
+    let more = original
+        .replace(
+            "#define DREX_ERROR_PANIC 13",
+            "#define DREX_ERROR_PANIC 13\n#define DREX_ERROR_MORE 14",
+        )
+        .replace(
+            "drex_status drex_abandon(drex_engine *engine);",
+            "drex_status drex_abandon(drex_engine *engine);\n\ndrex_status drex_more(void);",
+        )
+        .replace("} drex_stats;", "  uint64_t more;\n} drex_stats;");
+    let now = abi_of(&more, "abi-more");
+    assert_eq!(now.0.len(), then.0.len() + 3);
+    assert_eq!(then.broken_by(&now), Vec::<String>::new());
+}
+
+/// Compiles the smoke test with a header of another version, and runs it
+/// against this library.
+fn client(name: &str, header: &str, first_lines: &str) -> std::process::Output {
+    let dir = scratch(name);
+    std::fs::write(dir.join("drex.h"), header).unwrap();
+    let smoke = std::fs::read_to_string(root().join("tests/c/smoke.c")).unwrap();
+    let smoke = smoke.replacen("#include <string.h>\n", first_lines, 1);
+    std::fs::write(dir.join("client.c"), smoke).unwrap();
+    let exe = std::env::current_exe().unwrap();
+    let deps = exe.parent().unwrap();
+    let library = [deps, deps.parent().unwrap()]
+        .map(|d| d.join("libdrex.so"))
+        .into_iter()
+        .find(|p| p.exists())
+        .expect("no libdrex.so");
+    for link in ["libdrex.so", "libdrex.so.0"] {
+        std::os::unix::fs::symlink(&library, dir.join(link)).unwrap();
+    }
+    let program = dir.join("client");
+    let out = Command::new("cc")
+        .args(["-std=c99", "-Wall", "-Werror", "-I"])
+        .arg(&dir)
+        .arg(dir.join("client.c"))
+        .arg("-L")
+        .arg(&dir)
+        .args(["-ldrex", "-o"])
+        .arg(&program)
+        .output()
+        .expect("a C compiler is needed");
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    Command::new(program)
+        .env("LD_LIBRARY_PATH", &dir)
+        .output()
+        .unwrap()
+}
+
+fn works(out: &std::process::Output) {
+    let text = String::from_utf8_lossy(&out.stdout);
+    let expect = format!("drex {}: 32 tokens in ", env!("CARGO_PKG_VERSION"));
+    assert!(
+        out.status.success() && text.starts_with(&expect),
+        "{text}{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+/// Sizes of the first version, where structs have grown since.
+const FIRST: [(&str, usize); 3] = [
+    ("drex_config", 96),
+    ("drex_request_config", 40),
+    ("drex_stats", 688),
+];
+
+#[test]
+fn a_program_with_smaller_structs_works() {
+    let mut old = header();
+    let mut asserts = "#include <string.h>\n".to_owned();
+    for (name, size) in FIRST {
+        old = Header::parse(&old).cut(&old, name, size, &scratch("abi-cut"));
+        asserts += &format!("typedef char old_{name}[sizeof({name}) == {size} ? 1 : -1];\n");
+    }
+    assert!(!old.contains("max_pending;"), "nothing was cut");
+    works(&client("abi-old-client", &old, &asserts));
+}
+
+#[test]
+fn a_program_with_larger_structs_works_until_it_uses_what_is_unknown_here() {
+    let original = header();
+    let parsed = Header::parse(&original);
+    let sized: Vec<&str> = parsed.sized().collect();
+    assert!(sized.len() >= 12, "{sized:?}");
+    let mut new = original.clone();
+    for name in sized {
+        let end = format!("}} {name};");
+        assert_eq!(new.matches(&end).count(), 1);
+        new = new.replace(&end, &format!("  uint64_t later[3];\n{end}"));
+    }
+    let lines = "#include <string.h>\n";
+    works(&client("abi-new-client", &new, lines));
+
+    // The same program, relying on a field that this library lacks, is told so.
+    let ask = format!(
+        "{lines}static drex_status create(drex_config *c, drex_engine **out) {{\n  \
+         drex_status s;\n  c->later[2] = 1;\n  s = drex_create(c, out);\n  \
+         fprintf(stderr, \"%s: %s\\n\", drex_status_name(s), drex_last_error());\n  return s;\n}}\n\
+         #define drex_create create\n"
+    );
+    let out = client("abi-newer-asks", &new, &ask);
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success());
+    for words in [
+        "DREX_ERROR_STRUCT_SIZE: drex_create: config.size",
+        "newer version",
+    ] {
+        assert!(text.contains(words), "{text}");
+    }
+}

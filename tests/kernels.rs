@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The CUDA kernels' own source, run on a CPU thread by thread, against
+//! references in f64 and naive copies. `cargo xtask test --kernels` shows how
+//! many cases that are; `tools/gpu` runs the same ones on a device.
+
+#[path = "common/fake.rs"]
+mod fake;
+#[path = "common/rows.rs"]
+mod rows;
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::sync::{Mutex, MutexGuard};
+
+use drex::core::metric::{Metric, Moments};
+use drex::device::cuda::args::*;
+use drex::device::{Dtype, Top};
+use rows::*;
+
+/// The emulation is one block at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn run<A>(kernel: &str, grid: (u32, u32), threads: u32, args: &A, turned: bool) {
+    let name = CString::new(kernel).unwrap();
+    let args = std::ptr::from_ref(args).cast::<c_void>();
+    // SAFETY: the caller's arguments are the kernel's.
+    let status =
+        unsafe { fake::emulate()(name.as_ptr(), grid.0, grid.1, threads, args, turned.into()) };
+    assert_eq!(status, 0, "{kernel}");
+}
+
+#[test]
+fn arguments_have_one_layout() {
+    let layouts = fake::function::<unsafe extern "C" fn() -> *const c_char>("drex_layouts");
+    // SAFETY: a text that ends in 0.
+    let there = unsafe { CStr::from_ptr(layouts()) }.to_str().unwrap();
+    assert_eq!(there, layouts_here());
+}
+
+fn layouts_here() -> String {
+    drex::device::cuda::args::layouts()
+}
+
+struct Ramp {
+    moments: Vec<DeviceMoments>,
+    tops: Vec<Top>,
+}
+
+/// All rows of one length in one launch, `offset` bytes into their memory.
+fn ramp(
+    rows: &[Vec<u8>],
+    dtype: Dtype,
+    n: usize,
+    n_top: usize,
+    offset: usize,
+    turned: bool,
+) -> Ramp {
+    let row = n * dtype.bytes();
+    // Aligned for vectors, unless the offset is odd.
+    let stride = if offset == 0 {
+        row.next_multiple_of(16)
+    } else {
+        row
+    };
+    let mut memory = vec![0u128; (stride * rows.len() + offset).div_ceil(16) + 1];
+    let base = memory.as_mut_ptr().cast::<u8>();
+    for (i, bytes) in rows.iter().enumerate() {
+        // SAFETY: within `memory`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), base.add(offset + i * stride), row);
+        }
+    }
+    let n_chunks = (n as u32).div_ceil(RAMP_CHUNK);
+    let chunks = rows.len() * n_chunks as usize;
+    let none = DeviceMoments {
+        top: f32::NAN,
+        second: f32::NAN,
+        sum: f32::NAN,
+        weighted: f32::NAN,
+        token: -7,
+    };
+    let mut partial = vec![none; chunks];
+    let mut partial_top = vec![
+        Top {
+            logit: f32::NAN,
+            token: -7
+        };
+        chunks * n_top
+    ];
+    let mut arrived = vec![0u32; rows.len()];
+    let mut moments = vec![none; rows.len()];
+    let mut tops = vec![
+        Top {
+            logit: f32::NAN,
+            token: -7
+        };
+        rows.len() * n_top
+    ];
+    let args = RampArgs {
+        logits: base as u64 + offset as u64,
+        row_stride: stride as u64,
+        n_rows: rows.len() as u32,
+        n_vocab: n as u32,
+        n_chunks,
+        vectors: u32::from(offset == 0),
+        weighted: 1,
+        n_top: n_top as u32,
+        partial: partial.as_mut_ptr() as u64,
+        partial_top: partial_top.as_mut_ptr() as u64,
+        arrived: arrived.as_mut_ptr() as u64,
+        out: moments.as_mut_ptr() as u64,
+        out_top: tops.as_mut_ptr() as u64,
+    };
+    let name = match dtype {
+        Dtype::F32 => "f32",
+        Dtype::F16 => "f16",
+        Dtype::Bf16 => "bf16",
+    };
+    let top = if n_top > 0 { "top_" } else { "" };
+    run(
+        &format!("drex_ramp_{top}{name}"),
+        (chunks as u32, 1),
+        RAMP_THREADS,
+        &args,
+        turned,
+    );
+    assert!(
+        arrived.iter().all(|&a| a == 0),
+        "the counters are left as they were"
+    );
+    Ramp { moments, tops }
+}
+
+fn confidence(m: &DeviceMoments, metric: Metric, n: usize) -> f32 {
+    let moments = Moments {
+        top: m.top,
+        second: m.second,
+        sum: m.sum.into(),
+        weighted: m.weighted.into(),
+        nan: m.sum.is_nan(),
+    };
+    moments.confidence(metric, n)
+}
+
+fn same(a: &DeviceMoments, b: &DeviceMoments) -> bool {
+    let bits = |m: &DeviceMoments| [m.top, m.second, m.sum, m.weighted].map(f32::to_bits);
+    // A NaN has many faces.
+    (a.sum.is_nan() && b.sum.is_nan()) || (bits(a) == bits(b) && a.token == b.token)
+}
+
+/// Rows of one length, in one launch each way; how many rows were compared.
+fn check_ramp(cases: &[(String, Vec<f32>)]) -> usize {
+    let mut compared = 0;
+    let n = cases[0].1.len();
+    for dtype in DTYPES {
+        let stored: Vec<_> = cases.iter().map(|(_, r)| bytes(r, dtype)).collect();
+        let k = [1, 7, 40, 64][n % 4];
+        let plain = ramp(&stored, dtype, n, 0, 0, false);
+        let variants = [
+            ramp(&stored, dtype, n, 0, 0, true),
+            ramp(&stored, dtype, n, 0, dtype.bytes(), false),
+            ramp(&stored, dtype, n, k, 0, false),
+            ramp(&stored, dtype, n, k, dtype.bytes(), true),
+        ];
+        for (i, (name, row)) in cases.iter().enumerate() {
+            let values = rounded(row, dtype);
+            let m = &plain.moments[i];
+            let at = format!("{name}, {dtype:?}");
+            for v in &variants {
+                assert!(same(m, &v.moments[i]), "{at}: {m:?} {:?}", v.moments[i]);
+            }
+            for metric in METRICS {
+                let (want, token) = reference(&values, metric);
+                let got = confidence(m, metric, n);
+                if want.is_nan() {
+                    assert!(got.is_nan(), "{at}: {got} {m:?}");
+                } else {
+                    let diff = (f64::from(got) - want).abs();
+                    assert!(diff < 3e-6, "{at} {metric:?}: {got} is not {want}");
+                    assert_eq!(m.token, token, "{at}");
+                }
+                compared += 1;
+            }
+            for v in &variants[2..] {
+                let got = &v.tops[i * k..][..k];
+                let want = greatest(&values, k);
+                for (j, t) in got.iter().enumerate() {
+                    match want.get(j) {
+                        Some(&(token, x)) => {
+                            assert_eq!(t.token, token, "{at}: {j} of {k}");
+                            assert_eq!(f64::from(t.logit), x, "{at}: {j} of {k}");
+                        }
+                        None => assert_eq!(t.token, -1, "{at}: {j} of {k}"),
+                    }
+                }
+                compared += 1;
+            }
+        }
+    }
+    compared
+}
+
+#[test]
+fn ramp_rows_of_every_kind() {
+    let _alone = alone();
+    let mut compared = 0;
+    for n in [1usize, 2, 33, 1000, 8192, 8193, 20001] {
+        compared += check_ramp(&cases(&[n]));
+    }
+    println!("ramp: {compared} comparisons of rows of every kind");
+}
+
+#[test]
+fn ramp_the_longest_vocabularies() {
+    let _alone = alone();
+    let mut compared = 0;
+    for n in [32_000, 128_256, 300_000] {
+        let mut tie = noise(n, 5, 1.0);
+        (tie[n / 3], tie[n - 1]) = (3.0, 3.0);
+        let mut bad = noise(n, 6, 1.0);
+        bad[n - 2] = f32::NAN;
+        compared += check_ramp(&[
+            ("random".into(), noise(n, 3, 20.0)),
+            ("flat".into(), noise(n, 4, 0.01)),
+            ("tie".into(), tie),
+            ("bad".into(), bad),
+        ]);
+    }
+    println!("ramp: {compared} comparisons of long rows");
+}
+
+/// A row's result depends neither on its neighbours nor on its place.
+#[test]
+fn ramp_rows_are_independent() {
+    let _alone = alone();
+    let n = 9001;
+    let rows: Vec<_> = (0..5)
+        .map(|i| bytes(&noise(n, i, 9.0), Dtype::F16))
+        .collect();
+    let together = ramp(&rows, Dtype::F16, n, 0, 0, false);
+    for (i, row) in rows.iter().enumerate() {
+        let alone = ramp(std::slice::from_ref(row), Dtype::F16, n, 0, 2, false);
+        assert!(same(&together.moments[i], &alone.moments[0]));
+    }
+    println!("ramp: {} rows alone and in a batch", rows.len());
+}
+
+fn rows_of(numbers: &[u32], there: Option<&mut Vec<u32>>, source: u32) -> Rows {
+    let mut rows = Rows {
+        there: 0,
+        n: numbers.len() as u32,
+        here: [0; INLINE_ROWS],
+    };
+    match there {
+        Some(list) => {
+            list.extend([numbers.len() as u32, source]);
+            list.extend(numbers);
+            rows.n = 0;
+            rows.there = list.as_ptr() as u64;
+        }
+        None => rows.here[..numbers.len()].copy_from_slice(numbers),
+    }
+    rows
+}
+
+#[test]
+fn fill_every_layout() {
+    let _alone = alone();
+    let (n_layers, n_cells) = (7usize, 40usize);
+    let mut compared = 0;
+    for unit in [1u32, 2, 4, 8, 16] {
+        for (k_units, v_units) in [(1u32, 1u32), (17, 5), (96, 0), (0, 33), (272, 272)] {
+            for transposed in [0u32, 1] {
+                for (source, a_block) in [(0u32, 6u32), (2, 1), (3, 2), (5, 4)] {
+                    for listed in [false, true] {
+                        let pad = (unit * 3) as usize;
+                        let k_stride = (k_units * unit) as usize + pad;
+                        let v_stride = match transposed {
+                            0 => (v_units * unit) as usize + pad,
+                            _ => n_cells * unit as usize + pad,
+                        };
+                        let k_bytes = n_cells * k_stride;
+                        let v_bytes = match transposed {
+                            0 => n_cells * v_stride,
+                            _ => v_units as usize * v_stride,
+                        };
+                        let make = |bytes: usize, seed: usize| -> Vec<u128> {
+                            let mut v = vec![0u128; bytes.div_ceil(16) + 1];
+                            for (i, x) in v.iter_mut().enumerate() {
+                                *x = (i + 1) as u128 * 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835
+                                    + seed as u128;
+                            }
+                            v
+                        };
+                        let mut memory: Vec<[Vec<u128>; 2]> = (0..n_layers)
+                            .map(|l| [make(k_bytes, l), make(v_bytes, l + 100)])
+                            .collect();
+                        let mut want: Vec<[Vec<u8>; 2]> = memory
+                            .iter()
+                            .map(|m| {
+                                [0, 1].map(|s| m[s].iter().flat_map(|x| x.to_ne_bytes()).collect())
+                            })
+                            .collect();
+                        let sides: Vec<DeviceSide> = memory
+                            .iter_mut()
+                            .flat_map(|[k, v]| {
+                                [
+                                    DeviceSide {
+                                        data: k.as_mut_ptr() as u64,
+                                        stride: k_stride as u64,
+                                    },
+                                    DeviceSide {
+                                        data: v.as_mut_ptr() as u64,
+                                        stride: v_stride as u64,
+                                    },
+                                ]
+                            })
+                            .collect();
+                        let cells = [3u32, 39, 0, 17, 18, 19];
+                        let mut list = Vec::new();
+                        let args = FillArgs {
+                            sides: sides.as_ptr() as u64,
+                            n_layers: n_layers as u32,
+                            // In a list, the source is the list's.
+                            source: if listed { 0 } else { source },
+                            layers_a_block: a_block,
+                            shape: [
+                                Shape {
+                                    n: k_units,
+                                    unit,
+                                    transposed: 0,
+                                },
+                                Shape {
+                                    n: v_units,
+                                    unit,
+                                    transposed,
+                                },
+                            ],
+                            cells: rows_of(&cells, listed.then_some(&mut list), source),
+                        };
+                        // Fewer threads than units, and more layers' blocks
+                        // than layers.
+                        run(
+                            "drex_state_copy",
+                            (2, 6u32.div_ceil(a_block)),
+                            COPY_THREADS,
+                            &args,
+                            listed,
+                        );
+                        for l in source as usize + 1..n_layers {
+                            for &c in &cells {
+                                for (s, units) in [(0, k_units), (1, v_units)] {
+                                    for j in 0..units as usize {
+                                        let u = unit as usize;
+                                        let at = match (s, transposed) {
+                                            (1, 1) => j * v_stride + c as usize * u,
+                                            (1, _) => c as usize * v_stride + j * u,
+                                            _ => c as usize * k_stride + j * u,
+                                        };
+                                        let bytes = want[source as usize][s][at..at + u].to_vec();
+                                        want[l][s][at..at + u].copy_from_slice(&bytes);
+                                    }
+                                }
+                            }
+                        }
+                        for (l, (got, want)) in memory.iter().zip(&want).enumerate() {
+                            for s in [0, 1] {
+                                let got: Vec<u8> =
+                                    got[s].iter().flat_map(|x| x.to_ne_bytes()).collect();
+                                assert!(
+                                    got == want[s],
+                                    "layer {l}, side {s}, unit {unit}, {k_units}/{v_units} units, \
+                                     transposed {transposed}, source {source}, listed {listed}"
+                                );
+                            }
+                        }
+                        compared += 1;
+                    }
+                }
+            }
+        }
+    }
+    println!("fill: {compared} caches");
+}
+
+#[test]
+fn rows_to_and_from_the_arena() {
+    let _alone = alone();
+    let mut compared = 0;
+    for unit in [1u32, 2, 4, 8, 16] {
+        for n_units in [1u32, 3, 300] {
+            for to_arena in [0u32, 1] {
+                for listed in [false, true] {
+                    let row = (unit * n_units) as usize;
+                    let (arena_stride, dense_stride) =
+                        (row + unit as usize, row + 2 * unit as usize);
+                    let slots = [6u32, 0, 3, 9];
+                    let fill = |n: usize, seed: u8| -> Vec<u8> {
+                        (0..n)
+                            .map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed))
+                            .collect()
+                    };
+                    let aligned = |bytes: &[u8]| -> Vec<u128> {
+                        let mut v = vec![0u128; bytes.len().div_ceil(16)];
+                        // SAFETY: as long.
+                        unsafe {
+                            std::ptr::copy_nonoverlapping(
+                                bytes.as_ptr(),
+                                v.as_mut_ptr().cast(),
+                                bytes.len(),
+                            );
+                        }
+                        v
+                    };
+                    let (mut a, mut d) = (fill(10 * arena_stride, 1), fill(4 * dense_stride, 99));
+                    let (mut am, mut dm) = (aligned(&a), aligned(&d));
+                    let mut list = Vec::new();
+                    let args = CopyRowsArgs {
+                        arena: am.as_mut_ptr() as u64,
+                        dense: dm.as_mut_ptr() as u64,
+                        arena_stride: arena_stride as u64,
+                        dense_stride: dense_stride as u64,
+                        n_units,
+                        unit,
+                        to_arena,
+                        rows: rows_of(&slots, listed.then_some(&mut list), 0),
+                    };
+                    run("drex_copy_rows", (2, 1), COPY_THREADS, &args, listed);
+                    for (i, &s) in slots.iter().enumerate() {
+                        let (x, y) = (s as usize * arena_stride, i * dense_stride);
+                        if to_arena == 1 {
+                            a[x..x + row].copy_from_slice(&d[y..y + row]);
+                        } else {
+                            d[y..y + row].copy_from_slice(&a[x..x + row]);
+                        }
+                    }
+                    assert!(
+                        am == aligned(&a) && dm == aligned(&d),
+                        "unit {unit}, {n_units} units"
+                    );
+                    compared += 1;
+                }
+            }
+        }
+    }
+    println!("copy rows: {compared} batches");
+}

@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Early exit with dynamic rebatching on one model: what the two windows cost, and what the loop brings.
+//
+//   serve --model FILE --json OUT [--ngl N] [--batch 8,16] [--exit-layers 8,16] [--p 0.2,0.5] [--prompt N] [--tokens N]
+//         [--reps N] [--threads N] [--seconds S]
+//
+// Layers, ramps and scoring really run. Only the outcome of a ramp comes from a mask, drawn by (request, token, seed): each
+// token is a request of its own to drex, with threshold 0 (any confidence will do) or 1 (none of random weights will; above 1
+// drex would not even look), so that drex itself
+// decides, holds, flushes and counts. Tokens are random numbers: with random weights their values mean nothing.
+//
+// The run with early exit and the run without are the same loop over the same 2B requests in the same memory; without, the
+// policy is `off` and windows are [0, n_layer). In neither do logits visit the host, so sampling is left out of both, while
+// the ramp's scoring counts against early exit. One cell at the end of the cache is always in use, so that the attended
+// length stays the same all the time, as it is in a server that has run for a while.
+//
+// Writes JSON after each cell: what was measured stays when the time is up.
+
+#include "serve.h"
+
+#include <cstring>
+#include <ctime>
+
+using namespace serve;
+
+struct options {
+    std::string model, json;
+    int ngl = -1, n_prompt = 32, n_tokens = 40, n_reps = 16, n_threads = 2;
+    double seconds = 1e9;
+    std::vector<int>    batches     = { 8, 16, 32, 64 };
+    std::vector<int>    exit_layers = { 8, 16 };
+    std::vector<double> shares      = { 0.2, 0.5, 0.8 };
+};
+
+// the share of tokens that leave is p, whatever the order in which they run
+static bool leaves(int request, int token, double p) {
+    uint64_t x = uint64_t(request)*0x9e3779b97f4a7c15ull + uint64_t(token)*0xbf58476d1ce4e5b9ull + 0x5eed;
+    x ^= x >> 31; x *= 0x94d049bb133111ebull; x ^= x >> 29; x *= 0xbf58476d1ce4e5b9ull; x ^= x >> 32;
+    return double(x >> 11)*0x1p-53 < p;
+}
+
+struct result {
+    double   seconds = 0.0;
+    uint64_t tokens = 0, exits = 0, involuntary = 0, windows = 0, expected_exits = 0, rows = 0;
+    bool     counts_agree = false;
+};
+
+// runs until a request has all its tokens; counts what comes after each had two
+static result run(session & s, int n_batch, int exit_layer, double p, int n_tokens) {
+    const int n_req = s.n_requests;
+    const bool off = exit_layer == 0;
+
+    engine e(s, n_batch, off ? DREX_POLICY_OFF : DREX_POLICY_HOLD, off ? s.n_layer/2 : exit_layer);
+
+    std::vector<int> done(n_req, 0);
+    auto start = [&](int r) {
+        drex_request_config c = DREX_REQUEST_CONFIG_INITIALIZER;
+        c.id        = uint64_t(done[r])*n_req + r;
+        c.threshold = !off && leaves(r, done[r], p) ? 0.0f : 1.0f;
+        check(drex_request_add(e.ptr, &c));
+        check(drex_request_ready(e.ptr, c.id, s.n_prompt + done[r] + 1, now_ns()));
+    };
+    for (int r = 0; r < n_req; ++r) {
+        start(r);
+    }
+
+    result res;
+    uint64_t emitted = 0, expected = 0;
+    int64_t  t_begin = 0;
+    bool     full = false;
+
+    std::vector<drex_row>     rows(n_batch);
+    std::vector<drex_verdict> verdicts(n_batch);
+
+    while (!full) {
+        drex_plan_input input = DREX_PLAN_INPUT_INITIALIZER;
+        drex_step       step  = DREX_STEP_INITIALIZER;
+        input.now_ns = now_ns();
+        check(drex_plan(e.ptr, &input, rows.data(), n_batch, &step));
+        if (step.n_rows == 0) {
+            throw std::runtime_error("there is nothing to run, though requests are under way");
+        }
+
+        const int64_t t_window = now_ns();
+        s.begin();
+        for (uint32_t i = 0; i < step.n_rows; ++i) {
+            const int r = rows[i].request % n_req;
+            s.add(r, s.n_prompt + done[r], rows[i].slot);
+        }
+        s.window(step.layer_begin, step.layer_end);
+
+        if (step.ramp != DREX_NO_RAMP) {
+            e.ramp(step.n_rows, verdicts);
+        } else {
+            s.wait();
+        }
+        drex_completion completion = DREX_COMPLETION_INITIALIZER;
+        completion.now_ns      = now_ns();
+        completion.duration_ns = completion.now_ns - t_window;
+        check(drex_complete(e.ptr, &completion));
+
+        uint64_t n_new = 0;
+        for (uint32_t i = 0; i < step.n_rows; ++i) {
+            if (step.ramp != DREX_NO_RAMP && verdicts[i].decision != DREX_DECISION_EXIT) {
+                continue;
+            }
+            const int r = rows[i].request % n_req;
+            expected += !off && leaves(r, done[r], p);
+            check(drex_request_remove(e.ptr, rows[i].request));
+            n_new++;
+            if (++done[r] == n_tokens) {
+                full = true;
+            } else {
+                start(r);
+            }
+        }
+        emitted += n_new;
+
+        if (t_begin == 0 && emitted >= 2*uint64_t(n_req)) {
+            t_begin = now_ns();
+        } else if (t_begin != 0) {
+            res.tokens += n_new;
+            res.windows++;
+            res.rows += step.n_rows;
+        }
+    }
+    s.wait();
+    res.seconds = (now_ns() - t_begin)/1e9;
+
+    drex_stats stats = DREX_STATS_INITIALIZER;
+    check(drex_stats_get(e.ptr, &stats));
+    res.exits          = stats.exits[0];
+    res.expected_exits = expected;
+    res.involuntary    = stats.involuntary_exits;
+    res.counts_agree   = stats.exits[0] == expected && stats.tokens == emitted && stats.involuntary_exits == 0 && stats.nonfinite_rows == 0;
+
+    s.forget_tokens();
+
+    return res;
+}
+
+struct times { double full, shallow, shallow_scored, deep, head; };
+
+// one pass of n_batch rows: all layers; the first window, without and with scoring; the second one; the head alone
+static times measure(session & s, int n_batch, int exit_layer, int n_reps) {
+    engine e(s, n_batch, DREX_POLICY_HOLD, exit_layer);
+
+    std::vector<drex_verdict> verdicts(n_batch);
+    std::vector<double> full, shallow, scored, deep;
+    const int n_warm = 4;
+    for (int rep = 0; rep < n_warm + n_reps; ++rep) {
+        const int pos = s.n_prompt + rep%4; // few cells
+        if (rep%4 == 0) {
+            s.forget_tokens();
+        }
+        auto one = [&](std::vector<double> & to, int r0, int begin, int end, bool score) {
+            s.begin();
+            for (int i = 0; i < n_batch; ++i) {
+                s.add(r0 + i, pos, r0 + i);
+            }
+            if (score) {
+                e.plan_held(n_batch);
+            }
+            const int64_t t = now_ns();
+            s.window(begin, end);
+            if (score) {
+                e.ramp(n_batch, verdicts);
+            }
+            s.wait();
+            if (rep >= n_warm) {
+                to.push_back((now_ns() - t)/1e6);
+            }
+            if (score) {
+                e.end_held(n_batch);
+            }
+        };
+        one(full,    0,       0, s.n_layer,  false);
+        one(shallow, n_batch, 0, exit_layer, false);
+        one(deep,    n_batch, exit_layer, s.n_layer, false);
+        s.forget(pos, n_batch, 2*n_batch);
+        one(scored,  n_batch, 0, exit_layer, true);
+        one(deep,    n_batch, exit_layer, s.n_layer, false);
+    }
+    s.forget_tokens();
+
+    return { median(full), median(shallow), median(scored), median(deep), time_head(s, n_batch, n_reps) };
+}
+
+static int usage() {
+    fprintf(stderr, "usage: serve --model FILE --json OUT [--ngl N] [--batch LIST] [--exit-layers LIST] [--p LIST] [--prompt N]\n"
+            "             [--tokens N] [--reps N] [--threads N] [--seconds S]\n");
+    return 2;
+}
+
+int main(int argc, char ** argv) try {
+    options o;
+    for (int i = 1; i < argc; i += 2) {
+        const std::string a = argv[i];
+        if (i + 1 == argc) {
+            return usage();
+        }
+        const char * v = argv[i + 1];
+        if      (a == "--model")       o.model       = v;
+        else if (a == "--json")        o.json        = v;
+        else if (a == "--ngl")         o.ngl         = atoi(v);
+        else if (a == "--prompt")      o.n_prompt    = atoi(v);
+        else if (a == "--tokens")      o.n_tokens    = atoi(v);
+        else if (a == "--reps")        o.n_reps      = atoi(v);
+        else if (a == "--threads")     o.n_threads   = atoi(v);
+        else if (a == "--seconds")     o.seconds     = atof(v);
+        else if (a == "--batch")       o.batches     = list<int>(v);
+        else if (a == "--exit-layers") o.exit_layers = list<int>(v);
+        else if (a == "--p")           o.shares      = list<double>(v);
+        else return usage();
+    }
+    if (o.model.empty() || o.json.empty() || o.n_tokens < 4) {
+        return usage();
+    }
+
+    log_init();
+    const int64_t t_start = now_ns();
+    auto late = [&] { return (now_ns() - t_start)/1e9 > o.seconds; };
+
+    model_ptr model(load_model(o.model, o.ngl));
+    json_file out(o.json);
+    out.add("model", o.model.substr(o.model.find_last_of('/') + 1)).add("n_prompt", o.n_prompt).add("n_tokens", o.n_tokens).add("seed", "0x5eed");
+
+    bool ok = true;
+    bool first = true;
+    for (const int n_batch : o.batches) {
+        if (late()) {
+            break;
+        }
+        session s(model.get(), 2*n_batch, o.n_prompt, o.n_tokens, o.n_threads);
+        if (first) {
+            out.add("device", s.device()).add("n_layer", s.n_layer).add("n_vocab", s.n_vocab);
+            ok = first_checks(s, std::min(n_batch, 8), o.exit_layers[0], out) && ok;
+            first = false;
+        }
+
+        run(s, n_batch, 0, 0.0, std::min(o.n_tokens, 8)); // builds what the first measured run would build
+        const result off = run(s, n_batch, 0, 0.0, o.n_tokens);
+        ok = ok && off.counts_agree;
+        const double off_rate = off.tokens/off.seconds;
+
+        for (const int exit_layer : o.exit_layers) {
+            const times  t = measure(s, n_batch, exit_layer, o.n_reps);
+            const double c_head = t.shallow_scored + t.deep - t.full;
+            const double c      = t.shallow        + t.deep - t.full - t.head;
+            printf("B %2d, exit after %2d of %d: t_f %.3f  t_s %.3f (scored %.3f)  t_d %.3f  head %.3f ms, c/t_d %.3f with head, %.3f without\n",
+                    n_batch, exit_layer, s.n_layer, t.full, t.shallow, t.shallow_scored, t.deep, t.head, c_head/t.deep, c/t.deep);
+
+            for (const double p : o.shares) {
+                if (late()) {
+                    break;
+                }
+                run(s, n_batch, exit_layer, p, std::min(o.n_tokens, 8));
+                const auto   log0  = graph_log();
+                const result r     = run(s, n_batch, exit_layer, p, o.n_tokens);
+                const auto   log1  = graph_log();
+                const double rate  = r.tokens/r.seconds;
+                const double limit = n_batch/((t.shallow_scored + (1.0 - p)*t.deep)/1e3);
+                ok = ok && r.counts_agree;
+                printf("   p %.1f: %8.1f tokens/s, off %8.1f, ratio %.3f, of the limit %.3f%s%s\n", p, rate, off_rate, rate/off_rate,
+                        rate/limit, rate < 0.99*off_rate ? "  LOSES" : "", r.counts_agree ? "" : "  COUNTS DIFFER");
+                fflush(stdout);
+                out.cell({
+                    { "batch", n_batch }, { "requests", s.n_requests }, { "n_kv", s.n_kv }, { "exit_layer", exit_layer }, { "p", p },
+                    { "t_f_ms", t.full }, { "t_s_ms", t.shallow }, { "t_s_scored_ms", t.shallow_scored }, { "t_d_ms", t.deep }, { "t_head_ms", t.head },
+                    { "c_over_t_d_with_head", c_head/t.deep }, { "c_over_t_d_without_head", c/t.deep },
+                    { "tokens_per_s", rate }, { "off_tokens_per_s", off_rate }, { "over_off", rate/off_rate },
+                    { "limit_tokens_per_s", limit }, { "of_limit", rate/limit }, { "rows_per_window", double(r.rows)/r.windows },
+                    { "exits", double(r.exits) }, { "exits_of_mask", double(r.expected_exits) }, { "involuntary_exits", double(r.involuntary) },
+                    { "counts_agree", r.counts_agree }, { "cuda_graphs_reused", double(log1.reused - log0.reused) },
+                    { "cuda_graphs_reset", double(log1.reset - log0.reset) },
+                });
+            }
+        }
+    }
+    out.finish(ok, late());
+    printf("%s\n", ok ? "ok" : "FAILED");
+    return ok ? 0 : 1;
+} catch (const std::exception & e) {
+    fprintf(stderr, "error: %s\n", e.what());
+    return 1;
+}
