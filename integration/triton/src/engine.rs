@@ -108,6 +108,9 @@ pub struct Engine {
     max_batch: u32,
     /// Index: the sequence in the KV cache.
     slots: Vec<Option<Slot>>,
+    /// Free slots, the one that was freed first at the front. Its cells stay until it is used again: attention adds up in
+    /// the order of the cells, and a request that got another's would have some that are out of order.
+    free: VecDeque<usize>,
     queue: VecDeque<Job>,
     leavers: Vec<Leaver>,
     plan: Vec<drex_row>,
@@ -216,6 +219,7 @@ impl Engine {
             ramps,
             max_batch,
             slots: (0..settings.slots).map(|_| None).collect(),
+            free: (0..settings.slots as usize).collect(),
             queue: VecDeque::new(),
             leavers: Vec::new(),
             plan: vec![zeroed(); max_batch as usize],
@@ -299,7 +303,7 @@ impl Engine {
             if let Some(slot) = self.slots[at].take() {
                 // SAFETY: removes a request by its id.
                 unsafe { drex_request_remove(self.drex, slot.id) };
-                self.llama.forget(at as i32);
+                self.free.push_back(at);
                 (self.out)(slot.id, Event::Failed(failure.clone()));
             }
         }
@@ -345,7 +349,7 @@ impl Engine {
     }
 
     fn admit(&mut self) {
-        while let Some(at) = self.slots.iter().position(Option::is_none) {
+        while let Some(&at) = self.free.front() {
             let Some(job) = self.queue.pop_front() else {
                 return;
             };
@@ -358,6 +362,8 @@ impl Engine {
                             prompt_tokens: slot.prompt.len() as u32,
                         },
                     );
+                    self.free.pop_front();
+                    self.llama.forget(at as i32);
                     self.slots[at] = Some(slot);
                 }
                 Err(failure) => (self.out)(id, Event::Failed(failure)),
@@ -756,7 +762,7 @@ impl Engine {
             // SAFETY: removes a request by its id.
             unsafe { drex_request_remove(self.drex, slot.id) };
             self.leavers.retain(|leaver| leaver.slot != at);
-            self.llama.forget(at as i32);
+            self.free.push_back(at);
         }
     }
 }

@@ -322,10 +322,11 @@ impl Triton {
                     server.last_words()?
                 );
             }
-            let live = server
-                .http
-                .call("GET", "/v2/health/live", None, Duration::from_secs(1));
-            if live.is_ok_and(|answer| answer.status == 200) {
+            let ok = |client: &Client, path| {
+                let answer = client.call("GET", path, None, Duration::from_secs(1));
+                answer.is_ok_and(|answer| answer.status == 200)
+            };
+            if ok(&server.http, "/v2/health/live") && ok(&server.metrics, "/metrics") {
                 return Ok(server);
             }
             ensure!(
