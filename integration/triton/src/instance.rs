@@ -45,6 +45,7 @@ pub struct Instance {
     sender: Option<Sender<Message>>,
     threads: Vec<JoinHandle<()>>,
     next_id: AtomicU64,
+    decoupled: bool,
 }
 
 impl Instance {
@@ -83,6 +84,7 @@ impl Instance {
             sender: Some(sender),
             threads: Vec::new(),
             next_id: AtomicU64::new(1),
+            decoupled: model.decoupled,
         };
         this.threads.push(spawn(
             "drex-engine",
@@ -97,6 +99,11 @@ impl Instance {
 
     /// From here on the request is answered, whatever happens.
     pub fn submit(&self, reply: Reply, asked: Asked) {
+        if asked.stream && !self.decoupled {
+            return reply.fail(Failure::invalid(
+                "stream is true, must be false: the model has one response for a request (decoupled: false)",
+            ));
+        }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let cancelled = Arc::new(AtomicBool::new(false));
         let Some(sender) = &self.sender else {

@@ -109,11 +109,14 @@ fn text(text: &str) -> CString {
     CString::new(text).unwrap_or_default()
 }
 
+/// From a snapshot, for an entry of a list.
+type Value = fn(&Snapshot, usize) -> f64;
+
 struct Metric {
     metric: *mut abi::Metric,
     counter: bool,
     last: f64,
-    value: fn(&Snapshot, usize) -> f64,
+    value: Value,
     index: usize,
 }
 
@@ -132,7 +135,7 @@ unsafe impl Send for Metrics {}
 
 impl Metrics {
     pub fn new(model: &str, version: u64, instance: &str, ramps: &[u32]) -> Self {
-        let base = vec![
+        let base = [
             ("model", model.to_owned()),
             ("version", version.to_string()),
             ("instance", instance.to_owned()),
@@ -170,7 +173,7 @@ impl Metrics {
                 s.stats.flushes[i] as f64
             });
         }
-        let single: [(&str, fn(&Snapshot, usize) -> f64); 14] = [
+        let single: [(&str, Value); 14] = [
             ("drex_tokens_total", |s, _| s.stats.tokens as f64),
             ("drex_involuntary_exits_total", |s, _| {
                 s.stats.involuntary_exits as f64

@@ -15,6 +15,8 @@ pub struct Model {
     pub name: String,
     pub version: u64,
     pub folder: PathBuf,
+    /// Several responses for a request are allowed.
+    pub decoupled: bool,
     pub settings: Settings,
 }
 
@@ -54,6 +56,7 @@ impl Model {
             settings::check(&config)?;
             Ok(Self {
                 settings: Settings::parse(&config)?,
+                decoupled: config["model_transaction_policy"]["decoupled"] == true,
                 folder: PathBuf::from(location).join(version.to_string()),
                 name,
                 version,

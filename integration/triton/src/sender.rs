@@ -126,11 +126,9 @@ fn handle(entries: &mut HashMap<u64, Entry>, message: Message) {
                         entry.end(Ok(end));
                     }
                 }
-                None if entry.stream => {
-                    if entry.send(None).is_err() {
-                        // Nobody can be told any more; the engine need not go on.
-                        entry.cancelled.store(true, Ordering::Relaxed);
-                    }
+                // Where nobody can be told any more, the engine need not go on.
+                None if entry.stream && entry.send(None).is_err() => {
+                    entry.cancelled.store(true, Ordering::Relaxed);
                 }
                 None => {}
             }

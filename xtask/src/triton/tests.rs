@@ -278,6 +278,14 @@ fn http(bench: &Bench) -> Result<()> {
         answer["text_output"] == before && answer["finish_reason"] == "stop",
         "{answer}, {stop:?}"
     );
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    let answer = server.http.post("/v2/models/single/generate", &streamed)?;
+    ensure!(
+        answer.status != 200 && answer.text().contains("decoupled"),
+        "{}",
+        answer.text()
+    );
     quiet(&server)
 }
 
@@ -491,13 +499,21 @@ fn leaving(bench: &Bench) -> Result<()> {
     server.metrics_with("drex_requests_running", |running| running > 0.0)?;
     killed.kill()?;
     quiet(&server)?;
+    // Had they all gone on to their end, it would be 54000.
     let tokens = Metrics::parse(&server.metrics()?).get("drex_tokens_total");
+    ensure!(
+        tokens.is_some_and(|tokens| tokens < 10_000.0),
+        "{tokens:?} tokens were made"
+    );
     ensure!(server.is_running(), "the server has ended");
     whole(
         &server.stream(&bench.installed, &[request(0, 8)], json!({}))?,
         |_| 8,
     )?;
-    println!("        after {tokens:?} tokens");
+    println!(
+        "        {} tokens made for 176 requests",
+        tokens.unwrap_or(0.0)
+    );
     let (status, time) = server.stop(Duration::from_secs(20))?;
     ensure!(
         status.success() && time < Duration::from_secs(5),
