@@ -4,12 +4,25 @@
 
 #include "portable.h"
 
-static __device__ __forceinline__ uint32_t count(const DrexRows & rows) {
-    return rows.there ? __ldcv(rows.there) : rows.n;
+// A list's count and source layer, read once a block: they may lie behind a bus.
+static __device__ __forceinline__ void list_head(const DrexRows & rows, uint32_t source, uint32_t * head) {
+    if (threadIdx.x == 0) {
+        head[0] = rows.there ? rows.there[0] : rows.n;
+        head[1] = rows.there ? rows.there[1] : source;
+    }
+    __syncthreads();
 }
 
 static __device__ __forceinline__ uint32_t number(const DrexRows & rows, uint32_t i) {
-    return rows.there ? __ldcv(rows.there + 2 + i) : rows.here[i];
+    return rows.there ? rows.there[2 + i] : rows.here[i];
+}
+
+static __device__ __forceinline__ DrexSide side_of(const DrexSide * p) {
+    const ulonglong2 v = __ldg((const ulonglong2 *) p);
+    DrexSide s;
+    s.data = (void *) v.x;
+    s.stride = v.y;
+    return s;
 }
 
 template <typename T>
@@ -17,13 +30,13 @@ static __device__ __forceinline__ void fill_unit(const DrexFillArgs & a, uint32_
                                                  uint32_t cell, uint32_t j, uint32_t first, uint32_t end) {
     const bool transposed = a.shape[which].transposed;
     // sizeof(T), not the shape's unit, so that the compiler sees a shift.
-    const DrexSide & from = a.sides[source * 2 + which];
+    const DrexSide from = side_of(a.sides + source * 2 + which);
     const uint64_t at = transposed ? j * from.stride + (uint64_t) cell * sizeof(T)
                                    : cell * from.stride + (uint64_t) j * sizeof(T);
     const T v = *(const T *) ((const char *) from.data + at);
 #pragma unroll 4
     for (uint32_t l = first; l < end; l++) {
-        const DrexSide & to = a.sides[l * 2 + which];
+        const DrexSide to = side_of(a.sides + l * 2 + which);
         const uint64_t there = transposed ? j * to.stride + (uint64_t) cell * sizeof(T)
                                           : cell * to.stride + (uint64_t) j * sizeof(T);
         *(T *) ((char *) to.data + there) = v;
@@ -34,23 +47,26 @@ static __device__ __forceinline__ void fill_unit(const DrexFillArgs & a, uint32_
 // one unit of the source and writes it to the layers of its blockIdx.y.
 extern "C" __global__ void __launch_bounds__(DREX_COPY_THREADS)
     drex_state_copy(const __grid_constant__ DrexFillArgs a) {
-    const uint32_t n = count(a.cells);
-    const uint32_t source = a.cells.there ? __ldcv(a.cells.there + 1) : a.source;
+    __shared__ uint32_t head[2];
+    list_head(a.cells, a.source, head);
+    const uint32_t n = head[0], source = head[1];
     const uint32_t first = source + 1 + blockIdx.y * a.layers_a_block;
     const uint32_t end = min(first + a.layers_a_block, a.n_layers);
     if (first >= end) {
         return;
     }
-    const uint64_t n_k = (uint64_t) n * a.shape[0].n, total = n_k + (uint64_t) n * a.shape[1].n;
-    const uint64_t step = (uint64_t) gridDim.x * DREX_COPY_THREADS;
-    for (uint64_t i = (uint64_t) blockIdx.x * DREX_COPY_THREADS + threadIdx.x; i < total; i += step) {
+    // The host sees to it that 32 bits are enough.
+    const uint32_t n_k = n * a.shape[0].n, total = n_k + n * a.shape[1].n;
+    const uint32_t step = gridDim.x * DREX_COPY_THREADS;
+    for (uint32_t i = blockIdx.x * DREX_COPY_THREADS + threadIdx.x; i < total; i += step) {
         const uint32_t which = i >= n_k;
-        const uint64_t u = which ? i - n_k : i;
+        const uint32_t u = which ? i - n_k : i;
         // Neighbours in a warp are neighbours in memory: units of one cell,
         // or, transposed, one element of cells that often follow each other.
         const uint32_t units = a.shape[which].n;
-        const uint32_t hole = (uint32_t) (a.shape[which].transposed ? u % n : u / units);
-        const uint32_t j = (uint32_t) (a.shape[which].transposed ? u / n : u % units);
+        const bool transposed = a.shape[which].transposed;
+        const uint32_t hole = transposed ? u % n : u / units;
+        const uint32_t j = transposed ? u / n : u % units;
         const uint32_t cell = number(a.cells, hole);
         switch (a.shape[which].unit) {
             case 16: fill_unit<uint4>(a, which, source, cell, j, first, end); break;
@@ -70,10 +86,12 @@ static __device__ __forceinline__ void move_unit(const char * from, char * to, u
 // dense[i] = arena[rows[i]], or the other way round.
 extern "C" __global__ void __launch_bounds__(DREX_COPY_THREADS)
     drex_copy_rows(const __grid_constant__ DrexCopyRowsArgs a) {
-    const uint64_t total = (uint64_t) count(a.rows) * a.n_units;
-    const uint64_t step = (uint64_t) gridDim.x * DREX_COPY_THREADS;
-    for (uint64_t i = (uint64_t) blockIdx.x * DREX_COPY_THREADS + threadIdx.x; i < total; i += step) {
-        const uint32_t row = (uint32_t) (i / a.n_units), j = (uint32_t) (i % a.n_units);
+    __shared__ uint32_t head[2];
+    list_head(a.rows, 0, head);
+    const uint32_t total = head[0] * a.n_units;
+    const uint32_t step = gridDim.x * DREX_COPY_THREADS;
+    for (uint32_t i = blockIdx.x * DREX_COPY_THREADS + threadIdx.x; i < total; i += step) {
+        const uint32_t row = i / a.n_units, j = i % a.n_units;
         char * dense = a.dense + row * a.dense_stride;
         char * arena = a.arena + number(a.rows, row) * a.arena_stride;
         const char * from = a.to_arena ? dense : arena;

@@ -70,15 +70,27 @@ static __device__ __forceinline__ uint32_t place(int i) {
 
 template <typename T>
 static __device__ __forceinline__ void load(const DrexRampArgs & a, const char * chunk, uint32_t n, float * x) {
-    if (a.vectors && n == DREX_RAMP_CHUNK) {
+    if (a.vectors) {
         uint4 v[EACH / T::width];
 #pragma unroll
         for (int i = 0; i < EACH / T::width; i++) {
-            v[i] = __ldcs((const uint4 *) chunk + i * DREX_RAMP_THREADS + threadIdx.x);
+            if (place<T>(i * T::width) + T::width <= n) {
+                v[i] = __ldcs((const uint4 *) chunk + i * DREX_RAMP_THREADS + threadIdx.x);
+            }
         }
 #pragma unroll
         for (int i = 0; i < EACH / T::width; i++) {
-            T::unpack(v[i], x + i * T::width);
+            const uint32_t at = place<T>(i * T::width);
+            if (at + T::width <= n) {
+                T::unpack(v[i], x + i * T::width);
+                continue;
+            }
+            // The row's last few, and what is beyond.
+#pragma unroll
+            for (int j = 0; j < T::width; j++) {
+                const bool inside = at + j < n;
+                x[i * T::width + j] = inside ? T::one(chunk + (uint64_t) (at + j) * T::bytes) : DREX_MINUS_INF;
+            }
         }
         return;
     }
@@ -100,7 +112,7 @@ static __device__ __forceinline__ void join(DrexMoments & a, const DrexMoments &
     // Where both are -Inf or +Inf, the difference would be NaN.
     const float da = a.top == top ? 0.0f : a.top - top;
     const float db = b.top == top ? 0.0f : b.top - top;
-    const float ea = expf(da), eb = expf(db);
+    const float ea = drex_exp(da), eb = drex_exp(db);
     // What has no weight may be at no finite distance.
     const float wa = ea > 0.0f ? ea * (a.weighted + da * a.sum) : 0.0f;
     const float wb = eb > 0.0f ? eb * (b.weighted + db * b.sum) : 0.0f;
@@ -333,12 +345,12 @@ static __device__ __forceinline__ void ramp(const DrexRampArgs & a) {
         a.partial[me] = m;
         __threadfence();
         last_chunk = atomicAdd(&a.arrived[row], 1u) == a.n_chunks - 1;
+        __threadfence();
     }
     __syncthreads();
     if (!last_chunk || threadIdx.x >= 32) {
         return;
     }
-    __threadfence();
 
     DrexMoments total;
     total.top = total.second = DREX_MINUS_INF;

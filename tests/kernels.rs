@@ -146,9 +146,10 @@ fn confidence(m: &DeviceMoments, metric: Metric, n: usize) -> f32 {
 }
 
 fn same(a: &DeviceMoments, b: &DeviceMoments) -> bool {
-    let bits = |m: &DeviceMoments| [m.top, m.second, m.sum, m.weighted].map(f32::to_bits);
-    // A NaN has many faces.
-    (a.sum.is_nan() && b.sum.is_nan()) || (bits(a) == bits(b) && a.token == b.token)
+    // Equal, not of the same bits: 0 has two signs, and the greatest of both
+    // may have either. A NaN has many faces.
+    let numbers = |m: &DeviceMoments| [m.top, m.second, m.sum, m.weighted];
+    (a.sum.is_nan() && b.sum.is_nan()) || (numbers(a) == numbers(b) && a.token == b.token)
 }
 
 /// Rows of one length, in one launch each way; how many rows were compared.

@@ -25,6 +25,9 @@ struct uint4 {
 struct uint2 {
     uint32_t x, y;
 };
+struct ulonglong2 {
+    uint64_t x, y;
+};
 struct dim3_on_host {
     uint32_t x, y, z;
 };
@@ -67,7 +70,7 @@ static inline T __ldcs(const T * p) {
     return *p;
 }
 template <typename T>
-static inline T __ldcv(const T * p) {
+static inline T __ldg(const T * p) {
     return *p;
 }
 

@@ -37,7 +37,7 @@ enum {
 };
 
 struct Work {
-    std::string kernel;  // empty: a copy
+    std::string kernel;  // empty: a copy, from `args` if `from` is none
     std::vector<char> args;
     uint32_t grid_x, grid_y, threads;
     void * to;
@@ -93,7 +93,7 @@ size_t args_size(const std::string & kernel) {
 
 void run(const Work & w) {
     if (w.kernel.empty()) {
-        memcpy(w.to, w.from, w.bytes);
+        memcpy(w.to, w.from ? w.from : w.args.data(), w.bytes);
     } else {
         drex_emulate(w.kernel.c_str(), w.grid_x, w.grid_y, w.threads, w.args.data(), order);
     }
@@ -280,8 +280,11 @@ int cuMemsetD8_v2(uint64_t p, unsigned char v, size_t bytes) {
         complain("memset outside of device memory");
         return INVALID_VALUE;
     }
-    memset(reinterpret_cast<void *>(p), v, bytes);
-    return SUCCESS;
+    Work w = {};
+    w.args.assign(bytes, static_cast<char>(v));
+    w.to = reinterpret_cast<void *>(p);
+    w.bytes = bytes;
+    return enqueue(nullptr, std::move(w));
 }
 int cuMemcpyHtoD_v2(uint64_t to, const void * from, size_t bytes) {
     ENTER_IN_CONTEXT("cuMemcpyHtoD")
@@ -289,8 +292,13 @@ int cuMemcpyHtoD_v2(uint64_t to, const void * from, size_t bytes) {
         complain("copy to outside of device memory");
         return INVALID_VALUE;
     }
-    memcpy(reinterpret_cast<void *>(to), from, bytes);
-    return SUCCESS;
+    // The source may be read later than this returns only by the copy itself.
+    const char * p = static_cast<const char *>(from);
+    Work w = {};
+    w.args.assign(p, p + bytes);
+    w.to = reinterpret_cast<void *>(to);
+    w.bytes = bytes;
+    return enqueue(nullptr, std::move(w));
 }
 int cuMemcpyDtoHAsync_v2(void * to, uint64_t from, size_t bytes, void * stream) {
     ENTER_IN_CONTEXT("cuMemcpyDtoHAsync")
@@ -345,6 +353,12 @@ int cuEventSynchronize(void * event) {
 int cuStreamIsCapturing(void * stream, int * status) {
     ENTER_IN_CONTEXT("cuStreamIsCapturing")
     *status = streams[stream].capturing;
+    return SUCCESS;
+}
+int cuCtxSynchronize() {
+    for (auto & s : streams) {
+        drain(s.second);
+    }
     return SUCCESS;
 }
 int cuStreamSynchronize(void * stream) {
@@ -423,6 +437,33 @@ int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void * stream
     w.bytes = bytes;
     return enqueue(stream, std::move(w));
 }
+int cuStreamBeginCapture_v2(void * stream, int) {
+    streams[stream].capturing = true;
+    streams[stream].captured.clear();
+    return SUCCESS;
+}
+int cuStreamEndCapture(void * stream, void ** graph) {
+    Stream & s = streams[stream];
+    s.capturing = false;
+    *graph = new std::vector<Work>(std::move(s.captured));
+    s.captured.clear();
+    return SUCCESS;
+}
+int cuGraphInstantiateWithFlags(void ** exec, void * graph, unsigned long long) {
+    *exec = new std::vector<Work>(*static_cast<std::vector<Work> *>(graph));
+    return SUCCESS;
+}
+int cuGraphLaunch(void * exec, void * stream) {
+    for (const Work & w : *static_cast<std::vector<Work> *>(exec)) {
+        streams[stream].work.push_back(w);
+    }
+    return SUCCESS;
+}
+int cuGraphDestroy(void * graph) {
+    delete static_cast<std::vector<Work> *>(graph);
+    return SUCCESS;
+}
+int cuGraphExecDestroy(void * exec) { return cuGraphDestroy(exec); }
 int cuEventElapsedTime_v2(float * ms, void *, void *) {
     *ms = 1.0f;
     return SUCCESS;

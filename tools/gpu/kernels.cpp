@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <chrono>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <string>
 #include <vector>
@@ -75,7 +76,11 @@ struct Memory {
     CUdeviceptr at = 0;
     size_t bytes;
     explicit Memory(size_t n) : bytes(n) { CU(cuMemAlloc(&at, n)); }
-    Memory(const void * from, size_t n) : Memory(n) { CU(cuMemcpyHtoD(at, from, n)); }
+    // The stream that the kernels run on is not ordered behind the default one.
+    Memory(const void * from, size_t n) : Memory(n) {
+        CU(cuMemcpyHtoD(at, from, n));
+        CU(cuCtxSynchronize());
+    }
     Memory(const Memory &) = delete;
     Memory(Memory && o) noexcept : at(o.at), bytes(o.bytes) { o.at = 0; }
     ~Memory() {
@@ -198,6 +203,8 @@ struct Ramp {
           out(rows * sizeof(DrexMoments)),
           out_top(rows * std::max(top, 1u) * sizeof(DrexTop)) {
         CU(cuMemsetD8(arrived.at, 0, rows * 4));
+        CU(cuMemsetD8(out_top.at, 0, out_top.bytes));
+        CU(cuCtxSynchronize());
         args.n_rows = rows;
         args.n_vocab = n;
         args.n_chunks = chunks;
@@ -369,9 +376,22 @@ void test_fill(const Device & d, uint32_t unit, uint32_t k_units, uint32_t v_uni
     check(good, "fill, units of " + std::to_string(unit) + (transposed ? ", transposed" : ""));
 }
 
-// The same requests on the device and on the host.
-void test_abi(const Device & d) {
-    const uint32_t rows = 40, n = 32000, layers = 6, ramp_layer = 2, row_bytes = 4096, cells = 64;
+CUgraphExec captured(const Device & d, const std::function<void()> & calls) {
+    CUgraph graph;
+    CUgraphExec exec;
+    CU(cuStreamBeginCapture(d.stream, CU_STREAM_CAPTURE_MODE_GLOBAL));
+    calls();
+    CU(cuStreamEndCapture(d.stream, &graph));
+    CU(cuGraphInstantiate(&exec, graph, 0));
+    CU(cuGraphDestroy(graph));
+    return exec;
+}
+
+// The same requests on the device and on the host; with `graphs`, the device's
+// work is captured in the first step and launched again in all others.
+void test_abi(const Device & d, uint32_t rows, uint32_t n, bool graphs) {
+    const uint32_t layers = 6, ramp_layer = 2, row_bytes = 4096, cells = rows + 24, hidden = 512;
+    const std::string name = std::string("C ABI") + (graphs ? ", graphs" : "") + ", " + std::to_string(rows) + " rows";
     const uint32_t ramps[] = {ramp_layer};
     drex_engine * engines[2];
     std::vector<Memory> on_device;
@@ -411,6 +431,21 @@ void test_abi(const Device & d) {
             DREX(drex_request_add(engines[on], &q));
         }
     }
+    // In one place, as a captured ramp wants it.
+    const Memory device(static_cast<size_t>(rows) * n * 4);
+    std::vector<char> arena_bytes(static_cast<size_t>(rows) * hidden);
+    for (size_t i = 0; i < arena_bytes.size(); i++) {
+        arena_bytes[i] = static_cast<char>(i * 31 + i / hidden);
+    }
+    const Memory arena_memory(arena_bytes.data(), arena_bytes.size());
+    const Memory dense_memory(arena_bytes.data(), arena_bytes.size());
+    drex_arena arena = DREX_ARENA_INITIALIZER;
+    arena.arena = reinterpret_cast<void *>(arena_memory.at);
+    arena.dense = reinterpret_cast<void *>(dense_memory.at);
+    arena.arena_stride_bytes = arena.dense_stride_bytes = arena.row_bytes = hidden;
+    arena.stream = d.stream;
+    CUgraphExec window_graph = nullptr, fill_graph = nullptr;
+
     for (uint64_t step = 0; step < 4; step++) {
         std::vector<float> logits(static_cast<size_t>(rows) * n);
         Random r(step + 9);
@@ -419,10 +454,11 @@ void test_abi(const Device & d) {
         }
         for (uint32_t i = 0; i < rows; i++) {
             if ((i + step) % 3) {
-                logits[static_cast<size_t>(i) * n + i * 11] = 30;
+                logits[static_cast<size_t>(i) * n + i * 11 % n] = 30;
             }
         }
-        const Memory device(logits.data(), logits.size() * 4);
+        CU(cuMemcpyHtoD(device.at, logits.data(), logits.size() * 4));
+        CU(cuCtxSynchronize());
         std::vector<drex_verdict> verdicts[2];
         std::vector<uint32_t> where(rows);
         for (uint32_t i = 0; i < rows; i++) {
@@ -431,7 +467,8 @@ void test_abi(const Device & d) {
         for (int on = 0; on < 2; on++) {
             drex_engine * e = engines[on];
             for (uint32_t i = 0; i < rows; i++) {
-                DREX(drex_request_ready(e, i, 0, step * 10));
+                // In another order each time, so that rows have other slots.
+                DREX(drex_request_ready(e, (i * 7 + step) % rows, 0, step * 10));
             }
             drex_plan_input in = DREX_PLAN_INPUT_INITIALIZER;
             drex_step out = DREX_STEP_INITIALIZER;
@@ -445,8 +482,37 @@ void test_abi(const Device & d) {
             l.n_vocab = n;
             l.stream = on ? d.stream : nullptr;
             verdicts[on].resize(rows);
+            if (on) {
+                if (graphs && !window_graph) {
+                    window_graph = captured(d, [&] {
+                        DREX(drex_gather(e, &arena));
+                        DREX(drex_ramp_enqueue(e, &l));
+                    });
+                    fill_graph = captured(d, [&] { DREX(drex_fill_enqueue(e, d.stream)); });
+                }
+                if (graphs) {
+                    CU(cuGraphLaunch(window_graph, d.stream));
+                    l.enqueued = 1;
+                } else {
+                    DREX(drex_gather(e, &arena));
+                }
+            }
             DREX(drex_ramp(e, &l, where.data(), verdicts[on].data(), rows));
-            DREX(drex_fill(e));
+            if (on && graphs) {
+                DREX(drex_fill_plan(e));
+                CU(cuGraphLaunch(fill_graph, d.stream));
+            } else {
+                DREX(drex_fill(e));
+            }
+            if (on) {
+                d.wait();
+                const auto dense = dense_memory.read<char>(arena_bytes.size());
+                bool good = true;
+                for (uint32_t i = 0; i < rows; i++) {
+                    good &= memcmp(&dense[i * hidden], &arena_bytes[planned[i].slot * hidden], hidden) == 0;
+                }
+                check(good, name + ": gathered rows");
+            }
             drex_completion done = DREX_COMPLETION_INITIALIZER;
             done.now_ns = step * 10 + 2;
             DREX(drex_complete(e, &done));
@@ -458,7 +524,7 @@ void test_abi(const Device & d) {
         for (uint32_t i = 0; i < rows; i++) {
             const drex_verdict &a = verdicts[0][i], &b = verdicts[1][i];
             check(a.decision == b.decision && a.token == b.token && fabsf(a.confidence - b.confidence) < 3e-6f,
-                  "C ABI, step " + std::to_string(step) + " row " + std::to_string(i));
+                  name + ", step " + std::to_string(step) + " row " + std::to_string(i));
         }
     }
     d.wait();
@@ -466,7 +532,11 @@ void test_abi(const Device & d) {
     for (size_t i = 0; i < on_host.size(); i++) {
         good &= on_device[i].read<char>(on_host[i].size()) == on_host[i];
     }
-    check(good, "C ABI: K/V");
+    check(good, name + ": K/V");
+    if (graphs) {
+        CU(cuGraphExecDestroy(window_graph));
+        CU(cuGraphExecDestroy(fill_graph));
+    }
     DREX(drex_destroy(engines[0]));
     DREX(drex_destroy(engines[1]));
 }
@@ -488,7 +558,11 @@ int test(const Device & d, bool small) {
             test_fill(d, unit, 96, 0, transposed);
         }
     }
-    test_abi(d);
+    // More than 224 rows do not fit into a launch.
+    for (const bool graphs : {false, true}) {
+        test_abi(d, 40, small ? 300 : 32000, graphs);
+        test_abi(d, 300, 200, graphs);
+    }
     printf("%d comparisons, %d failed\n", comparisons, failures);
     return failures != 0;
 }
@@ -538,6 +612,7 @@ int bench(const Device & d, const char * path, bool small) {
     const size_t big = small ? 1 << 16 : size_t{1} << 30;
     const Memory from(big), to(big);
     CU(cuMemsetD8(from.at, 0, big));
+    CU(cuCtxSynchronize());
     const double copy_us = time_us(d, 3, [&](int) { CU(cuMemcpyDtoDAsync(to.at, from.at, big, d.stream)); });
     const double copy = 2.0 * static_cast<double>(big) / copy_us * 1e-3;
     result("copy", "device to device", copy_us, 2.0 * static_cast<double>(big), copy);
@@ -551,7 +626,7 @@ int bench(const Device & d, const char * path, bool small) {
                     }
                     const size_t bytes = static_cast<size_t>(rows) * n * ELEMENT[type];
                     // So many places that no launch finds its logits in a cache.
-                    const int places = static_cast<int>(std::max<size_t>(1, std::min<size_t>(64, big / bytes)));
+                    const int places = static_cast<int>(std::max<size_t>(1, std::min<size_t>(2048, big / bytes)));
                     if (small && bytes > big) {
                         continue;
                     }

@@ -125,18 +125,28 @@ impl List {
         })
     }
 
-    /// Waits for what still reads it, which is rare: a ramp was waited for
+    /// A launch may still read it.
+    pub fn busy(&self) -> bool {
+        self.busy
+    }
+
+    /// Waits for what still reads it. That is over, where a ramp was waited for
     /// since, behind it on the same stream.
-    pub fn write(
-        &mut self,
-        source: u32,
-        numbers: impl ExactSizeIterator<Item = u32>,
-    ) -> Result<()> {
+    pub fn wait(&mut self) -> Result<()> {
         if self.busy {
             // SAFETY: ours.
             unsafe { self.driver.cuEventSynchronize(self.event)? };
             self.busy = false;
         }
+        Ok(())
+    }
+
+    pub fn write(
+        &mut self,
+        source: u32,
+        numbers: impl ExactSizeIterator<Item = u32>,
+    ) -> Result<()> {
+        self.wait()?;
         assert!(numbers.len() <= self.capacity);
         let to = self.memory.host.cast::<u32>();
         // SAFETY: `2 + capacity` numbers; launches that read them have ended.
@@ -153,9 +163,10 @@ impl List {
 
     /// A launch on this stream reads it.
     pub fn read_on(&mut self, stream: CUstream) -> Result<()> {
-        self.busy = true;
         // SAFETY: the host's stream.
-        unsafe { self.driver.cuEventRecord(self.event, stream) }
+        unsafe { self.driver.cuEventRecord(self.event, stream)? };
+        self.busy = true;
+        Ok(())
     }
 }
 

@@ -179,10 +179,15 @@ impl Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        // Without the context, the driver refuses what follows, and there is
-        // nothing left to free.
-        let _current = self.enter();
-        drop(self.resources.take());
+        /// CUDA_ERROR_DEINITIALIZED, _INVALID_CONTEXT, _CONTEXT_IS_DESTROYED
+        const GONE: [i32; 3] = [4, 201, 709];
+        let resources = self.resources.take();
+        match self.enter() {
+            // With the context, all that was in it is gone, and the addresses
+            // may be somebody else's.
+            Err(Error::Driver { code, .. }) if GONE.contains(&code) => std::mem::forget(resources),
+            _current => drop(resources),
+        }
     }
 }
 
@@ -205,8 +210,13 @@ impl Resources {
             out_top: part(rows * top * size_of::<Top>()),
         };
         let scratch = Buffer::new(driver, size)?;
-        // SAFETY: as long as was just allocated.
-        unsafe { driver.cuMemsetD8_v2(scratch.at, 0, size.max(1))? };
+        // The host's streams need not be ordered behind the default one, on
+        // which this runs.
+        // SAFETY: as long as was just allocated; the default stream.
+        unsafe {
+            driver.cuMemsetD8_v2(scratch.at, 0, size.max(1))?;
+            driver.cuStreamSynchronize(ptr::null_mut())?;
+        }
         for at in [
             &mut plan.partial,
             &mut plan.partial_top,
@@ -326,6 +336,20 @@ fn shape(sides: &[Side]) -> Shape {
     }
 }
 
+/// The kernels count units in 32 bits, beyond the last by a grid.
+fn check_units(units: u64) -> Result<()> {
+    const MOST: u64 = u32::MAX as u64 - (1 << 16) * COPY_THREADS as u64;
+    if units <= MOST {
+        return Ok(());
+    }
+    Err(Error::Capacity {
+        field: "units of memory that one launch moves",
+        value: MOST,
+        need: units,
+        why: "fewer rows or smaller ones",
+    })
+}
+
 /// Element sizes of transposed V that the kernel knows, at their alignment.
 fn check_transposed(sides: &[Side]) -> Result<()> {
     for (i, side) in sides.iter().enumerate() {
@@ -411,7 +435,8 @@ impl Cuda {
             ));
         };
         let targets = bound.n_layers - 1 - source;
-        let units = n * u64::from(bound.shape[0].n + bound.shape[1].n);
+        let units = n * (u64::from(bound.shape[0].n) + u64::from(bound.shape[1].n));
+        check_units(units)?;
         // Enough threads to keep the memory busy, and beyond that as few
         // reads of the source as can be.
         const BUSY: u64 = 1 << 17;
@@ -480,13 +505,12 @@ impl Cuda {
         };
         let (out, out_top, host) = (r.plan.out, r.plan.out_top, r.results.host);
         let stream: CUstream = logits.stream.cast();
-        self.stream = stream;
-        let blocks = u32::try_from(n_rows * n_chunks as usize)
+        let blocks = i32::try_from(n_rows * n_chunks as usize)
             .map_err(|_| Error::int("logits.n_rows", n_rows as u64, "fewer rows of this length"))?;
         // SAFETY: the caller vouches for the logits; the rest is ours, for
         // `rows` rows, and `n_rows` is at most that.
         unsafe {
-            self.launch(kernel, (blocks, 1), RAMP_THREADS, stream, &args)?;
+            self.launch(kernel, (blocks as u32, 1), RAMP_THREADS, stream, &args)?;
             let moments = size_of::<DeviceMoments>();
             self.driver
                 .cuMemcpyDtoHAsync_v2(host, out, n_rows * moments, stream)?;
@@ -532,10 +556,12 @@ impl Device for Cuda {
             .collect();
         let bytes = size_of_val(table.as_slice());
         let sides = Buffer::new(self.driver, bytes)?;
-        // SAFETY: as long as was just allocated.
+        // SAFETY: as long as was just allocated; the default stream, for which
+        // the host's need not wait.
         unsafe {
             self.driver
                 .cuMemcpyHtoD_v2(sides.at, table.as_ptr().cast(), bytes)?;
+            self.driver.cuStreamSynchronize(ptr::null_mut())?;
         }
         self.resources().bound = Some(Bound {
             sides,
@@ -577,12 +603,12 @@ impl Device for Cuda {
             unsafe { self.driver.cuStreamSynchronize(self.stream)? };
         }
         self.enqueued = false;
+        let rows = self.limits.rows;
         let results = &self.resources().results;
         let found = results.host.cast::<DeviceMoments>();
         for (i, (metric, out)) in metrics.iter().zip(out).enumerate() {
             // SAFETY: there is room for every row of a step.
             let m = unsafe { found.add(i).read_volatile() };
-            forget(results, i);
             let Some(metric) = *metric else { continue };
             let moments = Moments {
                 top: m.top,
@@ -596,6 +622,10 @@ impl Device for Cuda {
                 confidence,
                 token: if confidence.is_nan() { -1 } else { m.token },
             };
+        }
+        if logits.enqueued {
+            // Of a graph with more rows than the step, too.
+            (0..rows).for_each(|i| forget(results, i));
         }
         Ok(())
     }
@@ -669,11 +699,25 @@ impl Device for Cuda {
     }
 
     fn plan_rows(&mut self, slots: &mut dyn ExactSizeIterator<Item = u32>) -> Result<()> {
-        if !self.rows_captured {
+        if self.enqueued || self.ramp_captured {
+            // A step that was given up may have left its results.
+            let rows = self.limits.rows;
+            let results = &self.resources().results;
+            (0..rows).for_each(|i| forget(results, i));
+            self.enqueued = false;
+        }
+        let captured = self.rows_captured;
+        if !captured && !self.resources().rows.busy() {
             return Ok(());
         }
         let _current = self.enter()?;
-        self.resources().rows.write(0, slots)
+        let list = &mut self.resources().rows;
+        // Now, and not in a capture, where waiting is not allowed.
+        list.wait()?;
+        if captured {
+            list.write(0, slots)?;
+        }
+        Ok(())
     }
 
     unsafe fn copy_rows(
@@ -723,6 +767,7 @@ impl Device for Cuda {
         };
         // A graph may be replayed over as many rows as a step can have.
         let most = if capturing { self.limits.rows } else { n } as u64;
+        check_units(most * u64::from(args.n_units))?;
         let grid = (self.grid(most * u64::from(args.n_units)), 1);
         let kernel = self.resources().kernels.copy_rows;
         // SAFETY: the same contract.

@@ -222,8 +222,12 @@ fn item(prose: Vec<String>, code: &[&str]) -> Result<Item> {
     let (kind, name) = if let Some(define) = first.strip_prefix("#define ") {
         (Kind::Define, word(define))
     } else if first.starts_with("typedef") {
-        let name = last.trim_end_matches(';').rsplit([' ', '*']).next();
-        (Kind::Type, name.unwrap_or_default().to_owned())
+        // A pointer to a function has its name in the middle.
+        let name = match first.split_once("(*") {
+            Some((_, rest)) => word(rest),
+            None => word(last.rsplit([' ', '*']).next().unwrap_or_default()),
+        };
+        (Kind::Type, name)
     } else {
         let before = first.split('(').next().unwrap_or_default();
         let name = before.rsplit([' ', '*']).next().unwrap_or_default();
