@@ -25,6 +25,7 @@ mod server_tests;
 mod sim;
 mod test;
 mod tools;
+mod triton;
 
 use std::{ffi::OsString, os::unix::process::CommandExt, path::PathBuf, process::ExitCode};
 
@@ -135,6 +136,8 @@ enum Cmd {
     Install(install::Options),
     /// Build the Debian packages libdrex0 and libdrex-dev
     Deb(install::deb::Options),
+    /// Run Triton Inference Server with the drex backend on the bundled model, and stream from it
+    Triton(triton::Options),
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -158,6 +161,7 @@ fn main() -> ExitCode {
         Cmd::Kernels(options) => kernels::run(&options),
         Cmd::Install(options) => install::run(&options).map(|()| true),
         Cmd::Deb(options) => install::deb::run(&options).map(|()| true),
+        Cmd::Triton(options) => triton::run(&options).map(|()| true),
         Cmd::Test(options) => test::run(&options),
     };
     match result {

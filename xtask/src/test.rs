@@ -17,6 +17,7 @@ use crate::{
     llama::{Kind, Llama},
     python,
     server_tests::{self, Suite},
+    triton,
 };
 
 #[derive(Args)]
@@ -42,6 +43,9 @@ pub struct Options {
     /// Only the Python package
     #[arg(long, group = "part")]
     python: bool,
+    /// Only the backend in Triton Inference Server
+    #[arg(long, group = "part")]
+    triton: bool,
     /// Only the server tests whose names contain this
     #[arg(long, value_name = "TEXT", group = "part")]
     only: Option<String>,
@@ -55,7 +59,12 @@ pub struct Options {
 impl Options {
     /// One part was asked for.
     fn part(&self) -> bool {
-        self.of_server() || self.kernels || self.consumers || self.examples || self.python
+        self.of_server()
+            || self.kernels
+            || self.consumers
+            || self.examples
+            || self.python
+            || self.triton
     }
 
     fn of_server(&self) -> bool {
@@ -127,6 +136,14 @@ pub fn run(options: &Options) -> Result<bool> {
     }
     if all || options.python {
         python_tests(&mut count);
+    }
+    if options.triton {
+        println!("== Triton");
+        let start = Instant::now();
+        let mut one = |name: &str, result, start| count.one(name, result, start);
+        if let Err(error) = triton::tests::run(options.source.llama_src.as_deref(), &mut one) {
+            count.one("triton: the server starts", Err(error), start);
+        }
     }
     if long {
         println!("== the book");

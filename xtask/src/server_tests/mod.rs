@@ -14,6 +14,8 @@ mod requests;
 mod scheduler;
 mod transparency;
 
+pub use exact::EXACT;
+
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#pragma GCC visibility push(default)
+#include "drex_llama.h"
+#pragma GCC visibility pop
+
+#include "llama-window.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace {
+
+std::mutex  log_mutex;
+std::string log_errors; // what llama.cpp said while a model was loaded
+
+void log_line(ggml_log_level level, const char * text, void *) {
+    static thread_local bool show = false;
+    if (level != GGML_LOG_LEVEL_CONT) {
+        show = level >= GGML_LOG_LEVEL_WARN;
+    }
+    if (!show) {
+        return;
+    }
+    fputs(text, stderr);
+    const std::lock_guard<std::mutex> lock(log_mutex);
+    if (level >= GGML_LOG_LEVEL_ERROR && log_errors.size() < 1000) {
+        log_errors += text;
+    }
+}
+
+int type_from_name(const char * name) {
+    for (int type = 0; type < GGML_TYPE_COUNT; ++type) {
+        const char * known = ggml_type_name(ggml_type(type));
+        if (known && strcmp(known, name) == 0) {
+            return type;
+        }
+    }
+    return -1;
+}
+
+struct metadata {
+    std::vector<uint32_t> layers;
+    std::string           head = "shared";
+};
+
+// throws std::string
+metadata read_metadata(const char * path) {
+    gguf_context * gguf = gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr });
+    if (!gguf) {
+        throw std::string("not a GGUF file");
+    }
+    metadata out;
+    const int64_t arch = gguf_find_key(gguf, "general.architecture");
+    if (arch >= 0 && gguf_get_kv_type(gguf, arch) == GGUF_TYPE_STRING) {
+        const std::string prefix = std::string(gguf_get_val_str(gguf, arch)) + ".early_exit.";
+        const int64_t layers = gguf_find_key(gguf, (prefix + "layers").c_str());
+        if (layers >= 0 && gguf_get_kv_type(gguf, layers) == GGUF_TYPE_ARRAY) {
+            const gguf_type type = gguf_get_arr_type(gguf, layers);
+            if (type == GGUF_TYPE_INT32 || type == GGUF_TYPE_UINT32) {
+                const uint32_t * data = static_cast<const uint32_t *>(gguf_get_arr_data(gguf, layers));
+                out.layers.assign(data, data + gguf_get_arr_n(gguf, layers));
+            }
+        }
+        const int64_t head = gguf_find_key(gguf, (prefix + "head").c_str());
+        if (head >= 0 && gguf_get_kv_type(gguf, head) == GGUF_TYPE_STRING) {
+            out.head = gguf_get_val_str(gguf, head);
+        }
+    }
+    gguf_free(gguf);
+    return out;
+}
+
+} // namespace
+
+struct drex_llama {
+    llama_model     * model = nullptr;
+    llama_context   * ctx   = nullptr;
+    llama_batch_ext * batch = nullptr;
+    const llama_vocab * vocab = nullptr;
+    metadata          meta;
+
+    ~drex_llama() {
+        if (batch) {
+            llama_batch_ext_free(batch);
+        }
+        if (ctx) {
+            llama_free(ctx);
+        }
+        if (model) {
+            llama_model_free(model);
+        }
+    }
+};
+
+struct drex_llama_sampler {
+    llama_sampler * chain;
+};
+
+// false when a row is refused
+static bool fill(drex_llama * l, const int32_t * tokens, const int32_t * positions, const int32_t * sequences,
+                 const uint8_t * outputs, int32_t n) {
+    llama_batch_ext_clear(l->batch);
+    for (int32_t i = 0; i < n; ++i) {
+        const int32_t at = llama_batch_ext_add_token(l->batch, sequences[i], tokens ? tokens[i] : 0);
+        if (at < 0) {
+            return false;
+        }
+        llama_batch_ext_set_pos(l->batch, at, &positions[i]);
+        llama_batch_ext_set_output_logits(l->batch, at, outputs ? outputs[i] != 0 : true);
+    }
+    return true;
+}
+
+// Exceptions of llama.cpp become the number that stands for a failed computation.
+template <typename F> static int32_t guarded(F f) {
+    try {
+        return f();
+    } catch (const std::exception & e) {
+        fprintf(stderr, "drex: %s\n", e.what());
+        return -3;
+    } catch (...) {
+        return -3;
+    }
+}
+
+extern "C" {
+
+uint32_t drex_llama_version(void) { return DREX_LLAMA_VERSION; }
+
+drex_llama * drex_llama_open(const drex_llama_params * p, char * error, size_t n_error) {
+    static std::once_flag once;
+    drex_llama * l = nullptr;
+    try {
+        std::call_once(once, [] {
+            llama_backend_init();
+            llama_log_set(log_line, nullptr);
+        });
+        const int type = type_from_name(p->kv_type);
+        if (type < 0) {
+            throw std::string("kv_type ") + p->kv_type + " is not known";
+        }
+        {
+            const std::lock_guard<std::mutex> lock(log_mutex);
+            log_errors.clear();
+        }
+        const auto said = [](const char * what) {
+            const std::lock_guard<std::mutex> lock(log_mutex);
+            return log_errors.empty() ? std::string(what) : what + (": " + log_errors);
+        };
+        l = new drex_llama;
+        l->meta = read_metadata(p->model);
+
+        llama_model_params mp = llama_model_default_params();
+        mp.n_gpu_layers = 0;
+        l->model = llama_model_load_from_file(p->model, mp);
+        if (!l->model) {
+            throw said("llama.cpp cannot load it");
+        }
+        l->vocab = llama_model_get_vocab(l->model);
+
+        llama_context_params cp = llama_context_default_params();
+        cp.n_ctx           = p->n_ctx;
+        cp.n_seq_max       = p->n_seq;
+        cp.n_batch         = p->n_batch;
+        cp.n_ubatch        = p->n_batch;
+        cp.n_outputs_max   = p->n_batch;
+        cp.n_threads       = p->n_threads;
+        cp.n_threads_batch = p->n_threads;
+        cp.type_k          = ggml_type(type);
+        cp.type_v          = ggml_type(type);
+        cp.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+        cp.kv_unified      = true;
+        l->ctx = llama_init_from_model(l->model, cp);
+        if (!l->ctx) {
+            throw said("llama.cpp cannot make a context");
+        }
+        l->batch = llama_batch_ext_init(l->ctx);
+        return l;
+    } catch (const std::string & e) {
+        snprintf(error, n_error, "%s", e.c_str());
+    } catch (const std::exception & e) {
+        snprintf(error, n_error, "%s", e.what());
+    } catch (...) {
+        snprintf(error, n_error, "unknown exception");
+    }
+    delete l;
+    return nullptr;
+}
+
+void drex_llama_close(drex_llama * l) { delete l; }
+
+int32_t  drex_llama_n_layer(const drex_llama * l)     { return llama_model_n_layer(l->model); }
+int32_t  drex_llama_n_vocab(const drex_llama * l)     { return llama_vocab_n_tokens(l->vocab); }
+uint32_t drex_llama_n_ctx_train(const drex_llama * l) { return llama_model_n_ctx_train(l->model); }
+uint32_t drex_llama_n_cells(const drex_llama * l)     { return llama_n_ctx(l->ctx); }
+
+size_t drex_llama_exit_layers(const drex_llama * l, uint32_t * layers, size_t n) {
+    std::copy_n(l->meta.layers.begin(), std::min(n, l->meta.layers.size()), layers);
+    return l->meta.layers.size();
+}
+const char * drex_llama_exit_head(const drex_llama * l) { return l->meta.head.c_str(); }
+
+const char * drex_llama_windows(drex_llama * l, uint32_t n_slots, uint32_t n_graphs) {
+    try {
+        return llama_window_init(l->ctx, { n_slots, n_graphs });
+    } catch (...) {
+        return "no memory for the hidden arena";
+    }
+}
+
+int32_t drex_llama_layer(const drex_llama * l, int32_t layer, drex_llama_kv * out) {
+    llama_window_kv kv;
+    if (!llama_window_get_kv(l->ctx, layer, &kv) ||
+        !ggml_backend_buffer_is_host(kv.k->buffer) || !ggml_backend_buffer_is_host(kv.v->buffer)) {
+        return 0;
+    }
+    *out = {};
+    out->n_cells       = kv.n_cells;
+    out->k             = kv.k->data;
+    out->k_row_bytes   = ggml_row_size(kv.k->type, kv.k->ne[0]);
+    out->k_cell_stride = kv.k->nb[1];
+    out->v             = kv.v->data;
+    out->v_row_bytes   = ggml_row_size(kv.v->type, kv.v->ne[0]);
+    if (kv.v_trans) {
+        out->v_elem_bytes  = ggml_type_size(kv.v->type);
+        out->v_elem_stride = out->v_elem_bytes*kv.n_cells;
+    } else {
+        out->v_cell_stride = kv.v->nb[1];
+    }
+    return 1;
+}
+
+int32_t drex_llama_tokenize(const drex_llama * l, const char * text, int32_t length, int32_t * tokens, int32_t n) {
+    try {
+        return llama_tokenize(l->vocab, text, length, tokens, n, true, true);
+    } catch (...) {
+        return INT32_MIN;
+    }
+}
+int32_t drex_llama_piece(const drex_llama * l, int32_t token, char * text, int32_t n) {
+    return llama_token_to_piece(l->vocab, token, text, n, 0, false);
+}
+int32_t drex_llama_is_end(const drex_llama * l, int32_t token) { return llama_vocab_is_eog(l->vocab, token); }
+
+int32_t drex_llama_decode(drex_llama * l, const int32_t * tokens, const int32_t * positions, const int32_t * sequences,
+                          const uint8_t * outputs, int32_t n) {
+    return guarded([&] {
+        if (!fill(l, tokens, positions, sequences, outputs, n)) {
+            return -1;
+        }
+        const int32_t ret = llama_process(l->ctx, LLAMA_PROCESS_TYPE_DECODE, l->batch);
+        if (ret == 0) {
+            llama_synchronize(l->ctx);
+        }
+        return ret;
+    });
+}
+
+int32_t drex_llama_window(drex_llama * l, const int32_t * tokens, const int32_t * positions, const int32_t * sequences,
+                          const int32_t * slots, int32_t n, int32_t begin, int32_t end) {
+    return guarded([&] {
+        if (!fill(l, tokens, positions, sequences, nullptr, n)) {
+            return -1;
+        }
+        const int32_t ret = llama_window_decode(l->ctx, l->batch, begin, end, slots);
+        if (ret == 0) {
+            llama_synchronize(l->ctx);
+        }
+        return ret;
+    });
+}
+
+int32_t drex_llama_project(drex_llama * l, const int32_t * positions, const int32_t * sequences, const int32_t * slots,
+                           int32_t n, int32_t begin) {
+    return guarded([&] {
+        if (!fill(l, nullptr, positions, sequences, nullptr, n)) {
+            return -1;
+        }
+        return llama_window_project(l->ctx, l->batch, begin, slots);
+    });
+}
+
+const uint32_t * drex_llama_cells(const drex_llama * l) { return llama_window_cells(l->ctx); }
+const float * drex_llama_logits(drex_llama * l, int32_t i) {
+    try {
+        return llama_get_logits_ith(l->ctx, i);
+    } catch (...) {
+        return nullptr;
+    }
+}
+const float * drex_llama_window_logits(const drex_llama * l) {
+    const ggml_tensor * t = llama_window_logits(l->ctx);
+    const bool plain = t && t->buffer && ggml_backend_buffer_is_host(t->buffer) && t->type == GGML_TYPE_F32 &&
+        t->nb[1] == sizeof(float)*llama_vocab_n_tokens(l->vocab);
+    return plain ? static_cast<const float *>(t->data) : nullptr;
+}
+void drex_llama_forget(drex_llama * l, int32_t sequence) {
+    llama_memory_seq_rm(llama_get_memory(l->ctx), sequence, -1, -1);
+}
+void drex_llama_rollback(drex_llama * l, int32_t sequence, int32_t position) {
+    llama_window_rollback(l->ctx, sequence, position);
+}
+
+drex_llama_sampler * drex_llama_sampler_new(const drex_llama * l, const drex_llama_sampling * p) {
+    try {
+        const int32_t n_vocab = llama_vocab_n_tokens(l->vocab);
+        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+        if (p->ignore_eos) {
+            std::vector<llama_logit_bias> bans;
+            for (llama_token token = 0; token < n_vocab; ++token) {
+                if (llama_vocab_is_eog(l->vocab, token)) {
+                    bans.push_back({ token, -INFINITY });
+                }
+            }
+            llama_sampler_chain_add(chain, llama_sampler_init_logit_bias(n_vocab, bans.size(), bans.data()));
+        }
+        if (p->repetition_penalty != 1.0f || p->frequency_penalty != 0.0f || p->presence_penalty != 0.0f) {
+            llama_sampler_chain_add(chain, llama_sampler_init_penalties(n_vocab, 64, p->repetition_penalty,
+                                                                        p->frequency_penalty, p->presence_penalty));
+        }
+        if (p->temperature <= 0.0f) {
+            llama_sampler_chain_add(chain, llama_sampler_init_greedy());
+            return new drex_llama_sampler { chain };
+        }
+        if (p->top_k > 0) {
+            llama_sampler_chain_add(chain, llama_sampler_init_top_k(p->top_k));
+        }
+        if (p->top_p < 1.0f) {
+            llama_sampler_chain_add(chain, llama_sampler_init_top_p(p->top_p, 1));
+        }
+        if (p->min_p > 0.0f) {
+            llama_sampler_chain_add(chain, llama_sampler_init_min_p(p->min_p, 1));
+        }
+        llama_sampler_chain_add(chain, llama_sampler_init_temp(p->temperature));
+        llama_sampler_chain_add(chain, llama_sampler_init_dist(p->seed));
+        return new drex_llama_sampler { chain };
+    } catch (...) {
+        return nullptr;
+    }
+}
+void drex_llama_sampler_free(drex_llama_sampler * s) {
+    if (s) {
+        llama_sampler_free(s->chain);
+        delete s;
+    }
+}
+int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, int32_t window) {
+    return guarded([&] {
+        if (window && !llama_window_fetch_logits(l->ctx, i, 1)) {
+            return -1;
+        }
+        return llama_get_logits_ith(l->ctx, i) ? llama_sampler_sample(s->chain, l->ctx, i) : -1;
+    });
+}
+
+void drex_llama_perf(const drex_llama * l, uint64_t * built, uint64_t * reused) { llama_window_perf(l->ctx, built, reused); }
+
+} // extern "C"

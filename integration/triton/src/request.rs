@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a request asks for: its inputs, its parameters, the outputs it wants.
+
+use std::ffi::{CStr, c_void};
+use std::ptr::{null, null_mut};
+
+use serde_json::{Map, Value, json};
+
+use crate::sampling::Sampling;
+use crate::triton::error::{Failure, check};
+use crate::triton::{abi, tensor};
+
+pub struct Asked {
+    pub prompt: String,
+    pub stream: bool,
+    pub sampling: Sampling,
+    pub want: Want,
+}
+
+/// Which outputs to send.
+#[derive(Default, Clone)]
+pub struct Want {
+    pub text: bool,
+    pub finish_reason: bool,
+    pub num_input_tokens: bool,
+    pub num_output_tokens: bool,
+    pub token_ids: bool,
+    /// The prompt stands before the answer.
+    pub prepend: Option<String>,
+}
+
+struct Input {
+    name: String,
+    datatype: u32,
+    shape: Vec<i64>,
+    bytes: Vec<u8>,
+}
+
+/// # Safety
+/// The request is live and ours.
+pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
+    let mut prompt = None;
+    let mut stream = false;
+    let mut fields = Map::new();
+    let mut exclude = None;
+    let (mut reason, mut n_in, mut n_out, mut ids) = (false, false, false, false);
+    // SAFETY: by the caller.
+    unsafe {
+        // Request parameters first: the JSON of sampling_parameters says it more clearly, and wins.
+        for (name, value) in parameters(request)? {
+            fields.insert(name, value);
+        }
+        let mut count = 0;
+        check(abi::TRITONBACKEND_RequestInputCount(request, &mut count))?;
+        for index in 0..count {
+            let input = input(request, index)?;
+            match input.name.as_str() {
+                "text_input" => prompt = Some(text(&input)?),
+                "sampling_parameters" => {
+                    let json = text(&input)?;
+                    let value: Value = serde_json::from_str(&json).map_err(|error| {
+                        Failure::invalid(format!("sampling_parameters: not JSON: {error}"))
+                    })?;
+                    let Value::Object(object) = value else {
+                        return Err(Failure::invalid(format!(
+                            "sampling_parameters: not a JSON object: {value}"
+                        )));
+                    };
+                    fields.extend(object);
+                }
+                "stream" => stream = flag(&input)?,
+                "exclude_input_in_output" => exclude = Some(flag(&input)?),
+                "return_finish_reason" => reason = flag(&input)?,
+                "return_num_input_tokens" => n_in = flag(&input)?,
+                "return_num_output_tokens" => n_out = flag(&input)?,
+                "return_token_ids" => ids = flag(&input)?,
+                name => return Err(Failure::invalid(format!("unknown input {name}"))),
+            }
+        }
+        let prompt = prompt.ok_or_else(|| Failure::invalid("text_input is missing"))?;
+        let mut sampling = Sampling::from_value(&Value::Object(fields))?;
+        if let Some(microseconds) = timeout(request)
+            && sampling.drex_request_deadline_ms == 0.0
+        {
+            sampling.drex_request_deadline_ms = microseconds as f32 / 1000.0;
+        }
+        let prepend = !exclude.unwrap_or(stream);
+        if prepend && stream {
+            return Err(Failure::invalid(
+                "exclude_input_in_output is false, must be true with stream",
+            ));
+        }
+        let wanted = outputs(request)?;
+        let has = |name: &str| wanted.iter().any(|w| w == name);
+        let want = Want {
+            text: has("text_output"),
+            finish_reason: reason && has("finish_reason"),
+            num_input_tokens: n_in && has("num_input_tokens"),
+            num_output_tokens: n_out && has("num_output_tokens"),
+            token_ids: ids && has("token_ids"),
+            prepend: prepend.then(|| prompt.clone()),
+        };
+        Ok(Asked {
+            prompt,
+            stream,
+            sampling,
+            want,
+        })
+    }
+}
+
+/// # Safety
+/// As `read`.
+unsafe fn input(request: *mut abi::Request, index: u32) -> Result<Input, Failure> {
+    let mut input = null_mut();
+    let (mut name, mut datatype, mut shape, mut dims) = (null(), 0, null(), 0);
+    let (mut size, mut buffers) = (0, 0);
+    // SAFETY: Triton fills what the pointers name; it all lives as long as the request.
+    unsafe {
+        check(abi::TRITONBACKEND_RequestInputByIndex(
+            request, index, &mut input,
+        ))?;
+        check(abi::TRITONBACKEND_InputProperties(
+            input,
+            &mut name,
+            &mut datatype,
+            &mut shape,
+            &mut dims,
+            &mut size,
+            &mut buffers,
+        ))?;
+        let name = CStr::from_ptr(name).to_string_lossy().into_owned();
+        let shape = if dims == 0 {
+            Vec::new()
+        } else {
+            std::slice::from_raw_parts(shape, dims as usize).to_vec()
+        };
+        let mut bytes = Vec::with_capacity(size as usize);
+        for at in 0..buffers {
+            let (mut buffer, mut length) = (null(), 0);
+            let (mut kind, mut id) = (abi::MEMORY_CPU, 0);
+            check(abi::TRITONBACKEND_InputBuffer(
+                input,
+                at,
+                &mut buffer,
+                &mut length,
+                &mut kind,
+                &mut id,
+            ))?;
+            if kind != abi::MEMORY_CPU && kind != abi::MEMORY_CPU_PINNED {
+                return Err(Failure::unsupported(format!(
+                    "{name}: lies in memory of type {kind}, only host memory (0, 1) is read"
+                )));
+            }
+            if length > 0 {
+                bytes.extend_from_slice(std::slice::from_raw_parts(
+                    buffer.cast::<u8>(),
+                    length as usize,
+                ));
+            }
+        }
+        Ok(Input {
+            name,
+            datatype,
+            shape,
+            bytes,
+        })
+    }
+}
+
+fn one(input: &Input, datatype: u32, what: &str) -> Result<(), Failure> {
+    if input.datatype != datatype {
+        return Err(Failure::invalid(format!(
+            "{}: has data type {}, must be {what}",
+            input.name, input.datatype
+        )));
+    }
+    if input.shape.iter().product::<i64>() != 1 {
+        return Err(Failure::invalid(format!(
+            "{}: has shape {:?}, must have one element",
+            input.name, input.shape
+        )));
+    }
+    Ok(())
+}
+
+fn text(input: &Input) -> Result<String, Failure> {
+    one(input, abi::TYPE_BYTES, "BYTES")?;
+    Ok(tensor::strings(&input.name, &input.bytes, 1)?[0].to_owned())
+}
+
+fn flag(input: &Input) -> Result<bool, Failure> {
+    one(input, abi::TYPE_BOOL, "BOOL")?;
+    match input.bytes[..] {
+        [byte] => Ok(byte != 0),
+        _ => Err(Failure::invalid(format!(
+            "{}: has {} bytes, must have 1",
+            input.name,
+            input.bytes.len()
+        ))),
+    }
+}
+
+/// # Safety
+/// As `read`.
+unsafe fn outputs(request: *mut abi::Request) -> Result<Vec<String>, Failure> {
+    let mut count = 0;
+    let mut names = Vec::new();
+    // SAFETY: by the caller.
+    unsafe {
+        check(abi::TRITONBACKEND_RequestOutputCount(request, &mut count))?;
+        for index in 0..count {
+            let mut name = null();
+            check(abi::TRITONBACKEND_RequestOutputName(
+                request, index, &mut name,
+            ))?;
+            names.push(CStr::from_ptr(name).to_string_lossy().into_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// The request's parameters: what the body of /generate has beside the inputs arrives here.
+///
+/// # Safety
+/// As `read`.
+unsafe fn parameters(request: *mut abi::Request) -> Result<Vec<(String, Value)>, Failure> {
+    let mut count = 0;
+    let mut out = Vec::new();
+    // SAFETY: Triton's texts and values live as long as the request; the type's name says what a value is.
+    unsafe {
+        check(abi::TRITONBACKEND_RequestParameterCount(
+            request, &mut count,
+        ))?;
+        for index in 0..count {
+            let (mut name, mut kind, mut value): (_, _, *const c_void) = (null(), 0, null());
+            check(abi::TRITONBACKEND_RequestParameter(
+                request, index, &mut name, &mut kind, &mut value,
+            ))?;
+            let name = CStr::from_ptr(name).to_string_lossy().into_owned();
+            if name.starts_with("triton_") {
+                continue; // for the server
+            }
+            let kind = CStr::from_ptr(abi::TRITONSERVER_ParameterTypeString(kind));
+            let value = match kind.to_bytes() {
+                b"STRING" => json!(CStr::from_ptr(value.cast()).to_string_lossy()),
+                b"INT" => json!(value.cast::<i64>().read_unaligned()),
+                b"BOOL" => json!(value.cast::<bool>().read_unaligned()),
+                b"DOUBLE" => json!(value.cast::<f64>().read_unaligned()),
+                other => {
+                    return Err(Failure::invalid(format!(
+                        "parameter {name} has type {}",
+                        String::from_utf8_lossy(other)
+                    )));
+                }
+            };
+            out.push((name, value));
+        }
+    }
+    Ok(out)
+}
+
+/// The request's timeout in microseconds; None without one, and with servers that do not tell.
+///
+/// # Safety
+/// As `read`.
+unsafe fn timeout(request: *mut abi::Request) -> Option<u64> {
+    type Ask = unsafe extern "C" fn(*mut abi::Request, *mut u64) -> *mut abi::Error;
+    let process = libloading::os::unix::Library::this();
+    // SAFETY: the function has this type since it exists.
+    unsafe {
+        let ask = process
+            .get::<Ask>(b"TRITONBACKEND_InferenceRequestTimeoutMicroseconds\0")
+            .ok()?;
+        let mut microseconds = 0;
+        check(ask(request, &mut microseconds)).ok()?;
+        (microseconds > 0).then_some(microseconds)
+    }
+}

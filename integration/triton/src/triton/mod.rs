@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Triton's side: declarations, and types whose drop gives Triton back what is its own.
+
+pub mod abi;
+pub mod error;
+pub mod reply;
+pub mod tensor;
+pub mod version;
+
+#[cfg(test)]
+pub mod fake_host;
