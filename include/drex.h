@@ -157,10 +157,11 @@
  * the call that caused them: with several engines, on several threads. The
  * engine is busy meanwhile; other engines are not.
  *
- * No call waits for anything, but for drex_ramp() on a CUDA device. drex_request_ready(), drex_plan(), drex_ramp(),
- * drex_fill(), drex_complete() and drex_abandon() allocate nothing, take no lock
- * and make no system call (those of a CUDA driver excepted). No call starts a thread, opens a file, installs a
- * signal handler or prints. No panic and no exception leaves a call.
+ * On the host no call waits for anything; for a CUDA device see chapter 7.
+ * drex_request_ready(), drex_plan(), drex_ramp(), drex_fill(), drex_complete()
+ * and drex_abandon() allocate nothing, take no lock and make no system call but
+ * those of a CUDA driver. No call starts a thread, opens a file, installs a signal
+ * handler or prints. No panic and no exception leaves a call.
  *
  *
  * 4. STRUCTS THAT BEGIN WITH THEIR SIZE
@@ -238,12 +239,14 @@
  * drex needs it. The engine works in the CUDA context that is current when it is
  * made. Later calls may come from any thread: one that needs another context
  * than the current one pushes it, and pops it before it returns. The context
- * must outlive the engine. Scratch memory (some 1 kB a row for 128k logits) is
- * allocated in drex_create() and drex_bind_kv(), not later.
+ * must outlive the engine. Scratch memory, 20 bytes for each row and 8192 logits of
+ * n_vocab and some more with n_top, is allocated in drex_create() and
+ * drex_bind_kv(), not later; these two wait until what they write is there.
  *
  *   ramp      One launch that reads the logits once, a copy of 20 bytes a row to
- *             pinned memory, and a wait for the stream: the only wait there is.
- *             drex_ramp_enqueue() splits off the wait.
+ *             pinned memory, and a wait for the stream. drex_ramp_enqueue()
+ *             splits off the wait. No other call of a step waits, unless more
+ *             than 224 rows are used on several streams.
  *   fill      One launch on the stream of the ramp's logits, not waited for.
  *   streams   Work is enqueued on the streams that the host names, and is in
  *             order with what the host enqueues there. The legacy default stream
@@ -262,7 +265,8 @@
  *   launch            fill, on the same stream
  *   drex_complete()
  *
- * The logits' address, row length and n_top are those of the capture. A launched
+ * The logits' address, row length and n_top are those of the capture, and so is
+ * the bound K/V: a graph with a fill is invalid after drex_bind_kv(). A launched
  * graph must have ended before the next call that writes what it reads; on one
  * stream, with drex_ramp() between, it has.
  *
@@ -1422,7 +1426,8 @@ drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
 // CUDA: starts what drex_ramp() waits for, on the logits' stream, and returns
 // at once. Say drex_ramp() with the same logits and enqueued = 1 later; what
 // is between them, such as drex_replan(), runs beside the device. May be
-// captured into a graph, see chapter 7.
+// captured into a graph, see chapter 7; if that was not launched, no row has a
+// confidence and none leaves.
 //
 // logits  as for drex_ramp(); n_rows may be any number up to the rows of the
 //         largest step. They must stay as they are until drex_ramp() returns.
