@@ -2,6 +2,8 @@
 
 //! Reads a header in the form of drex.h, and has a C compiler measure it.
 
+#![allow(dead_code)] // every test file uses its own part
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fmt::Write as _;
@@ -39,8 +41,14 @@ impl Abi {
             let grows = name
                 .strip_prefix("struct ")
                 .and_then(|n| Some((self.size(n)?, now.size(n)?)));
+            let number = |v: &str| v.parse::<i64>().unwrap();
             match (now.0.get(name), grows) {
                 (None, _) => wrong.push(format!("{name} is gone")),
+                // How many there are; arrays of them have a length of their own.
+                (Some(value), _)
+                    if name.ends_with("_REASONS")
+                        && !name.contains("_MAX_")
+                        && number(value) >= number(then) => {}
                 (Some(_), Some(((a, true), (b, true)))) if b >= a => {}
                 (Some(value), _) if value == then => {}
                 (Some(value), _) => wrong.push(format!("{name} was {then}, and is {value}")),
@@ -76,6 +84,7 @@ pub struct Header {
     aliases: Vec<(String, String)>,
     symbols: Vec<(String, String)>,
     numbers: Vec<String>,
+    initializers: Vec<String>,
 }
 
 /// "const uint32_t *ramp_layers" to its type and name. The length of an array
@@ -90,6 +99,18 @@ fn split(declaration: &str) -> (String, String) {
     (format!("{kind}{length}"), name.to_owned())
 }
 
+/// "void *user_data, size_t n)" to "void *, size_t".
+fn kinds(arguments: &str) -> String {
+    let arguments = arguments.trim_end_matches(')').split(',');
+    let kinds: Vec<String> = arguments
+        .map(|a| match a.trim() {
+            "void" => "void".to_owned(),
+            a => split(a).0,
+        })
+        .collect();
+    kinds.join(", ")
+}
+
 impl Header {
     pub fn parse(text: &str) -> Header {
         let mut out = Header::default();
@@ -101,8 +122,9 @@ impl Header {
             let macro_body = line.starts_with("  {") || line.ends_with('\\');
             if let Some(define) = line.strip_prefix("#define ") {
                 let name = define.split(' ').next().unwrap();
-                let own = name.ends_with("_INITIALIZER") || name.starts_with("DREX_VERSION_");
-                if define.contains(' ') && !own {
+                if name.ends_with("_INITIALIZER") {
+                    out.initializers.push(name.to_owned());
+                } else if define.contains(' ') && !name.starts_with("DREX_VERSION_") {
                     out.numbers.push(name.to_owned());
                 }
             } else if !comment && !line.starts_with(['#', '}']) && !macro_body {
@@ -139,19 +161,26 @@ impl Header {
                 self.structs
                     .push((name.trim().to_owned(), fields.collect()));
             } else if let Some(alias) = head.strip_prefix("typedef ") {
-                let (kind, name) = split(alias);
+                // A callback: "void (*name)(int a)".
+                let (name, kind) = match alias.split_once("(*") {
+                    Some((result, rest)) => {
+                        let (name, arguments) = rest.split_once(")(").unwrap();
+                        let result = result.trim_end();
+                        (
+                            name.to_owned(),
+                            format!("{result} (*)({})", kinds(arguments)),
+                        )
+                    }
+                    None => {
+                        let (kind, name) = split(alias);
+                        (name, kind)
+                    }
+                };
                 self.aliases.push((name, kind));
             } else if let Some((left, arguments)) = head.split_once('(') {
                 let (kind, name) = split(left);
-                let arguments = arguments.trim_end_matches(')').split(',');
-                let kinds: Vec<String> = arguments
-                    .map(|a| match a.trim() {
-                        "void" => "void".to_owned(),
-                        a => split(a).0,
-                    })
-                    .collect();
-                let signature = format!("{kind} ({})", kinds.join(", "));
-                self.symbols.push((name, signature));
+                self.symbols
+                    .push((name, format!("{kind} ({})", kinds(arguments))));
             }
         }
     }
@@ -161,6 +190,10 @@ impl Header {
         let sized = |fields: &[Field]| fields.first().is_some_and(|f| f.name == "size");
         let all = self.structs.iter().filter(move |s| sized(&s.1));
         all.map(|s| s.0.as_str())
+    }
+
+    pub fn functions(&self) -> impl Iterator<Item = &str> {
+        self.symbols.iter().map(|s| s.0.as_str())
     }
 
     /// Numbers and layouts are the compiler's; it is asked.
@@ -212,6 +245,10 @@ impl Header {
         let mut abi = Abi::parse(&run(&mut Command::new(exe)));
         for (name, kind) in &self.aliases {
             abi.0.insert(format!("type {name}"), kind.clone());
+        }
+        for name in &self.initializers {
+            abi.0
+                .insert(format!("macro {name}"), "an initializer".to_owned());
         }
         for (name, signature) in &self.symbols {
             abi.0.insert(format!("symbol {name}"), signature.clone());
