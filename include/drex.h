@@ -33,7 +33,8 @@
  *   ramp      If step.ramp is not DREX_NO_RAMP: drex_ramp() reads the logits and
  *             gives a verdict per row. EXIT: emit the token from these logits.
  *             HOLD and STAY: leave the arena row alone, the row comes back in a
- *             later step. GONE: forget it. Otherwise: sample every row.
+ *             later step. GONE: forget it. Otherwise: sample every row whose
+ *             request was not removed meanwhile.
  *   fill      drex_fill() fills the K/V that exited rows left out.
  *   verify    Only with DREX_FILL_VERIFY, after a window that ends at the last
  *             layer: drex_verify() says which drafts stand.
@@ -69,7 +70,7 @@
  *
  *   static float logits[BATCH][VOCAB];
  *
- *   // One iteration. What it leaves undone, host_loop() takes back.
+ *   // One iteration. When it fails, a step may still be planned: see host_loop().
  *   static drex_status iterate(drex_engine *engine, int *idle) {
  *     drex_plan_input input = DREX_PLAN_INPUT_INITIALIZER;
  *     drex_step step = DREX_STEP_INITIALIZER;
@@ -134,8 +135,8 @@
  *     }
  *     if (status != DREX_OK) {
  *       fprintf(stderr, "%s\n", drex_last_error());
- *       // A host that goes on calls drex_abandon(engine) here: the rows of a
- *       // step that was not completed go back to where they were.
+ *       // This host ends. One that goes on calls drex_abandon(engine) first, and
+ *       // the rows of a step that was not completed go back to where they were.
  *     }
  *     drex_destroy(engine);
  *     return status == DREX_OK ? 0 : 1;
@@ -147,21 +148,25 @@
  *
  * 3. THREADS
  *
- * An engine may be used from any thread, by one at a time: a second one that
- * comes while a call runs gets DREX_ERROR_HANDLE_BUSY at once, and nothing
- * happens. Different engines work from different threads at the same time.
- * Functions that take no engine may be called from any thread at any time. Each
- * thread has its own drex_last_error().
+ * An engine, and a pool of pages (drex_pages), may be used from any thread, by
+ * one at a time: a second one that comes while a call runs gets
+ * DREX_ERROR_HANDLE_BUSY at once, and nothing happens. Different ones work from
+ * different threads at the same time. Functions that take neither may be called
+ * from any thread at any time. Each thread has its own drex_last_error().
  *
  * Callbacks (drex_log_callback, drex_trace_sink) run on the thread and inside
  * the call that caused them: with several engines, on several threads. The
  * engine is busy meanwhile; other engines are not.
  *
  * On the host no call waits for anything; for a CUDA device see chapter 7.
- * drex_request_ready(), drex_plan(), drex_ramp(), drex_fill(), drex_complete()
- * and drex_abandon() allocate nothing, take no lock and make no system call but
- * those of a CUDA driver. No call starts a thread, opens a file, installs a signal
- * handler or prints. No panic and no exception leaves a call.
+ * All calls of the loop allocate nothing, take no lock and make no system call
+ * but those of a CUDA driver: drex_request_*(), drex_plan(), drex_ramp(),
+ * drex_top_get(), drex_gather(), drex_scatter(), drex_fill(), drex_verify(),
+ * drex_speculate(), drex_complete(), drex_abandon(), drex_observe(),
+ * drex_replan() and drex_stats_get(), and of pages all but drex_pages_create()
+ * and drex_pages_destroy(). A log or a trace does not change that; a Rust host's
+ * tracing subscriber does what it does. No call starts a thread, opens a file,
+ * installs a signal handler or prints. No panic and no exception leaves a call.
  *
  *
  * 4. STRUCTS THAT BEGIN WITH THEIR SIZE
@@ -174,6 +179,7 @@
  *           older program does not pass has the value that the macro gives. Bytes
  *           beyond what the library knows must be 0, else a newer program relies
  *           on something that this library lacks: DREX_ERROR_STRUCT_SIZE too.
+ *           So is a size above 4096, here and for outputs: it is none.
  *   output  The caller sets size; the library writes no more than that, and not
  *           the size itself. A size below the first version's is an error. What
  *           lies beyond what the library knows is left as it was, which is 0
@@ -181,7 +187,7 @@
  *   arrays  of such structs: the size of the first element is the distance from
  *           one to the next.
  *
- * drex_row, drex_verdict and drex_page_copy have no size and never grow.
+ * drex_row, drex_verdict, drex_top and drex_page_copy have no size and never grow.
  *
  * A program may compare drex_abi_version() with DREX_ABI_VERSION at its start;
  * drex_create() does so by itself.
@@ -199,10 +205,13 @@
  *            const, and is not kept beyond the call; the tensors bound by
  *            drex_bind_kv() are the one exception. Handles are the caller's to
  *            destroy. Returned texts are the library's and static.
- *   outputs  Written last, and only when the call returns DREX_OK.
- *   errors   Every call on a handle can also return DREX_ERROR_NULL_ARGUMENT,
- *            DREX_ERROR_INVALID_HANDLE, DREX_ERROR_HANDLE_BUSY and
- *            DREX_ERROR_PANIC. "Errors:" names the others, without DREX_ERROR_.
+ *   outputs  Written last, and only when the call returns DREX_OK. The one
+ *            exception: where a text does not fit, its length is written, and
+ *            the call returns DREX_ERROR_CAPACITY.
+ *   errors   Every call that returns a status can return DREX_ERROR_PANIC, and
+ *            every call on a handle DREX_ERROR_NULL_ARGUMENT,
+ *            DREX_ERROR_INVALID_HANDLE and DREX_ERROR_HANDLE_BUSY. "Errors:"
+ *            names the others, without DREX_ERROR_.
  *   memory   Where a call's errors have DREX_ERROR_MEMORY, what grows with its
  *            arguments is asked for, and may be refused. What else allocates
  *            (chapter 3) needs little, and ends the process when there is not
@@ -233,7 +242,7 @@
  *   end       drex_pages_release() for a sequence that ends or is cut back;
  *             drex_pages_fork() where another one shares its beginning.
  *
- * These calls need no engine, and none of them but drex_pages_create() allocates.
+ * These calls need no engine.
  *
  *
  * 7. CUDA
@@ -381,11 +390,6 @@
 // Since 0.1.
 #define DREX_WAIT_BUCKETS 32
 
-// How many reasons there are; a later version may have more, up to
-// DREX_MAX_MISS_REASONS.
-// Since 0.1.
-#define DREX_MISS_REASONS 4
-
 // A block table entry without a page.
 // Since 0.1.
 #define DREX_NO_PAGE UINT32_MAX
@@ -396,16 +400,17 @@
 // Since 0.1.
 typedef struct drex_engine drex_engine;
 
-// Accounts for a pool of K/V pages. One thread at a time may be inside a call
-// on one of these.
+// An account of a pool of K/V pages. Opaque, and not an address. Made by
+// drex_pages_create(), ended by drex_pages_destroy(). A destroyed handle gives
+// DREX_ERROR_INVALID_HANDLE.
 // Since 0.1.
 typedef struct drex_pages drex_pages;
 
 // How a call went: DREX_OK (0) or one of DREX_ERROR_*. The numbers never
 // change their meaning; a later version may add more, so treat any number
 // but 0 as a failure. A call that fails changes nothing and writes none of
-// its outputs, and leaves a text that names the function, the field and the
-// value: see drex_last_error().
+// its outputs (chapter 5 has the one exception), and leaves a text that names
+// the function, the field and the value: see drex_last_error().
 // Since 0.1.
 typedef int32_t drex_status;
 
@@ -420,9 +425,11 @@ typedef int32_t drex_status;
 // A struct's size field is too small, or the struct comes from a later
 // version and uses fields that this library does not know.
 #define DREX_ERROR_STRUCT_SIZE 4
-// The engine was never created, or has been destroyed.
+// The handle was never given out, or what it stood for has been destroyed, or
+// is of the other kind (drex_engine, drex_pages).
 #define DREX_ERROR_INVALID_HANDLE 5
-// Another thread is inside a call on this engine.
+// Another thread is inside a call on this handle, or this one is, in a
+// callback.
 #define DREX_ERROR_HANDLE_BUSY 6
 // No request alive has this id.
 #define DREX_ERROR_UNKNOWN_REQUEST 7
@@ -436,8 +443,9 @@ typedef int32_t drex_status;
 #define DREX_ERROR_UNSUPPORTED 11
 // The device failed.
 #define DREX_ERROR_DEVICE 12
-// A bug in drex was caught. The engine is poisoned: every call on it but
-// drex_destroy() returns this again.
+// A bug in drex was caught, or one in a Rust host's tracing subscriber. The
+// handle that the call was on is poisoned: every call on it but the one that
+// destroys it returns this again.
 #define DREX_ERROR_PANIC 13
 // There is not as much memory as the call asked for. Only calls that name it
 // return this: see chapter 5.
@@ -562,9 +570,15 @@ typedef struct drex_config {
   uint32_t max_requests;
   // B: most rows in one pass, 1..1048576.
   uint32_t max_batch;
+  // Who leaves at a ramp.
   drex_policy policy;
+  // How sure a row is, for requests that do not name a metric; not
+  // DREX_METRIC_DEFAULT.
   drex_metric metric;
+  // How holes are filled, for requests that do not name a mode; not
+  // DREX_FILL_DEFAULT.
   drex_fill_mode fill;
+  // Where logits, arena rows and K/V lie, all of them.
   drex_device device;
   // Finite, >= 0. A row exits when its confidence >= threshold; above 1:
   // never.
@@ -583,7 +597,7 @@ typedef struct drex_config {
   // Time between two tokens that a request may take, in ns; 0: none. A
   // request may name its own.
   uint64_t token_deadline_ns;
-  // Pins c/t_d of ART, >= 0; NaN: as measured.
+  // Pins c/t_d of ART, finite, >= 0; NaN: as measured.
   float art_ratio;
   // 0
   uint32_t reserved;
@@ -618,14 +632,16 @@ typedef struct drex_kv_layer {
   uint32_t size;
   // Cells in the cache, at least 1.
   uint32_t n_cells;
+  // K of cell 0.
   void *k;
+  // V of cell 0; in the transposed layout, its element 0.
   void *v;
-  // Bytes of one cell's K.
+  // Bytes of one cell's K; 0: the layer has none.
   uint64_t k_row_bytes;
   // Bytes from one cell's K to the next one's; at least k_row_bytes.
   uint64_t k_cell_stride;
-  // Bytes of one cell's V; in the transposed layout, a multiple of
-  // v_elem_bytes.
+  // Bytes of one cell's V; 0: the layer has none. In the transposed layout,
+  // a multiple of v_elem_bytes.
   uint64_t v_row_bytes;
   // Row layout: bytes from one cell's V to the next one's, at least
   // v_row_bytes. Unused in the transposed layout.
@@ -685,6 +701,7 @@ typedef uint32_t drex_request_state;
 typedef struct drex_request_info {
   // sizeof(drex_request_info), set by the caller
   uint32_t size;
+  // What it is doing.
   drex_request_state state;
   // Where its row is held, else DREX_NO_RAMP.
   uint32_t ramp;
@@ -694,7 +711,9 @@ typedef struct drex_request_info {
   uint64_t tokens;
   // Of these, emitted at each ramp.
   uint64_t exits[DREX_MAX_RAMPS];
+  // Of the exits, those below the row's threshold; see drex_policy.
   uint64_t involuntary_exits;
+  // Times that its row was confident at a ramp and went on.
   uint64_t involuntary_stays;
   // Total time spent held, in ns; what is held now is not in it.
   uint64_t held_ns;
@@ -767,8 +786,10 @@ typedef struct drex_step {
   // rows may exit.
   uint32_t layer_end;
   // The ramp at the window's end: call drex_ramp(). DREX_NO_RAMP: the
-  // window ends at n_layers; the host samples every row.
+  // window ends at n_layers; the host samples every row whose request it has
+  // not removed.
   uint32_t ramp;
+  // Why it runs.
   drex_flush_reason reason;
 } drex_step;
 
@@ -788,6 +809,7 @@ typedef uint32_t drex_dtype;
 typedef struct drex_logits {
   // sizeof(drex_logits)
   uint32_t size;
+  // The type of their elements.
   drex_dtype dtype;
   // [n_rows, n_vocab]; row i, in the order of drex_plan()'s rows, begins
   // at data + i * row_stride_bytes. Not NULL. On the host it needs no
@@ -834,6 +856,7 @@ typedef uint32_t drex_decision;
 // What a ramp says about a row.
 // Since 0.1.
 typedef struct drex_verdict {
+  // EXIT, HOLD, STAY, GONE or PENDING.
   drex_decision decision;
   // The greatest logit's index, the lowest on a tie; -1 where confidence
   // is NaN. For greedy hosts; others sample the row themselves.
@@ -857,7 +880,9 @@ typedef struct drex_completion {
   // Time that the window took on the device, in ns; 0: unknown, and
   // nothing is learned from it.
   uint64_t duration_ns;
-  // Attended KV cells, summed over the rows; 0: unknown.
+  // KV cells that the rows attended over, summed; what a cell costs is learned
+  // from it. 0: unknown, and then the cells' share is taken for the rows'.
+  // Give it always or never.
   uint64_t n_kv;
 } drex_completion;
 
@@ -868,6 +893,7 @@ typedef struct drex_observation {
   uint32_t size;
   // At least 1.
   uint32_t n_rows;
+  // The pass's first layer.
   uint32_t layer_begin;
   // Above layer_begin, at most n_layers.
   uint32_t layer_end;
@@ -888,7 +914,9 @@ typedef struct drex_stats {
   uint64_t tokens;
   // Of these, at each ramp.
   uint64_t exits[DREX_MAX_RAMPS];
+  // Of the exits, those below the row's threshold; see drex_policy.
   uint64_t involuntary_exits;
+  // Rows that were confident at a ramp and went on.
   uint64_t involuntary_stays;
   // Completed steps by reason; DREX_FLUSH_NONE counts those that were no
   // flush, so that all sum to `steps`. From DREX_FLUSH_REASONS on 0, as
@@ -896,8 +924,9 @@ typedef struct drex_stats {
   uint64_t flushes[DREX_MAX_FLUSH_REASONS];
   // Rows in the rebatching buffer now, without those of the planned step.
   uint64_t held_rows;
+  // Of these, at each ramp.
   uint64_t held_rows_at[DREX_MAX_RAMPS];
-  // The most that there ever were.
+  // The most rows that were held at one time.
   uint64_t held_rows_max;
   // Requests alive now.
   uint64_t requests;
@@ -907,6 +936,7 @@ typedef struct drex_stats {
   uint64_t cells_filled;
   // Bytes that it wrote for them.
   uint64_t bytes_filled;
+  // Tokens that came later than their deadline.
   uint64_t deadline_misses;
   // Rows at a ramp whose confidence was NaN.
   uint64_t nonfinite_rows;
@@ -917,6 +947,7 @@ typedef struct drex_stats {
   // Held times: bucket 0 counts those under 1 us, bucket i those in
   // [2^(i-1), 2^i) us, the last one all that are longer.
   uint64_t wait_us_buckets[DREX_WAIT_BUCKETS];
+  // Held times, each in whole us, summed.
   uint64_t wait_us_sum;
   // c/t_d at the first ramp for the last batch's rows, as pinned or as
   // measured; NaN when unknown.
@@ -947,14 +978,16 @@ typedef struct drex_stats {
   uint64_t rows_filled;
   // VERIFY: drafts that were accepted or replaced.
   uint64_t drafts;
+  // Of these, accepted.
   uint64_t drafts_accepted;
-  // VERIFY: rows that followed a draft that was replaced.
+  // VERIFY: rows that followed a draft that was replaced or was the last.
   uint64_t rows_dropped;
 } drex_stats;
 
 // One of the greatest logits of a row.
 // Since 0.1.
 typedef struct drex_top {
+  // As it is, before any softmax.
   float logit;
   // Its index; -1 where the row has no more logits that are numbers.
   int32_t token;
@@ -972,8 +1005,9 @@ typedef struct drex_arena {
   void *arena;
   // Row i at dense + i * dense_stride_bytes. Not NULL.
   void *dense;
-  // At least row_bytes, like the next.
+  // At least row_bytes.
   uint64_t arena_stride_bytes;
+  // At least row_bytes.
   uint64_t dense_stride_bytes;
   // At least 1, below 2^32.
   uint64_t row_bytes;
@@ -999,9 +1033,13 @@ typedef struct drex_pages_config {
 // cells of another.
 // Since 0.1.
 typedef struct drex_page_copy {
+  // The page that is read.
   uint32_t from;
+  // The page that is written, another one.
   uint32_t to;
+  // Below page_tokens.
   uint32_t first_cell;
+  // At least 1.
   uint32_t n_cells;
 } drex_page_copy;
 
@@ -1012,7 +1050,9 @@ typedef struct drex_pages_stats {
   uint32_t size;
   // 0
   uint32_t reserved;
+  // Pages that some entry points to.
   uint64_t pages_used;
+  // All others.
   uint64_t pages_free;
   // Block table entries that point to a page.
   uint64_t references;
@@ -1062,20 +1102,16 @@ typedef void (*drex_trace_sink)(void *user_data, const char *bytes, size_t n_byt
 // Since 0.1.
 typedef uint32_t drex_miss_reason;
 
+// How many reasons there are; a later version may have more, up to
+// DREX_MAX_MISS_REASONS.
+#define DREX_MISS_REASONS 4
 // Between its last token and drex_request_ready(): in the host.
-// Since 0.1.
 #define DREX_MISS_HOST 0
-
 // Ready, while other rows ran: overload.
-// Since 0.1.
 #define DREX_MISS_QUEUE 1
-
 // Held in the rebatching buffer.
-// Since 0.1.
 #define DREX_MISS_HELD 2
-
 // In layer windows, its own or others' while it was to go on at once.
-// Since 0.1.
 #define DREX_MISS_RUN 3
 
 #ifdef __cplusplus
@@ -1129,8 +1165,8 @@ drex_status drex_policy_from_name(const char *name, drex_policy *out);
 // Since 0.1.
 drex_status drex_metric_from_name(const char *name, drex_metric *out);
 
-// Makes an engine. All its memory is allocated here: no call between
-// drex_request_add() and drex_request_remove() allocates, locks or waits.
+// Makes an engine. What serving needs is allocated here; chapter 3 says which
+// calls allocate nothing.
 //
 // config  copied, with what it points to
 // out     receives the engine; the caller owns it and ends it with
@@ -1201,7 +1237,9 @@ drex_status drex_request_ready(drex_engine *engine,
 // Forgets a request: finished, or cancelled, in any state, also between plan
 // and complete. Its id is free at once. A held row leaves the buffer and its
 // arena row is free at once; the arena row of a row in the planned step is
-// free when the step ends, and drex_ramp() says DREX_DECISION_GONE for it.
+// free when the step ends, and drex_ramp() and drex_verify() say
+// DREX_DECISION_GONE for it. Where neither is called, because the window ends at
+// n_layers and has no drafts, the host passes over its logits by itself.
 // The hole of a row that exited and was not filled yet is not filled.
 //
 // Errors: UNKNOWN_REQUEST.
@@ -1238,12 +1276,17 @@ drex_status drex_request_get(const drex_engine *engine,
 // before it runs at the latest in the (9 + q / ceil(k / 2))th step of ready
 // rows.
 //
-// After out->n_rows = 0 there is no step, and nothing to complete. After any
-// other, the next call but drex_request_*() is drex_ramp() (where the window
-// ends at a ramp) or drex_complete(), or drex_abandon().
+// After out->n_rows = 0 there is no step, and nothing to complete. Any other
+// step goes on until drex_complete() or drex_abandon() ends it. What must come
+// before drex_complete() is drex_ramp() where the window ends at a ramp, then
+// drex_fill() where K/V is bound; drex_verify() where the window ends at
+// n_layers and has drafts. Meanwhile drex_plan() and drex_bind_kv() are
+// CALL_ORDER, and all other calls are allowed: requests come and go, rows are
+// gathered and scattered, a rule is searched for, statistics are read.
 //
-// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0;
-// CALL_ORDER while a step is planned.
+// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0, or has no
+// room for the pending rows of the request that comes first; CALL_ORDER while
+// a step is planned.
 // Since 0.1.
 drex_status drex_plan(drex_engine *engine,
                       const drex_plan_input *input,
@@ -1253,8 +1296,8 @@ drex_status drex_plan(drex_engine *engine,
 
 // At the end of a window that ends at a ramp: scores every row's logits and
 // decides what becomes of it. The logits must be complete, or on a CUDA device
-// enqueued on their stream, and stay unchanged during the call. A row's confidence and token depend on nothing but its
-// own logits.
+// enqueued on their stream, and stay unchanged during the call. A row's
+// confidence and token depend on nothing but its own logits.
 //
 // logits    the window's logits
 // cells     [n_rows] the KV cell of each row, below n_cells of every bound
@@ -1312,7 +1355,8 @@ drex_status drex_fill(drex_engine *engine);
 //
 // After REPLACE, the request's next token is the one chosen; the rows after it
 // never were: the host takes their tokens back and frees their KV cells. The
-// request is IDLE after drex_complete() in any case.
+// request is IDLE after drex_complete() in any case. Until then the verdicts
+// can be lost by drex_abandon(): give their tokens to clients after it.
 //
 // Errors: NULL_ARGUMENT, INVALID_ARGUMENT, CAPACITY; CALL_ORDER when no step is
 // planned, when it ends at a ramp, or when it is verified already.
@@ -1328,6 +1372,7 @@ drex_status drex_verify(drex_engine *engine,
 // wherever its K/V must be whole (before it is saved or shared). The request
 // is RUNNING until the last of them is through, then IDLE.
 //
+// now_ns   now
 // pending  receives how many rows; 0: there is none, and the request stays
 //          IDLE; may be NULL
 //
@@ -1378,7 +1423,8 @@ drex_status drex_complete(drex_engine *engine,
 // The planned step failed. Its rows go back to where they were, in their old
 // order, and may be planned again; the step is not counted. Rows that
 // drex_ramp() let out before have given their token: they stay out, and
-// their holes stay open unless drex_fill() was called.
+// their holes stay open unless drex_fill() was called. What drex_verify() said
+// is void: its tokens do not count, and the rows come back with their drafts.
 //
 // Errors: CALL_ORDER when no step is planned.
 // Since 0.1.
@@ -1412,8 +1458,7 @@ drex_status drex_replan(drex_engine *engine,
 // text      [capacity] receives the text and a 0 byte; NULL with capacity 0
 //           to ask for the length
 // capacity  bytes at text
-// length    receives the text's bytes without the 0 byte, also when capacity
-//           is too small
+// length    receives the text's bytes without the 0 byte, also with CAPACITY
 //
 // Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
 // not fit and capacity is not 0; CALL_ORDER before anything is known.
@@ -1457,12 +1502,12 @@ drex_status drex_ramp_enqueue(drex_engine *engine,
                               const drex_logits *logits);
 
 // The greatest logits of a row, the greatest first and the lower index before
-// an equal one: candidates for hosts that sample, without the whole row. From
-// the last drex_ramp(), whose logits had n_top > 0, until the next plan.
+// an equal one: candidates for hosts that sample, without the whole row. After
+// a drex_ramp() whose logits had n_top > 0, until its step ends.
 //
 // row       of the planned step, from 0
-// top       [capacity] receives them
-// capacity  at most
+// top       [capacity] receives them; may be NULL with capacity 0
+// capacity  entries at top; no more are written
 // n         receives how many: the lesser of capacity and n_top, or 0 for a
 //           row without a verdict of its own (GONE, PENDING)
 //
@@ -1621,10 +1666,10 @@ drex_status drex_log_set(drex_engine *engine,
 // text      [capacity] receives the text and a 0 byte; NULL with capacity 0
 //           to ask for the length
 // capacity  bytes at text
-// length    receives the text's bytes without the 0 byte
+// length    receives the text's bytes without the 0 byte, also with CAPACITY
 //
 // Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
-// not fit and capacity is not 0, with what is needed in the error's text.
+// not fit and capacity is not 0.
 // Since 0.1.
 drex_status drex_snapshot(const drex_engine *engine,
                           char *text,

@@ -118,10 +118,11 @@ impl Instance {
     }
 
     pub fn plan(&mut self, now_ns: u64, capacity: usize) -> Result<Option<Step>> {
-        self.filled = false;
-        self.n_top = 0;
         self.watch.look();
         let step = self.engine.plan(now_ns, capacity)?;
+        // Not before: a plan that is refused leaves the step that there is.
+        self.filled = false;
+        self.n_top = 0;
         if step.is_some() {
             let rows = self.engine.step_rows();
             let planned = self.device.plan_rows(&mut rows.iter().map(|r| r.slot));
@@ -188,7 +189,7 @@ impl Instance {
     pub fn top(&self, row: usize, out: &mut [Top]) -> Result<usize> {
         if self.n_top == 0 || !self.engine.ramped() {
             return Err(Error::CallOrder(
-                "no ramp has listed logits since the last plan; expected drex_ramp with n_top",
+                "no ramp has listed logits in the planned step; expected drex_ramp with n_top",
             ));
         }
         let rows = self.engine.step_rows();

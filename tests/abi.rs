@@ -9,6 +9,7 @@ use std::mem::size_of;
 use std::ptr::{null, null_mut};
 
 use common::*;
+use drex::ffi::device::drex_top_get;
 
 const RAMPS: [u32; 2] = [4, 8];
 
@@ -102,102 +103,6 @@ fn names() {
         );
     }
     assert_eq!(out, 99);
-}
-
-#[test]
-fn null_everywhere() {
-    let e = engine();
-    let h = e.raw;
-    e.add(1).unwrap();
-    e.ready(1, 0).unwrap();
-    let c = config(&RAMPS, 4, 4, DREX_POLICY_HOLD);
-    let mut raw = null_mut();
-    let input = sized!(drex_plan_input);
-    let mut step = sized!(drex_step);
-    let mut info = sized!(drex_request_info);
-    let mut stats = sized!(drex_stats);
-    let mut rows = [const { std::mem::MaybeUninit::<drex_row>::uninit() }; 4];
-    let rows = rows.as_mut_ptr().cast::<drex_row>();
-    let z: *mut drex_engine = null_mut();
-    let n = DREX_ERROR_NULL_ARGUMENT;
-    // SAFETY: NULL is what is tested.
-    unsafe {
-        fails(
-            ok(drex_create(null(), &mut raw)),
-            n,
-            "drex_create: config is NULL",
-        );
-        fails(
-            ok(drex_create(&c, null_mut())),
-            n,
-            "drex_create: out is NULL",
-        );
-        assert_eq!(drex_destroy(z), DREX_OK);
-        fails(
-            ok(drex_bind_kv(z, null(), 0)),
-            n,
-            "drex_bind_kv: engine is NULL",
-        );
-        fails(
-            ok(drex_bind_kv(h, null(), 12)),
-            n,
-            "drex_bind_kv: layers is NULL",
-        );
-        fails(ok(drex_request_add(z, null())), n, "engine");
-        fails(
-            ok(drex_request_add(h, null())),
-            n,
-            "drex_request_add: request is NULL",
-        );
-        fails(ok(drex_request_ready(z, 1, 0, 0)), n, "engine");
-        fails(ok(drex_request_remove(z, 1)), n, "engine");
-        fails(ok(drex_request_get(z, 1, &mut info)), n, "engine");
-        fails(
-            ok(drex_request_get(h, 1, null_mut())),
-            n,
-            "drex_request_get: out is NULL",
-        );
-        fails(ok(drex_plan(z, &input, rows, 4, &mut step)), n, "engine");
-        fails(ok(drex_plan(h, null(), rows, 4, &mut step)), n, "input");
-        fails(
-            ok(drex_plan(h, &input, null_mut(), 4, &mut step)),
-            n,
-            "rows",
-        );
-        fails(ok(drex_plan(h, &input, rows, 4, null_mut())), n, "out");
-        fails(ok(drex_fill(z)), n, "engine");
-        fails(ok(drex_complete(z, null())), n, "engine");
-        fails(ok(drex_abandon(z)), n, "engine");
-        fails(ok(drex_observe(z, null())), n, "engine");
-        fails(ok(drex_observe(h, null())), n, "observation");
-        fails(ok(drex_stats_get(z, &mut stats)), n, "engine");
-        fails(ok(drex_stats_get(h, null_mut())), n, "out");
-
-        // None of these planned anything.
-        assert_eq!(e.plan(0, 4).unwrap().ids(), [1]);
-        let mut logits = sized!(drex_logits);
-        let mut verdict = std::mem::MaybeUninit::<drex_verdict>::uninit();
-        let v = verdict.as_mut_ptr();
-        logits.n_rows = 1;
-        logits.n_vocab = 4;
-        logits.row_stride_bytes = 16;
-        fails(ok(drex_ramp(z, &logits, null(), v, 1)), n, "engine");
-        fails(ok(drex_ramp(h, null(), null(), v, 1)), n, "logits is NULL");
-        fails(
-            ok(drex_ramp(h, &logits, null(), null_mut(), 1)),
-            n,
-            "verdicts is NULL",
-        );
-        fails(
-            ok(drex_ramp(h, &logits, null(), v, 1)),
-            n,
-            "logits.data is NULL",
-        );
-        fails(ok(drex_complete(h, null())), n, "completion is NULL");
-    }
-    assert!(raw.is_null());
-    e.ramp(&[0.9]).unwrap();
-    e.complete(0, 0).unwrap();
 }
 
 #[test]
@@ -581,6 +486,155 @@ fn calls_out_of_order() {
         e.complete(0, 0).unwrap();
     }
     assert_eq!(e.info(1).unwrap().tokens, 1);
+}
+
+/// A plan that is refused leaves the step that is planned as it was.
+#[test]
+fn a_refused_plan_changes_nothing() {
+    let mut c = config(&RAMPS, 4, 4, DREX_POLICY_HOLD);
+    c.n_top = 2;
+    let e = Engine::new(&c);
+    let mut k = [0u8; 12 * 4];
+    let layers: Vec<drex_kv_layer> = (0..12)
+        .map(|i| {
+            let mut l = sized!(drex_kv_layer);
+            (l.n_cells, l.k_row_bytes, l.k_cell_stride) = (1, 4, 4);
+            l.k = k[i * 4..].as_mut_ptr().cast();
+            l
+        })
+        .collect();
+    // SAFETY: the tensors outlive the engine's use of them.
+    ok(unsafe { drex_bind_kv(e.raw, layers.as_ptr(), 12) }).unwrap();
+    e.add(1).unwrap();
+    e.ready(1, 0).unwrap();
+    e.plan(0, 4).unwrap();
+    let row = row_of(0.9);
+    let mut logits = sized!(drex_logits);
+    logits.data = row.as_ptr().cast();
+    (logits.row_stride_bytes, logits.n_rows) = (4 * VOCAB as u64, 1);
+    (logits.n_vocab, logits.n_top) = (VOCAB as u32, 2);
+    let mut verdict = std::mem::MaybeUninit::<drex_verdict>::uninit();
+    // SAFETY: a row, a cell and a verdict.
+    ok(unsafe { drex_ramp(e.raw, &logits, &0, verdict.as_mut_ptr(), 1) }).unwrap();
+    e.fill().unwrap();
+    assert_eq!(e.stats().cells_filled, 1);
+
+    for capacity in [4, 0] {
+        fails(
+            e.plan(1, capacity),
+            DREX_ERROR_CALL_ORDER,
+            "drex_plan: a step is planned already",
+        );
+    }
+    let mut top = [drex_top {
+        logit: 0.0,
+        token: -7,
+    }; 2];
+    let mut n = 9;
+    // SAFETY: room for two.
+    ok(unsafe { drex_top_get(e.raw, 0, top.as_mut_ptr(), 2, &mut n) }).unwrap();
+    assert_eq!((n, top[0].token), (2, 3));
+    // SAFETY: no room, and none asked for.
+    ok(unsafe { drex_top_get(e.raw, 0, null_mut(), 0, &mut n) }).unwrap();
+    assert_eq!(n, 0);
+    e.fill().unwrap();
+    assert_eq!(e.stats().cells_filled, 1, "filled twice");
+    e.complete(2, 5).unwrap();
+    // The step is over, and its lists with it.
+    // SAFETY: room for two.
+    let after = ok(unsafe { drex_top_get(e.raw, 0, top.as_mut_ptr(), 2, &mut n) });
+    fails(
+        after,
+        DREX_ERROR_CALL_ORDER,
+        "drex_top_get: no ramp has listed",
+    );
+}
+
+fn text_of(call: impl Fn(*mut std::ffi::c_char, usize, *mut usize) -> drex_status) -> String {
+    let mut n = 0;
+    ok(call(null_mut(), 0, &mut n)).unwrap();
+    let mut out = vec![0u8; n + 1];
+    ok(call(out.as_mut_ptr().cast(), n + 1, &mut n)).unwrap();
+    assert_eq!(out.pop(), Some(0));
+    String::from_utf8(out).unwrap()
+}
+
+#[test]
+fn profiles() {
+    // SAFETY: handles, and as much room as is said.
+    let save = |e: &Engine, text, capacity, length: *mut usize| unsafe {
+        drex_profile_save(e.raw, text, capacity, length)
+    };
+    // SAFETY: a C string.
+    let load = |e: &Engine, text: &str| unsafe {
+        let text = std::ffi::CString::new(text).unwrap();
+        ok(drex_profile_load(e.raw, text.as_ptr()))
+    };
+    let (from, to) = (engine(), engine());
+    let mut n = 77;
+    let nothing = ok(save(&from, null_mut(), 0, &mut n));
+    fails(nothing, DREX_ERROR_CALL_ORDER, "no window has been timed");
+    assert_eq!(n, 77);
+    for rows in 1..20 {
+        from.observe(0, 12, rows, 1_000_000 + 10_000 * u64::from(rows))
+            .unwrap();
+        from.observe(0, 4, rows, 400_000 + 3_000 * u64::from(rows))
+            .unwrap();
+    }
+    let saved = text_of(|text, capacity, length| save(&from, text, capacity, length));
+    let mut short = [1u8; 8];
+    let cut = ok(save(&from, short.as_mut_ptr().cast(), 8, &mut n));
+    fails(cut, DREX_ERROR_CAPACITY, "capacity is 8");
+    assert_eq!(
+        (n, short),
+        (saved.len(), [1; 8]),
+        "the length alone is written"
+    );
+    load(&to, &saved).unwrap();
+    let mut out = vec![0u8; n + 1];
+    ok(save(&to, out.as_mut_ptr().cast(), n + 1, &mut n)).unwrap();
+    let read = |text: &str| drex::profile::from_json(text).unwrap();
+    let (a, b) = (read(&saved), read(std::str::from_utf8(&out[..n]).unwrap()));
+    assert_eq!(a.segments.len(), 3);
+    for (a, b) in a.segments.iter().zip(&b.segments) {
+        // They go through the model's own unit.
+        let same = |a: f64, b: f64| (a - b).abs() <= 1e-9 * a;
+        assert!(a.ns > 0.0 && same(a.ns, b.ns) && same(a.ns_per_row, b.ns_per_row));
+    }
+
+    let invalid = DREX_ERROR_INVALID_ARGUMENT;
+    fails(load(&to, "{"), invalid, "drex_profile_load: not JSON");
+    let other = Engine::new(&config(&[4, 9], 4, 4, DREX_POLICY_HOLD));
+    fails(
+        load(&other, &saved),
+        invalid,
+        "n_layers is 12, but the engine's n_layers is 13",
+    );
+    assert_eq!(save(&other, null_mut(), 0, &mut n), DREX_ERROR_CALL_ORDER);
+}
+
+/// A duration of 0 is unknown, and no window of no time.
+#[test]
+fn windows_that_were_not_timed_are_not_in_the_histogram() {
+    let e = engine();
+    e.add(1).unwrap();
+    for (i, duration) in [0, 3_000_000, 0].into_iter().enumerate() {
+        e.ready(1, i as u64).unwrap();
+        e.plan(i as u64, 4).unwrap();
+        e.ramp(&[0.9]).unwrap();
+        e.complete(i as u64, duration).unwrap();
+    }
+    // SAFETY: a handle, and as much room as is said.
+    let metrics = text_of(|text, capacity, length| unsafe {
+        drex::ffi::observe::drex_metrics_text(e.raw, null(), text, capacity, length)
+    });
+    for line in [
+        "drex_window_seconds_count 1",
+        "drex_window_seconds_sum 0.003",
+    ] {
+        assert!(metrics.lines().any(|l| l == line), "{metrics}");
+    }
+    assert_eq!(e.stats().steps, 3);
 }
 
 #[test]

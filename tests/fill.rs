@@ -289,7 +289,10 @@ fn binding_checks_the_layers_in_use() {
     refused(invalid, &["n_layers is 5"], |l| {
         l.pop();
     });
-    refused(DREX_ERROR_STRUCT_SIZE, &["size is 8"], |l| l[0].size = 8);
+    let size = DREX_ERROR_STRUCT_SIZE;
+    refused(size, &["layers[0].size is 8"], |l| l[0].size = 8);
+    refused(size, &["layers[4].size is 0"], |l| l[4].size = 0);
+    refused(size, &["layers[3].size is 5000"], |l| l[3].size = 5000);
 }
 
 #[test]

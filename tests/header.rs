@@ -3,6 +3,7 @@
 //! The committed header is the one that the source gives, and every language
 //! that we promise compiles it.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -29,7 +30,7 @@ fn generate() -> String {
 }
 
 /// Prefixes of the constants that a type's values are.
-const VALUES: [(&str, &[&str]); 10] = [
+const VALUES: [(&str, &[&str]); 11] = [
     ("drex_status", &["DREX_OK", "DREX_ERROR_"]),
     ("drex_policy", &["DREX_POLICY_"]),
     ("drex_metric", &["DREX_METRIC_"]),
@@ -38,12 +39,14 @@ const VALUES: [(&str, &[&str]); 10] = [
     ("drex_device", &["DREX_DEVICE_"]),
     ("drex_request_state", &["DREX_REQUEST_"]),
     ("drex_flush_reason", &["DREX_FLUSH_"]),
+    ("drex_miss_reason", &["DREX_MISS_"]),
     ("drex_decision", &["DREX_DECISION_"]),
     ("drex_log_level", &["DREX_LOG_"]),
 ];
 
 /// Says of every item in which version it came: the first one where the source
-/// says nothing. Values of a type are as old as the type.
+/// says nothing, which `what_is_younger_says_so` holds against the releases.
+/// Values of a type are as old as the type.
 fn dated(block: &str) -> String {
     let item = block.starts_with("//") && !block.starts_with("// Since");
     let said = block.lines().any(|l| l.starts_with("// Since "));
@@ -56,6 +59,13 @@ fn dated(block: &str) -> String {
     format!("{text}// Since 0.1.\n{item}")
 }
 
+/// The type that a constant is a value of.
+fn owner_of(name: &str) -> Option<&'static str> {
+    let mut types = VALUES.iter();
+    let found = types.find(|t| t.1.iter().any(|p| name.starts_with(p)));
+    found.map(|t| t.0)
+}
+
 /// cbindgen puts all types before all constants. A reader wants a type's
 /// values right below it.
 fn arrange(header: &str) -> String {
@@ -65,11 +75,6 @@ fn arrange(header: &str) -> String {
         let name = last.strip_prefix("#define ")?.split(' ').next()?;
         let initializer = name.contains("INITIALIZER") || name == "DREX_H";
         (!initializer).then(|| name.to_owned())
-    };
-    let owner = |name: &str| {
-        let mut types = VALUES.iter();
-        let found = types.find(|t| t.1.iter().any(|p| name.starts_with(p)));
-        found.map(|t| t.0)
     };
     let mut out = String::new();
     for block in &blocks {
@@ -82,7 +87,7 @@ fn arrange(header: &str) -> String {
             })
             .collect();
         let block = &dated(&plain.join("\n"));
-        if constant(block).is_some_and(|name| owner(&name).is_some()) {
+        if constant(block).is_some_and(|name| owner_of(&name).is_some()) {
             continue;
         }
         out.push_str(block.trim_start_matches('\n'));
@@ -98,7 +103,7 @@ fn arrange(header: &str) -> String {
             let Some(name) = constant(value) else {
                 continue;
             };
-            if alias.is_some() && owner(&name) == alias {
+            if alias.is_some() && owner_of(&name) == alias {
                 out.push_str(value.trim_start_matches('\n'));
                 out.push('\n');
                 any = true;
@@ -182,13 +187,149 @@ int use_it(void) {
   drex_completion completion = DREX_COMPLETION_INITIALIZER;
   drex_observation observation = DREX_OBSERVATION_INITIALIZER;
   drex_stats stats = DREX_STATS_INITIALIZER;
+  drex_arena arena = DREX_ARENA_INITIALIZER;
+  drex_pages_config pages = DREX_PAGES_CONFIG_INITIALIZER;
+  drex_pages_stats used = DREX_PAGES_STATS_INITIALIZER;
   drex_engine *engine = NULL;
   drex_status status = drex_create(&config, &engine);
   return (int)(status + (drex_status)(layer.size + request.size + info.size +
                input.size + step.size + logits.size + completion.size +
-               observation.size + stats.size));
+               observation.size + stats.size + arena.size + pages.size +
+               used.size));
 }
 "#;
+
+#[test]
+fn every_initializer_is_compiled() {
+    let header = generate();
+    let defines = header.lines().filter_map(|l| l.strip_prefix("#define "));
+    let names = defines.filter_map(|l| l.split(' ').next());
+    let all: Vec<&str> = names.filter(|n| n.ends_with("_INITIALIZER")).collect();
+    assert_eq!(all.len(), 13);
+    for name in all {
+        assert!(USE.contains(&format!("= {name};")), "{name}");
+    }
+}
+
+/// The items that a release has: "symbol drex_plan", "field drex_row.slot".
+fn released(text: &str) -> BTreeSet<&str> {
+    text.lines()
+        .filter_map(|l| l.split_once(" = "))
+        .map(|l| l.0)
+        .collect()
+}
+
+/// What the oldest release does not have must say when it came: `dated` gives
+/// the others that release's number.
+#[test]
+fn what_is_younger_says_so() {
+    let oldest = std::fs::read_to_string(root().join("tests/abi/0.1.0.txt")).unwrap();
+    let header = generate();
+    assert_eq!(undated(&header, &released(&oldest)), Vec::<String>::new());
+    // And is found where it does not.
+    for gone in [
+        "symbol drex_replan",
+        "type drex_trace_sink",
+        "struct drex_arena",
+        "field drex_config.n_top",
+        "number DREX_DEVICE_CUDA",
+        "number DREX_MAX_TOP",
+    ] {
+        let mut less = released(&oldest);
+        assert!(less.remove(gone), "{gone}");
+        assert_eq!(undated(&header, &less), [gone.to_owned()]);
+    }
+    let told = header.replacen(
+        "// Since 0.1.\ndrex_status drex_replan",
+        "// Since 0.2.\ndrex_status drex_replan",
+        1,
+    );
+    let mut less = released(&oldest);
+    less.remove("symbol drex_replan");
+    assert_eq!(undated(&told, &less), Vec::<String>::new());
+}
+
+/// Items beyond those of the oldest release that do not say their version, or
+/// have it from `dated`.
+fn undated(header: &str, oldest: &BTreeSet<&str>) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let (mut since, mut owner) = (None, "");
+    for line in header.lines() {
+        let code = line.trim_start();
+        if let Some(comment) = code.strip_prefix("//") {
+            since = comment.trim().strip_prefix("Since ").or(since);
+            continue;
+        }
+        if code.is_empty() || code.starts_with('*') {
+            since = None;
+            continue;
+        }
+        let name = |s: &'static str, rest: &str| {
+            let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            Some(format!("{s} {}", &rest[..end.unwrap_or(rest.len())]))
+        };
+        let before_call = || code.split('(').next()?.split([' ', '*']).next_back();
+        let item = if let Some(rest) = code.strip_prefix("#define ") {
+            // What is no constant is not a release's number either.
+            name("number", rest).filter(|_| rest.contains(' ') && !rest.contains("_INITIALIZER"))
+        } else if let Some(rest) = code.strip_prefix("typedef struct ") {
+            owner = rest.strip_suffix(" {").unwrap_or("");
+            name("struct", rest).filter(|_| !owner.is_empty())
+        } else if code.starts_with('}') {
+            owner = "";
+            None
+        } else if !owner.is_empty() {
+            let field = code.split([';', '[']).next().unwrap_or("");
+            let field = field.split([' ', '*']).next_back().unwrap_or("");
+            Some(format!("field {owner}.{field}"))
+        } else if let Some(rest) = code.strip_prefix("typedef ") {
+            match rest.split_once("(*") {
+                Some((_, rest)) => name("type", rest),
+                None => name("type", rest.split(' ').next_back().unwrap_or("")),
+            }
+        } else {
+            before_call()
+                .filter(|n| n.starts_with("drex_"))
+                .and_then(|n| name("symbol", n))
+        };
+        // Fields are as old as their struct, values as their type.
+        let of = |i: &str| match i.split_once(' ')? {
+            ("field", name) => Some(format!("struct {}", name.split('.').next()?)),
+            ("number", name) => Some(format!("type {}", owner_of(name)?)),
+            _ => None,
+        };
+        if let Some(item) = item.filter(|i| !i.contains("DREX_VERSION_"))
+            && !oldest.contains(item.as_str())
+            && of(&item).is_none_or(|o| oldest.contains(o.as_str()))
+            && since.is_none_or(|s| s == "0.1.")
+        {
+            wrong.push(item);
+        }
+        since = None;
+    }
+    wrong
+}
+
+#[test]
+fn every_field_and_function_is_explained_in_short_lines() {
+    let header = generate();
+    let (mut owner, mut before) = ("", "");
+    for line in header.lines() {
+        assert!(line.len() <= 100, "{} characters: {line}", line.len());
+        if let Some(name) = line.strip_prefix("typedef struct ") {
+            owner = name.strip_suffix(" {").unwrap_or("");
+        }
+        let field = !owner.is_empty() && line.starts_with("  ") && line.ends_with(';');
+        let item = field || line.starts_with("drex_status drex_") || line.starts_with("typedef");
+        if item && !line.ends_with(" drex_engine;") && !line.ends_with(" drex_pages;") {
+            assert!(before.trim_start().starts_with("//"), "{owner}: {line}");
+        }
+        if line.starts_with('}') {
+            owner = "";
+        }
+        before = line;
+    }
+}
 
 fn compile(compiler: &str, standard: &str, extension: &str) {
     let dir = tempdir(&format!("header-{standard}"));

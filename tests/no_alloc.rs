@@ -12,6 +12,7 @@ use std::ffi::{c_char, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::*;
+use drex::ffi::device::*;
 use drex::ffi::observe::*;
 
 struct Counting;
@@ -283,6 +284,133 @@ fn nor_does_it_on_a_cuda_device() {
         );
     }
     assert_eq!(fake::errors(), "");
+}
+
+/// What else chapter 3 of the header names.
+#[test]
+fn nor_do_the_calls_beside_it() {
+    let ramps = [4];
+    let mut c = config(&ramps, 4, 4, DREX_POLICY_AUTO);
+    c.n_top = 4;
+    let engine = Engine::new(&c);
+    for id in 0..4 {
+        engine.add(id).unwrap();
+    }
+    let mut arena_rows = [[7u8; 8]; 4];
+    let mut dense_rows = [[0u8; 8]; 4];
+    let mut arena = sized!(drex_arena);
+    (arena.arena, arena.dense) = (
+        arena_rows.as_mut_ptr().cast(),
+        dense_rows.as_mut_ptr().cast(),
+    );
+    (
+        arena.row_bytes,
+        arena.arena_stride_bytes,
+        arena.dense_stride_bytes,
+    ) = (8, 8, 8);
+    let data = [row_of(0.9), row_of(0.6), row_of(0.3), row_of(0.1)];
+    let mut logits = sized!(drex_logits);
+    logits.data = data.as_ptr().cast();
+    logits.row_stride_bytes = 4 * VOCAB as u64;
+    (logits.n_vocab, logits.n_top) = (VOCAB as u32, 4);
+    let mut o = sized!(drex_observation);
+    (o.n_rows, o.layer_end) = (4, 8);
+    let probabilities = [0.25f32, 0.75];
+    let pages = Pages::new(8, 4, 200).unwrap();
+    let mut table = [DREX_NO_PAGE; 8 * 2];
+    let mut forked = table;
+    let mut copies = [drex_page_copy {
+        from: 0,
+        to: 0,
+        first_cell: 0,
+        n_cells: 0,
+    }; 16];
+
+    let before = count();
+    let (mut listed, mut copied) = (0, 0);
+    for i in 0..500u64 {
+        let now = 1000 * i;
+        // SAFETY: handles, and as much room as is said.
+        unsafe {
+            for id in 0..4 {
+                drex_request_ready(engine.raw, id, 1, now);
+            }
+            let mut input = sized!(drex_plan_input);
+            input.now_ns = now;
+            let mut step = sized!(drex_step);
+            let mut rows = [drex_row {
+                request: 0,
+                slot: 0,
+                back: 0,
+            }; 4];
+            assert_eq!(
+                drex_plan(engine.raw, &input, rows.as_mut_ptr(), 4, &mut step),
+                DREX_OK
+            );
+            assert_eq!(drex_gather(engine.raw, &arena), DREX_OK);
+            assert_eq!(drex_scatter(engine.raw, &arena), DREX_OK);
+            if step.ramp != DREX_NO_RAMP {
+                logits.n_rows = step.n_rows;
+                let mut verdicts = [const { std::mem::MaybeUninit::<drex_verdict>::uninit() }; 4];
+                let v = verdicts.as_mut_ptr().cast();
+                assert_eq!(
+                    drex_ramp(engine.raw, &logits, std::ptr::null(), v, 4),
+                    DREX_OK
+                );
+                let mut top = [drex_top {
+                    logit: 0.0,
+                    token: 0,
+                }; 4];
+                let mut n = 0;
+                assert_eq!(
+                    drex_top_get(engine.raw, 0, top.as_mut_ptr(), 4, &mut n),
+                    DREX_OK
+                );
+                listed += n;
+            }
+            let mut info = sized!(drex_request_info);
+            assert_eq!(drex_request_get(engine.raw, 1, &mut info), DREX_OK);
+            o.duration_ns = 1000 + i;
+            assert_eq!(drex_observe(engine.raw, &o), DREX_OK);
+            let mut done = 0;
+            assert_eq!(drex_replan(engine.raw, 500, &mut done), DREX_OK);
+            let mut c = sized!(drex_completion);
+            (c.now_ns, c.duration_ns) = (now + 500, 300);
+            assert_eq!(drex_complete(engine.raw, &c), DREX_OK);
+
+            let mut token = 0;
+            let p = probabilities.as_ptr();
+            assert_eq!(drex_speculate(p, p, 2, 1, 0.5, 0.5, &mut token), DREX_OK);
+
+            let (pos, mut n) = (i % 8, 0);
+            let (t, out) = (table.as_mut_ptr(), copies.as_mut_ptr());
+            let raw = pages.raw();
+            assert_eq!(
+                drex_pages_write(raw, t, 2, pos, 0, 4, out, 16, &mut n),
+                DREX_OK
+            );
+            copied += n;
+            assert_eq!(drex_pages_exit(raw, t, 2, pos, 4, out, 16, &mut n), DREX_OK);
+            copied += n;
+            if pos == 2 {
+                assert_eq!(drex_pages_fork(raw, t, 2, 0, 1), DREX_OK);
+                forked = table;
+            }
+            if pos == 7 {
+                let mut s = sized!(drex_pages_stats);
+                assert_eq!(drex_pages_stats_get(raw, &mut s), DREX_OK);
+                assert_eq!(
+                    drex_pages_release(raw, forked.as_mut_ptr(), 2, 0, 1),
+                    DREX_OK
+                );
+                assert_eq!(drex_pages_release(raw, t, 2, 0, 2), DREX_OK);
+            }
+        }
+    }
+    assert_eq!(count() - before, 0);
+    assert!(listed > 20 && copied > 100, "{listed} {copied}");
+    assert!(engine.stats().tokens > 500);
+    assert_eq!(pages.stats().pages_used, 8);
 }
 
 #[test]

@@ -31,7 +31,8 @@ fn text_of(call: impl Fn(*mut c_char, usize, *mut usize) -> drex_status) -> Stri
     let mut same = 7;
     let p = out.as_mut_ptr().cast();
     assert_eq!(call(p, n, &mut same), DREX_ERROR_CAPACITY);
-    assert_eq!((same, out[0]), (7, 0));
+    assert_eq!((same, out[0]), (n, 0));
+    same = 7;
     assert_eq!(call(p, n + 1, &mut same), DREX_OK);
     assert_eq!((same, out.pop()), (n, Some(0)));
     String::from_utf8(out).unwrap()

@@ -343,6 +343,22 @@ fn a_failure_changes_nothing() {
         assert_eq!(got.err().unwrap().0, DREX_ERROR_INVALID_ARGUMENT);
         assert!(text().contains(words), "no '{words}' in: {}", text());
     }
+    // A table is an array of numbers.
+    let mut bytes = [0u64; LAYERS * BLOCKS / 2 + 1];
+    let odd = bytes
+        .as_mut_ptr()
+        .cast::<u8>()
+        .wrapping_add(2)
+        .cast::<u32>();
+    let raw = host.pages.raw();
+    // SAFETY: as many bytes.
+    let status = unsafe { drex_pages_fork(raw, odd, BLOCKS as u32, 0, 1) };
+    assert_eq!(status, DREX_ERROR_INVALID_ARGUMENT);
+    assert!(text().contains("expected an address"), "{}", text());
+    // SAFETY: as above.
+    let status = unsafe { drex_pages_release(raw, odd, BLOCKS as u32, 0, 1) };
+    assert_eq!(status, DREX_ERROR_INVALID_ARGUMENT);
+
     // A block given back twice is found out.
     host.pages
         .release(&mut s.table.clone(), BLOCKS, 0, 1)

@@ -475,9 +475,10 @@ fn verify_names_what_is_wrong() {
         assert_eq!(r, Err(Failed(status)), "{}", text());
         assert!(text().contains(part), "{}", text());
     };
-    fails(verify(&[1], 8), DREX_ERROR_CALL_ORDER, "drex_plan");
+    // Before anything else, and whatever the answers are.
+    fails(verify(&[9], 8), DREX_ERROR_CALL_ORDER, "drex_plan");
     e.plan(1, 4).unwrap();
-    fails(verify(&[1], 8), DREX_ERROR_CALL_ORDER, "drex_ramp");
+    fails(verify(&[9], 8), DREX_ERROR_CALL_ORDER, "drex_ramp");
     assert_eq!(e.ramp(&[0.9]).unwrap()[0].decision, DREX_DECISION_EXIT);
     // SAFETY: a handle.
     let settle = |id| ok(unsafe { drex_request_settle(e.raw, id, 2, ptr::null_mut()) });
@@ -499,15 +500,22 @@ fn verify_names_what_is_wrong() {
     assert_eq!(p.rows.iter().map(|r| r.back).collect::<Vec<_>>(), [1, 0]);
     assert_eq!(e.complete(7, 1), Err(Failed(DREX_ERROR_CALL_ORDER)));
     assert!(text().contains("drex_verify"), "{}", text());
-    fails(verify(&[1], 8), DREX_ERROR_INVALID_ARGUMENT, "n_rows");
-    fails(verify(&[1, 0], 1), DREX_ERROR_CAPACITY, "capacity is 1");
+    fails(verify(&[9], 8), DREX_ERROR_INVALID_ARGUMENT, "n_rows is 1");
+    fails(
+        verify(&[9; 3], 8),
+        DREX_ERROR_INVALID_ARGUMENT,
+        "n_rows is 3",
+    );
+    fails(verify(&[9, 9], 1), DREX_ERROR_CAPACITY, "capacity is 1");
     fails(
         verify(&[3, 0], 8),
         DREX_ERROR_INVALID_ARGUMENT,
         "agrees[0] is 3",
     );
+    // The second row is no draft, and follows one that does not stand: nobody
+    // looks at what is said of it.
     assert_eq!(
-        verify(&[0, 1], 8).unwrap(),
+        verify(&[0, 9], 8).unwrap(),
         [DREX_DECISION_REPLACE, DREX_DECISION_DROP]
     );
     fails(verify(&[0, 1], 8), DREX_ERROR_CALL_ORDER, "drex_complete");
@@ -529,7 +537,7 @@ fn verify_names_what_is_wrong() {
     e.complete(10, 1).unwrap();
     e.plan(10, 4).unwrap();
     assert_eq!(
-        verify(&[2, 1], 8).unwrap(),
+        verify(&[2, 7], 8).unwrap(),
         [DREX_DECISION_ACCEPT, DREX_DECISION_DROP]
     );
     e.complete(11, 1).unwrap();

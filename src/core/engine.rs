@@ -768,11 +768,8 @@ impl Engine {
         Ok(())
     }
 
-    /// In a step that ends at the last layer: `agrees` says of each row
-    /// whether the full model's token is the one that it emitted as a draft;
-    /// it is looked at for drafts only. The verdicts are in
-    /// [`Engine::step_rows`].
-    pub fn verify(&mut self, agrees: impl ExactSizeIterator<Item = Agrees>) -> Result<()> {
+    /// It is time for [`Engine::verify`], for so many rows.
+    pub fn expect_verify(&self, n_rows: usize) -> Result<()> {
         match &self.step {
             None => {
                 return Err(Error::CallOrder(
@@ -791,15 +788,27 @@ impl Engine {
             }
             Some(_) => {}
         }
-        self.check_rows(agrees.len(), "every planned row has one answer")?;
+        self.check_rows(n_rows, "every planned row has one answer")
+    }
+
+    /// In a step that ends at the last layer: `agrees` says of a row whether
+    /// the full model's token is the one that it emitted as a draft. It is
+    /// asked about drafts only, and not about those after one that does not
+    /// stand. The verdicts are in [`Engine::step_rows`].
+    pub fn verify(
+        &mut self,
+        n_rows: usize,
+        mut agrees: impl FnMut(usize) -> Result<Agrees>,
+    ) -> Result<()> {
+        self.expect_verify(n_rows)?;
         // A request's rows stand together, the oldest first. What follows one
-        // that was replaced, or that ends the request, is void.
+        // that was replaced, or that ends the request, is void. Verdicts of a
+        // call that fails mean nothing, and nobody looks at them.
         let mut replaced = NONE;
-        for (row, agrees) in self.rows.iter_mut().zip(agrees) {
-            let void = replaced == row.request;
+        for (i, row) in self.rows.iter_mut().enumerate() {
             row.decision = if row.gone {
                 Decision::Gone
-            } else if void {
+            } else if replaced == row.request {
                 Decision::Drop
             } else if !row.is_draft() {
                 if row.back > 0 {
@@ -807,14 +816,15 @@ impl Engine {
                 } else {
                     Decision::Exit
                 }
-            } else if agrees != Agrees::No {
-                if agrees == Agrees::AndEnds {
+            } else {
+                let agrees = agrees(i)?;
+                if agrees != Agrees::Yes {
                     replaced = row.request;
                 }
-                Decision::Accept
-            } else {
-                replaced = row.request;
-                Decision::Replace
+                match agrees {
+                    Agrees::No => Decision::Replace,
+                    Agrees::Yes | Agrees::AndEnds => Decision::Accept,
+                }
             };
         }
         self.verified = true;
@@ -859,7 +869,10 @@ impl Engine {
     pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
         let step = self.expect_complete()?;
         self.tick(now_ns);
-        self.counters.window(duration_ns);
+        // 0 is "unknown", and no short window.
+        if duration_ns > 0 {
+            self.counters.window(duration_ns);
+        }
         self.cost.observe(
             step.layer_begin,
             step.layer_end,

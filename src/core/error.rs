@@ -152,7 +152,8 @@ impl Error {
     }
 }
 
-struct Name(&'static str, Option<usize>);
+/// A field's name with its index, where it has one.
+pub struct Name(pub &'static str, pub Option<usize>);
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

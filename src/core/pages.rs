@@ -31,10 +31,14 @@ pub struct CellCopy {
 }
 
 /// A sequence's block table: entry `layer * stride + block` is a page.
-pub struct BlockTable<'a> {
-    pub entries: &'a mut [u32],
+pub struct BlockTable<E> {
+    pub entries: E,
     pub stride: usize,
 }
+
+/// One whose entries a call may change, and one that it only reads.
+pub type Changed<'a> = BlockTable<&'a mut [u32]>;
+pub type Read<'a> = BlockTable<&'a [u32]>;
 
 /// Who uses which page.
 pub struct Pages {
@@ -99,7 +103,7 @@ impl Pages {
         (self.copied, self.aliased)
     }
 
-    fn load(&mut self, table: &BlockTable, block: usize) -> Result<()> {
+    fn load(&mut self, table: &Changed, block: usize) -> Result<()> {
         self.column.clear();
         for l in 0..self.layers {
             let i = l * table.stride + block;
@@ -131,7 +135,7 @@ impl Pages {
         Err(Error::int("table", page, "a page that is in use, or DREX_NO_PAGE").at(i))
     }
 
-    fn store(&mut self, table: &mut BlockTable, block: usize) -> &[CellCopy] {
+    fn store(&mut self, table: &mut Changed, block: usize) -> &[CellCopy] {
         for (l, &page) in self.column.iter().enumerate() {
             table.entries[l * table.stride + block] = page;
         }
@@ -226,7 +230,7 @@ impl Pages {
         }
     }
 
-    fn place(&self, table: &BlockTable, pos: u64) -> Result<(usize, u32)> {
+    fn place(&self, table: &Changed, pos: u64) -> Result<(usize, u32)> {
         let block = (pos / u64::from(self.page_tokens)) as usize;
         if block >= table.stride {
             return Err(Error::Conflict {
@@ -246,7 +250,7 @@ impl Pages {
     /// see it. The copies have to be made before the cell is written.
     pub fn write(
         &mut self,
-        table: &mut BlockTable,
+        table: &mut Changed,
         pos: u64,
         begin: usize,
         end: usize,
@@ -294,7 +298,7 @@ impl Pages {
     /// cell of layer `exit - 1`.
     pub fn exit(
         &mut self,
-        table: &mut BlockTable,
+        table: &mut Changed,
         pos: u64,
         exit: usize,
         max_copies: usize,
@@ -359,8 +363,8 @@ impl Pages {
 
     /// Another sequence shares these blocks from now on: the host has copied
     /// their entries.
-    pub fn fork(&mut self, table: &BlockTable, first: usize, n: usize) -> Result<()> {
-        self.check_blocks(table, first, n)?;
+    pub fn fork(&mut self, table: &Read, first: usize, n: usize) -> Result<()> {
+        self.check_blocks(table.entries, table.stride, first, n)?;
         for l in 0..self.layers {
             for b in first..first + n {
                 let page = table.entries[l * table.stride + b];
@@ -374,8 +378,8 @@ impl Pages {
     }
 
     /// The sequence gives these blocks back; their entries become `NO_PAGE`.
-    pub fn release(&mut self, table: &mut BlockTable, first: usize, n: usize) -> Result<()> {
-        self.check_blocks(table, first, n)?;
+    pub fn release(&mut self, table: &mut Changed, first: usize, n: usize) -> Result<()> {
+        self.check_blocks(table.entries, table.stride, first, n)?;
         for l in 0..self.layers {
             for b in first..first + n {
                 let entry = &mut table.entries[l * table.stride + b];
@@ -391,21 +395,21 @@ impl Pages {
         Ok(())
     }
 
-    fn check_blocks(&self, table: &BlockTable, first: usize, n: usize) -> Result<()> {
-        if first.checked_add(n).is_none_or(|end| end > table.stride) {
+    fn check_blocks(&self, entries: &[u32], stride: usize, first: usize, n: usize) -> Result<()> {
+        if first.checked_add(n).is_none_or(|end| end > stride) {
             return Err(Error::Conflict {
                 field: "first_block",
                 index: None,
                 value: first as u64,
                 other: "n_blocks",
-                other_value: table.stride as u64,
+                other_value: stride as u64,
                 why: "the table has these blocks",
             });
         }
         for l in 0..self.layers {
             for b in first..first + n {
-                let i = l * table.stride + b;
-                self.known(table.entries[i], i)?;
+                let i = l * stride + b;
+                self.known(entries[i], i)?;
             }
         }
         Ok(())

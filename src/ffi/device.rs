@@ -118,12 +118,12 @@ pub unsafe extern "C" fn drex_ramp_enqueue(
 }
 
 /// The greatest logits of a row, the greatest first and the lower index before
-/// an equal one: candidates for hosts that sample, without the whole row. From
-/// the last drex_ramp(), whose logits had n_top > 0, until the next plan.
+/// an equal one: candidates for hosts that sample, without the whole row. After
+/// a drex_ramp() whose logits had n_top > 0, until its step ends.
 ///
 /// row       of the planned step, from 0
-/// top       [capacity] receives them
-/// capacity  at most
+/// top       [capacity] receives them; may be NULL with capacity 0
+/// capacity  entries at top; no more are written
 /// n         receives how many: the lesser of capacity and n_top, or 0 for a
 ///           row without a verdict of its own (GONE, PENDING)
 ///
@@ -137,7 +137,7 @@ pub unsafe extern "C" fn drex_top_get(
     n: *mut u32,
 ) -> drex_status {
     with("drex_top_get", engine, |instance| {
-        if top.is_null() {
+        if top.is_null() && capacity > 0 {
             return Err(Fault::Null("top"));
         }
         if n.is_null() {

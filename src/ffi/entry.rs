@@ -4,6 +4,7 @@
 //! reading and writing of structs that begin with their size.
 
 use std::any::Any;
+use std::ffi::c_char;
 use std::mem::{MaybeUninit, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
@@ -11,6 +12,7 @@ use std::ptr;
 use super::error::{self, Fault};
 use super::handle;
 use super::types::*;
+use crate::core::error::Error;
 use crate::instance::Instance;
 
 /// A size beyond this is garbage, and reading so far would be worse.
@@ -28,24 +30,24 @@ fn call_or(
 ) -> drex_status {
     // A body leaves nothing half done that anyone sees again: an engine in
     // which it panicked is poisoned by its guard.
-    match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(())) => DREX_OK,
-        Ok(Err(fault)) => {
-            // A callback's own calls may fail too: this one's text comes last.
+    let outcome = catch_unwind(AssertUnwindSafe(body)).and_then(|result| match result {
+        Ok(()) => Ok(DREX_OK),
+        // Outside of the body, so that the engine can be entered again; who
+        // watches it is not ours, and may panic.
+        Err(fault) => catch_unwind(AssertUnwindSafe(|| {
             failed(&fault);
+            // A callback's own calls may fail too: this one's text comes last.
             error::set(function, format_args!("{fault}"));
             fault.status()
-        }
-        Err(payload) => {
-            error::set(
-                function,
-                format_args!("internal error: {}", message(&*payload)),
-            );
-            // A payload's own drop may panic; leaking it cannot.
-            std::mem::forget(payload);
-            DREX_ERROR_PANIC
-        }
-    }
+        })),
+    });
+    outcome.unwrap_or_else(|payload| {
+        let text = message(&*payload);
+        error::set(function, format_args!("internal error: {text}"));
+        // A payload's own drop may panic; leaking it cannot.
+        std::mem::forget(payload);
+        DREX_ERROR_PANIC
+    })
 }
 
 /// `call` on the engine behind a handle.
@@ -130,6 +132,20 @@ sized!(
     drex_pages_stats = 56,
 );
 
+fn check_size<T: Sized32>(what: &'static str, size: u32) -> Result<(), Fault> {
+    let (index, least) = (None, T::FIRST);
+    match size as usize {
+        len if len < least => Err(Fault::Small {
+            what,
+            index,
+            size,
+            least,
+        }),
+        len if len > SIZE_MAX => Err(Fault::Large { what, index, size }),
+        _ => Ok(()),
+    }
+}
+
 /// Reads a struct of any version that we can understand.
 ///
 /// # Safety
@@ -142,18 +158,15 @@ pub unsafe fn read<T: Sized32>(what: &'static str, p: *const T) -> Result<T, Fau
     // SAFETY: every struct begins with its size.
     let size = unsafe { p.cast::<u32>().read_unaligned() };
     let len = size as usize;
-    if len < T::FIRST {
-        return Err(Fault::Small {
-            what,
-            size,
-            least: T::FIRST,
-        });
-    }
+    check_size::<T>(what, size)?;
     // SAFETY: the caller says that there are `size` bytes.
-    let tail_used =
-        len > SIZE_MAX || (known..len).any(|i| unsafe { p.cast::<u8>().add(i).read() } != 0);
-    if tail_used {
-        return Err(Fault::Newer { what, size, known });
+    if (known..len).any(|i| unsafe { p.cast::<u8>().add(i).read() } != 0) {
+        return Err(Fault::Newer {
+            what,
+            index: None,
+            size,
+            known,
+        });
     }
     let mut value = MaybeUninit::<T>::zeroed();
     // SAFETY: `len` bytes can be read, `known` written.
@@ -174,13 +187,7 @@ pub unsafe fn writable<T: Sized32>(what: &'static str, p: *mut T) -> Result<u32,
     }
     // SAFETY: every struct begins with its size.
     let size = unsafe { p.cast::<u32>().read_unaligned() };
-    if (size as usize) < T::FIRST {
-        return Err(Fault::Small {
-            what,
-            size,
-            least: T::FIRST,
-        });
-    }
+    check_size::<T>(what, size)?;
     Ok(size)
 }
 
@@ -199,6 +206,45 @@ pub unsafe fn write<T: Sized32>(p: *mut T, value: &T) {
             size.min(size_of::<T>()) - skip,
         );
     }
+}
+
+/// Hands a text to a caller that may have asked for its length alone, or that
+/// has too little room: the length is written in any case.
+///
+/// # Safety
+/// `text` has `capacity` bytes; `length` is NULL or can be written.
+pub unsafe fn give_text(
+    from: &str,
+    text: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> Result<(), Fault> {
+    if length.is_null() {
+        return Err(Fault::Null("length"));
+    }
+    if text.is_null() && capacity > 0 {
+        return Err(Fault::Null("text"));
+    }
+    // SAFETY: not NULL.
+    unsafe { length.write_unaligned(from.len()) };
+    if capacity == 0 {
+        return Ok(());
+    }
+    if capacity <= from.len() {
+        return Err(Error::Capacity {
+            field: "capacity",
+            value: capacity as u64,
+            need: from.len() as u64 + 1,
+            why: "the text and its 0 byte must fit",
+        }
+        .into());
+    }
+    // SAFETY: they fit.
+    unsafe {
+        ptr::copy_nonoverlapping(from.as_ptr(), text.cast::<u8>(), from.len());
+        text.add(from.len()).write(0);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::ffi::c_char;
 use std::fmt::{self, Write};
 
 use super::types::*;
-use crate::core::error::{Error, Kind};
+use crate::core::error::{Error, Kind, Name};
 
 /// What a call can fail with.
 #[derive(Debug)]
@@ -17,13 +17,22 @@ pub enum Fault {
     /// A struct is smaller than its first version.
     Small {
         what: &'static str,
+        /// Which element, where it is an array.
+        index: Option<usize>,
         size: u32,
         least: usize,
+    },
+    /// So large that it is no size.
+    Large {
+        what: &'static str,
+        index: Option<usize>,
+        size: u32,
     },
     /// A struct is larger than ours and says something in the part that we do
     /// not know.
     Newer {
         what: &'static str,
+        index: Option<usize>,
         size: u32,
         known: usize,
     },
@@ -51,6 +60,18 @@ impl From<Error> for Fault {
 }
 
 impl Fault {
+    /// The struct is the i-th of an array.
+    #[must_use]
+    pub fn at(mut self, i: usize) -> Self {
+        if let Fault::Small { index, .. }
+        | Fault::Large { index, .. }
+        | Fault::Newer { index, .. } = &mut self
+        {
+            *index = Some(i);
+        }
+        self
+    }
+
     pub fn status(&self) -> drex_status {
         match self {
             Fault::Core(e) => match e.kind() {
@@ -64,7 +85,9 @@ impl Fault {
                 Kind::Memory => DREX_ERROR_MEMORY,
             },
             Fault::Null(_) => DREX_ERROR_NULL_ARGUMENT,
-            Fault::Small { .. } | Fault::Newer { .. } => DREX_ERROR_STRUCT_SIZE,
+            Fault::Small { .. } | Fault::Large { .. } | Fault::Newer { .. } => {
+                DREX_ERROR_STRUCT_SIZE
+            }
             Fault::Profile(_) => DREX_ERROR_INVALID_ARGUMENT,
             Fault::Abi(_) => DREX_ERROR_ABI_MISMATCH,
             Fault::Handle(_) => DREX_ERROR_INVALID_HANDLE,
@@ -78,19 +101,36 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Fault::Core(e) => e.fmt(f),
+        match *self {
+            Fault::Core(ref e) => e.fmt(f),
             Fault::Null(what) => write!(f, "{what} is NULL"),
-            Fault::Small { what, size, least } => write!(
+            Fault::Small {
+                what,
+                index,
+                size,
+                least,
+            } => write!(
                 f,
-                "{what}.size is {size}; expected at least {least} (use the struct's INITIALIZER)"
+                "{}.size is {size}; expected at least {least} (use the struct's INITIALIZER)",
+                Name(what, index)
             ),
-            Fault::Newer { what, size, known } => write!(
+            Fault::Large { what, index, size } => write!(
                 f,
-                "{what}.size is {size}, from a newer version than this library, which knows \
-                 {known} bytes, and fields unknown here are in use"
+                "{}.size is {size}; expected at most 4096",
+                Name(what, index)
             ),
-            Fault::Profile(text) => f.write_str(text),
+            Fault::Newer {
+                what,
+                index,
+                size,
+                known,
+            } => write!(
+                f,
+                "{}.size is {size}, from a newer version than this library, which knows \
+                 {known} bytes, and fields unknown here are in use",
+                Name(what, index)
+            ),
+            Fault::Profile(ref text) => f.write_str(text),
             Fault::Abi(got) => write!(
                 f,
                 "config.abi_version is {got}; this library has ABI version {DREX_ABI_VERSION}"
@@ -109,7 +149,7 @@ impl fmt::Display for Fault {
             }
             Fault::Name {
                 what,
-                got,
+                ref got,
                 expected,
             } => write!(f, "{what} is \"{got}\"; expected one of {expected}"),
             Fault::Panic => f.write_str("internal error"),

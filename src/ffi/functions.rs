@@ -234,8 +234,8 @@ fn reserved(value: u32) -> Result<(), Error> {
     }
 }
 
-/// Makes an engine. All its memory is allocated here: no call between
-/// drex_request_add() and drex_request_remove() allocates, locks or waits.
+/// Makes an engine. What serving needs is allocated here; chapter 3 says which
+/// calls allocate nothing.
 ///
 /// config  copied, with what it points to
 /// out     receives the engine; the caller owns it and ends it with
@@ -326,10 +326,10 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
 /// while another thread is inside, and then the engine lives on.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
-    if engine.is_null() {
-        return DREX_OK;
-    }
     call("drex_destroy", || {
+        if engine.is_null() {
+            return Ok(());
+        }
         let instance = handle::ENGINES.remove(engine)?;
         if instance.watch.on() {
             instance.watch.destroyed(&instance.engine);
@@ -380,11 +380,13 @@ pub unsafe extern "C" fn drex_bind_kv(
             .into());
         }
         // SAFETY: there is at least one element, which begins with its size.
-        let stride = unsafe { entry::read("layers[0]", layers)? }.size as usize;
+        let first = unsafe { entry::read("layers", layers) }.map_err(|e| e.at(0))?;
+        let stride = first.size as usize;
         let mut converted = memory::room(n_layers as usize)?;
         for i in 0..n_layers as usize {
             // SAFETY: `n_layers` elements, `stride` bytes apart.
-            let layer = unsafe { entry::read("layers[i]", layers.byte_add(i * stride))? };
+            let layer = unsafe { entry::read("layers", layers.byte_add(i * stride)) };
+            let layer = layer.map_err(|e| e.at(i))?;
             converted.push(kv_layer(&layer).map_err(|e| e.at(i))?);
         }
         Ok(instance.bind_kv(Some(converted))?)
@@ -499,7 +501,9 @@ pub unsafe extern "C" fn drex_request_ready(
 /// Forgets a request: finished, or cancelled, in any state, also between plan
 /// and complete. Its id is free at once. A held row leaves the buffer and its
 /// arena row is free at once; the arena row of a row in the planned step is
-/// free when the step ends, and drex_ramp() says DREX_DECISION_GONE for it.
+/// free when the step ends, and drex_ramp() and drex_verify() say
+/// DREX_DECISION_GONE for it. Where neither is called, because the window ends at
+/// n_layers and has no drafts, the host passes over its logits by itself.
 /// The hole of a row that exited and was not filled yet is not filled.
 ///
 /// Errors: UNKNOWN_REQUEST.
@@ -574,12 +578,17 @@ pub unsafe extern "C" fn drex_request_get(
 /// before it runs at the latest in the (9 + q / ceil(k / 2))th step of ready
 /// rows.
 ///
-/// After out->n_rows = 0 there is no step, and nothing to complete. After any
-/// other, the next call but drex_request_*() is drex_ramp() (where the window
-/// ends at a ramp) or drex_complete(), or drex_abandon().
+/// After out->n_rows = 0 there is no step, and nothing to complete. Any other
+/// step goes on until drex_complete() or drex_abandon() ends it. What must come
+/// before drex_complete() is drex_ramp() where the window ends at a ramp, then
+/// drex_fill() where K/V is bound; drex_verify() where the window ends at
+/// n_layers and has drafts. Meanwhile drex_plan() and drex_bind_kv() are
+/// CALL_ORDER, and all other calls are allowed: requests come and go, rows are
+/// gathered and scattered, a rule is searched for, statistics are read.
 ///
-/// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0;
-/// CALL_ORDER while a step is planned.
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0, or has no
+/// room for the pending rows of the request that comes first; CALL_ORDER while
+/// a step is planned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_plan(
     engine: *mut drex_engine,
@@ -627,8 +636,8 @@ pub unsafe extern "C" fn drex_plan(
 
 /// At the end of a window that ends at a ramp: scores every row's logits and
 /// decides what becomes of it. The logits must be complete, or on a CUDA device
-/// enqueued on their stream, and stay unchanged during the call. A row's confidence and token depend on nothing but its
-/// own logits.
+/// enqueued on their stream, and stay unchanged during the call. A row's
+/// confidence and token depend on nothing but its own logits.
 ///
 /// logits    the window's logits
 /// cells     [n_rows] the KV cell of each row, below n_cells of every bound
@@ -736,7 +745,8 @@ pub unsafe extern "C" fn drex_fill(engine: *mut drex_engine) -> drex_status {
 ///
 /// After REPLACE, the request's next token is the one chosen; the rows after it
 /// never were: the host takes their tokens back and frees their KV cells. The
-/// request is IDLE after drex_complete() in any case.
+/// request is IDLE after drex_complete() in any case. Until then the verdicts
+/// can be lost by drex_abandon(): give their tokens to clients after it.
 ///
 /// Errors: NULL_ARGUMENT, INVALID_ARGUMENT, CAPACITY; CALL_ORDER when no step is
 /// planned, when it ends at a ramp, or when it is verified already.
@@ -755,6 +765,8 @@ pub unsafe extern "C" fn drex_verify(
         if decisions.is_null() {
             return Err(Fault::Null("decisions"));
         }
+        let n = n_rows as usize;
+        instance.engine.expect_verify(n)?;
         if capacity < n_rows {
             return Err(Error::Capacity {
                 field: "capacity",
@@ -764,20 +776,15 @@ pub unsafe extern "C" fn drex_verify(
             }
             .into());
         }
-        // SAFETY: the caller's contract.
-        let at = |i| unsafe { agrees.add(i as usize).read() };
-        for i in 0..n_rows {
-            if at(i) > 2 {
-                let e = Error::int("agrees", at(i), "0, 1 or 2");
-                return Err(e.at(i as usize).into());
+        instance.engine.verify(n, |i| {
+            // SAFETY: the caller's contract.
+            match unsafe { agrees.add(i).read() } {
+                0 => Ok(Agrees::No),
+                1 => Ok(Agrees::Yes),
+                2 => Ok(Agrees::AndEnds),
+                other => Err(Error::int("agrees", other, "0, 1 or 2").at(i)),
             }
-        }
-        let agrees = (0..n_rows as usize).map(|i| match at(i as u32) {
-            0 => Agrees::No,
-            1 => Agrees::Yes,
-            _ => Agrees::AndEnds,
-        });
-        instance.engine.verify(agrees)?;
+        })?;
         for (i, row) in instance.engine.step_rows().iter().enumerate() {
             // SAFETY: `capacity` is at least the number of rows.
             unsafe { decisions.add(i).write_unaligned(decision(row.decision)) };
@@ -791,6 +798,7 @@ pub unsafe extern "C" fn drex_verify(
 /// wherever its K/V must be whole (before it is saved or shared). The request
 /// is RUNNING until the last of them is through, then IDLE.
 ///
+/// now_ns   now
 /// pending  receives how many rows; 0: there is none, and the request stays
 ///          IDLE; may be NULL
 ///
@@ -916,7 +924,8 @@ pub unsafe extern "C" fn drex_complete(
 /// The planned step failed. Its rows go back to where they were, in their old
 /// order, and may be planned again; the step is not counted. Rows that
 /// drex_ramp() let out before have given their token: they stay out, and
-/// their holes stay open unless drex_fill() was called.
+/// their holes stay open unless drex_fill() was called. What drex_verify() said
+/// is void: its tokens do not count, and the rows come back with their drafts.
 ///
 /// Errors: CALL_ORDER when no step is planned.
 #[unsafe(no_mangle)]
@@ -973,8 +982,7 @@ pub unsafe extern "C" fn drex_replan(
 /// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
 ///           to ask for the length
 /// capacity  bytes at text
-/// length    receives the text's bytes without the 0 byte, also when capacity
-///           is too small
+/// length    receives the text's bytes without the 0 byte, also with CAPACITY
 ///
 /// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
 /// not fit and capacity is not 0; CALL_ORDER before anything is known.
@@ -986,12 +994,6 @@ pub unsafe extern "C" fn drex_profile_save(
     length: *mut usize,
 ) -> drex_status {
     with("drex_profile_save", engine, |instance| {
-        if length.is_null() {
-            return Err(Fault::Null("length"));
-        }
-        if text.is_null() && capacity > 0 {
-            return Err(Fault::Null("text"));
-        }
         let cost = instance.engine.cost();
         if !cost.known() {
             return Err(Error::CallOrder(
@@ -1000,26 +1002,8 @@ pub unsafe extern "C" fn drex_profile_save(
             .into());
         }
         let json = crate::profile::to_json(cost.profile());
-        // SAFETY: not NULL.
-        unsafe { length.write_unaligned(json.len()) };
-        if capacity == 0 {
-            return Ok(());
-        }
-        if capacity <= json.len() {
-            return Err(Error::Capacity {
-                field: "capacity",
-                value: capacity as u64,
-                need: json.len() as u64 + 1,
-                why: "the text and its 0 byte must fit",
-            }
-            .into());
-        }
-        // SAFETY: `capacity` bytes, by the caller's contract.
-        unsafe {
-            std::ptr::copy_nonoverlapping(json.as_ptr(), text.cast::<u8>(), json.len());
-            text.add(json.len()).write(0);
-        }
-        Ok(())
+        // SAFETY: the caller's contract.
+        unsafe { entry::give_text(&json, text, capacity, length) }
     })
 }
 

@@ -6,7 +6,7 @@
 
 use std::ffi::{CStr, c_char, c_void};
 
-use super::entry::with;
+use super::entry::{give_text, with};
 use super::error::Fault;
 use super::types::*;
 use crate::core::error::Error;
@@ -77,10 +77,10 @@ pub unsafe extern "C" fn drex_log_set(
 /// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
 ///           to ask for the length
 /// capacity  bytes at text
-/// length    receives the text's bytes without the 0 byte
+/// length    receives the text's bytes without the 0 byte, also with CAPACITY
 ///
 /// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
-/// not fit and capacity is not 0, with what is needed in the error's text.
+/// not fit and capacity is not 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_snapshot(
     engine: *const drex_engine,
@@ -91,7 +91,7 @@ pub unsafe extern "C" fn drex_snapshot(
     with("drex_snapshot", engine, |instance| {
         let json = snapshot::to_json(&instance.engine);
         // SAFETY: the caller's contract.
-        unsafe { give(&json, text, capacity, length) }
+        unsafe { give_text(&json, text, capacity, length) }
     })
 }
 
@@ -123,7 +123,7 @@ pub unsafe extern "C" fn drex_metrics_text(
         metrics::check_labels(labels).map_err(|e| Fault::Profile(format!("labels: {e}")))?;
         let all = metrics::text(&instance.engine, labels);
         // SAFETY: the caller's contract.
-        unsafe { give(&all, text, capacity, length) }
+        unsafe { give_text(&all, text, capacity, length) }
     })
 }
 
@@ -205,38 +205,4 @@ pub unsafe extern "C" fn drex_trace_stop(engine: *mut drex_engine) -> drex_statu
         instance.watch.set_trace(None);
         Ok(())
     })
-}
-
-/// # Safety
-/// `text` has `capacity` bytes; `length` is NULL or can be written.
-unsafe fn give(
-    from: &str,
-    text: *mut c_char,
-    capacity: usize,
-    length: *mut usize,
-) -> Result<(), Fault> {
-    if length.is_null() {
-        return Err(Fault::Null("length"));
-    }
-    if text.is_null() && capacity > 0 {
-        return Err(Fault::Null("text"));
-    }
-    if capacity > 0 && capacity <= from.len() {
-        return Err(Error::Capacity {
-            field: "capacity",
-            value: capacity as u64,
-            need: from.len() as u64 + 1,
-            why: "the text and its 0 byte must fit",
-        }
-        .into());
-    }
-    // SAFETY: checked above.
-    unsafe {
-        length.write_unaligned(from.len());
-        if capacity > 0 {
-            std::ptr::copy_nonoverlapping(from.as_ptr(), text.cast::<u8>(), from.len());
-            text.add(from.len()).write(0);
-        }
-    }
-    Ok(())
 }

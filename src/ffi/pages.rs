@@ -11,7 +11,7 @@ use super::error::Fault;
 use super::handle::PAGES;
 use super::types::*;
 use crate::core::error::Error;
-use crate::core::pages::{BlockTable, CellCopy, Pages};
+use crate::core::pages::{CellCopy, Changed, Pages, Read};
 
 fn with(
     function: &str,
@@ -21,19 +21,42 @@ fn with(
     call(function, || body(PAGES.enter(pages)?.object()))
 }
 
-/// # Safety
-/// `table` is NULL or has n_layers * n_blocks entries.
-unsafe fn view<'a>(pages: &Pages, table: *mut u32, n_blocks: u32) -> Result<BlockTable<'a>, Fault> {
+/// Entries of a table, if its address can be one.
+fn entries(pages: &Pages, table: *const u32, n_blocks: u32) -> Result<usize, Fault> {
     if table.is_null() {
         return Err(Fault::Null("table"));
+    }
+    if !table.is_aligned() {
+        let expected = "an address that is a multiple of 4";
+        return Err(Error::int("table", table.addr() as u64, expected).into());
     }
     if n_blocks == 0 {
         return Err(Error::int("n_blocks", 0u32, "at least 1").into());
     }
-    let stride = n_blocks as usize;
-    // SAFETY: the caller's contract.
-    let entries = unsafe { slice::from_raw_parts_mut(table, pages.layers() * stride) };
-    Ok(BlockTable { entries, stride })
+    Ok(pages.layers() * n_blocks as usize)
+}
+
+/// # Safety
+/// `table` is NULL or has n_layers * n_blocks entries, and nobody else uses
+/// them.
+unsafe fn changed<'a>(pages: &Pages, table: *mut u32, n_blocks: u32) -> Result<Changed<'a>, Fault> {
+    let n = entries(pages, table, n_blocks)?;
+    Ok(Changed {
+        // SAFETY: the caller's contract.
+        entries: unsafe { slice::from_raw_parts_mut(table, n) },
+        stride: n_blocks as usize,
+    })
+}
+
+/// # Safety
+/// `table` is NULL or has n_layers * n_blocks entries, and nobody changes them.
+unsafe fn read<'a>(pages: &Pages, table: *const u32, n_blocks: u32) -> Result<Read<'a>, Fault> {
+    let n = entries(pages, table, n_blocks)?;
+    Ok(Read {
+        // SAFETY: the caller's contract.
+        entries: unsafe { slice::from_raw_parts(table, n) },
+        stride: n_blocks as usize,
+    })
 }
 
 /// # Safety
@@ -47,10 +70,10 @@ unsafe fn give(copies: &[CellCopy], out: *mut drex_page_copy, n: *mut u32) {
             n_cells: c.n,
         };
         // SAFETY: the caller's contract.
-        unsafe { out.add(i).write(copy) };
+        unsafe { out.add(i).write_unaligned(copy) };
     }
     // SAFETY: the caller's contract.
-    unsafe { n.write(copies.len() as u32) };
+    unsafe { n.write_unaligned(copies.len() as u32) };
 }
 
 fn room(copies: *mut drex_page_copy, max_copies: u32, n_copies: *mut u32) -> Result<usize, Fault> {
@@ -84,7 +107,7 @@ pub unsafe extern "C" fn drex_pages_create(
         let pages = Pages::new(c.n_layers, c.page_tokens, c.n_pages)?;
         let handle = PAGES.insert(pages)?;
         // SAFETY: checked above.
-        unsafe { out.write(handle) };
+        unsafe { out.write_unaligned(handle) };
         Ok(())
     })
 }
@@ -131,7 +154,7 @@ pub unsafe extern "C" fn drex_pages_write(
     with("drex_pages_write", pages, |pages| {
         let max = room(copies, max_copies, n_copies)?;
         // SAFETY: the caller's contract.
-        let mut table = unsafe { view(pages, table, n_blocks)? };
+        let mut table = unsafe { changed(pages, table, n_blocks)? };
         let (begin, end) = (layer_begin as usize, layer_end as usize);
         let got = pages.write(&mut table, pos, begin, end, max)?;
         // SAFETY: checked above; no more than `max`.
@@ -163,7 +186,7 @@ pub unsafe extern "C" fn drex_pages_exit(
     with("drex_pages_exit", pages, |pages| {
         let max = room(copies, max_copies, n_copies)?;
         // SAFETY: the caller's contract.
-        let mut table = unsafe { view(pages, table, n_blocks)? };
+        let mut table = unsafe { changed(pages, table, n_blocks)? };
         let got = pages.exit(&mut table, pos, exit_layer as usize, max)?;
         // SAFETY: checked above; no more than `max`.
         unsafe { give(got, copies, n_copies) };
@@ -185,8 +208,8 @@ pub unsafe extern "C" fn drex_pages_fork(
     count: u32,
 ) -> drex_status {
     with("drex_pages_fork", pages, |pages| {
-        // SAFETY: the caller's contract; `fork` only reads.
-        let table = unsafe { view(pages, table.cast_mut(), n_blocks)? };
+        // SAFETY: the caller's contract.
+        let table = unsafe { read(pages, table, n_blocks)? };
         Ok(pages.fork(&table, first_block as usize, count as usize)?)
     })
 }
@@ -205,7 +228,7 @@ pub unsafe extern "C" fn drex_pages_release(
 ) -> drex_status {
     with("drex_pages_release", pages, |pages| {
         // SAFETY: the caller's contract.
-        let mut table = unsafe { view(pages, table, n_blocks)? };
+        let mut table = unsafe { changed(pages, table, n_blocks)? };
         Ok(pages.release(&mut table, first_block as usize, count as usize)?)
     })
 }

@@ -37,8 +37,8 @@ pub const DREX_WAIT_BUCKETS: usize = 32;
 /// How a call went: DREX_OK (0) or one of DREX_ERROR_*. The numbers never
 /// change their meaning; a later version may add more, so treat any number
 /// but 0 as a failure. A call that fails changes nothing and writes none of
-/// its outputs, and leaves a text that names the function, the field and the
-/// value: see drex_last_error().
+/// its outputs (chapter 5 has the one exception), and leaves a text that names
+/// the function, the field and the value: see drex_last_error().
 pub type drex_status = i32;
 
 /// Done.
@@ -52,9 +52,11 @@ pub const DREX_ERROR_ABI_MISMATCH: drex_status = 3;
 /// A struct's size field is too small, or the struct comes from a later
 /// version and uses fields that this library does not know.
 pub const DREX_ERROR_STRUCT_SIZE: drex_status = 4;
-/// The engine was never created, or has been destroyed.
+/// The handle was never given out, or what it stood for has been destroyed, or
+/// is of the other kind (drex_engine, drex_pages).
 pub const DREX_ERROR_INVALID_HANDLE: drex_status = 5;
-/// Another thread is inside a call on this engine.
+/// Another thread is inside a call on this handle, or this one is, in a
+/// callback.
 pub const DREX_ERROR_HANDLE_BUSY: drex_status = 6;
 /// No request alive has this id.
 pub const DREX_ERROR_UNKNOWN_REQUEST: drex_status = 7;
@@ -68,8 +70,9 @@ pub const DREX_ERROR_CAPACITY: drex_status = 10;
 pub const DREX_ERROR_UNSUPPORTED: drex_status = 11;
 /// The device failed.
 pub const DREX_ERROR_DEVICE: drex_status = 12;
-/// A bug in drex was caught. The engine is poisoned: every call on it but
-/// drex_destroy() returns this again.
+/// A bug in drex was caught, or one in a Rust host's tracing subscriber. The
+/// handle that the call was on is poisoned: every call on it but the one that
+/// destroys it returns this again.
 pub const DREX_ERROR_PANIC: drex_status = 13;
 /// There is not as much memory as the call asked for. Only calls that name it
 /// return this: see chapter 5.
@@ -277,9 +280,15 @@ pub struct drex_config {
     pub max_requests: u32,
     /// B: most rows in one pass, 1..1048576.
     pub max_batch: u32,
+    /// Who leaves at a ramp.
     pub policy: drex_policy,
+    /// How sure a row is, for requests that do not name a metric; not
+    /// DREX_METRIC_DEFAULT.
     pub metric: drex_metric,
+    /// How holes are filled, for requests that do not name a mode; not
+    /// DREX_FILL_DEFAULT.
     pub fill: drex_fill_mode,
+    /// Where logits, arena rows and K/V lie, all of them.
     pub device: drex_device,
     /// Finite, >= 0. A row exits when its confidence >= threshold; above 1:
     /// never.
@@ -298,7 +307,7 @@ pub struct drex_config {
     /// Time between two tokens that a request may take, in ns; 0: none. A
     /// request may name its own.
     pub token_deadline_ns: u64,
-    /// Pins c/t_d of ART, >= 0; NaN: as measured.
+    /// Pins c/t_d of ART, finite, >= 0; NaN: as measured.
     pub art_ratio: f32,
     /// 0
     pub reserved: u32,
@@ -334,14 +343,16 @@ pub struct drex_kv_layer {
     pub size: u32,
     /// Cells in the cache, at least 1.
     pub n_cells: u32,
+    /// K of cell 0.
     pub k: *mut c_void,
+    /// V of cell 0; in the transposed layout, its element 0.
     pub v: *mut c_void,
-    /// Bytes of one cell's K.
+    /// Bytes of one cell's K; 0: the layer has none.
     pub k_row_bytes: u64,
     /// Bytes from one cell's K to the next one's; at least k_row_bytes.
     pub k_cell_stride: u64,
-    /// Bytes of one cell's V; in the transposed layout, a multiple of
-    /// v_elem_bytes.
+    /// Bytes of one cell's V; 0: the layer has none. In the transposed layout,
+    /// a multiple of v_elem_bytes.
     pub v_row_bytes: u64,
     /// Row layout: bytes from one cell's V to the next one's, at least
     /// v_row_bytes. Unused in the transposed layout.
@@ -389,6 +400,7 @@ pub struct drex_request_config {
 pub struct drex_request_info {
     /// sizeof(drex_request_info), set by the caller
     pub size: u32,
+    /// What it is doing.
     pub state: drex_request_state,
     /// Where its row is held, else DREX_NO_RAMP.
     pub ramp: u32,
@@ -398,7 +410,9 @@ pub struct drex_request_info {
     pub tokens: u64,
     /// Of these, emitted at each ramp.
     pub exits: [u64; DREX_MAX_RAMPS],
+    /// Of the exits, those below the row's threshold; see drex_policy.
     pub involuntary_exits: u64,
+    /// Times that its row was confident at a ramp and went on.
     pub involuntary_stays: u64,
     /// Total time spent held, in ns; what is held now is not in it.
     pub held_ns: u64,
@@ -454,8 +468,10 @@ pub struct drex_step {
     /// rows may exit.
     pub layer_end: u32,
     /// The ramp at the window's end: call drex_ramp(). DREX_NO_RAMP: the
-    /// window ends at n_layers; the host samples every row.
+    /// window ends at n_layers; the host samples every row whose request it has
+    /// not removed.
     pub ramp: u32,
+    /// Why it runs.
     pub reason: drex_flush_reason,
 }
 
@@ -465,6 +481,7 @@ pub struct drex_step {
 pub struct drex_logits {
     /// sizeof(drex_logits)
     pub size: u32,
+    /// The type of their elements.
     pub dtype: drex_dtype,
     /// [n_rows, n_vocab]; row i, in the order of drex_plan()'s rows, begins
     /// at data + i * row_stride_bytes. Not NULL. On the host it needs no
@@ -491,6 +508,7 @@ pub struct drex_logits {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_top {
+    /// As it is, before any softmax.
     pub logit: f32,
     /// Its index; -1 where the row has no more logits that are numbers.
     pub token: i32,
@@ -509,8 +527,9 @@ pub struct drex_arena {
     pub arena: *mut c_void,
     /// Row i at dense + i * dense_stride_bytes. Not NULL.
     pub dense: *mut c_void,
-    /// At least row_bytes, like the next.
+    /// At least row_bytes.
     pub arena_stride_bytes: u64,
+    /// At least row_bytes.
     pub dense_stride_bytes: u64,
     /// At least 1, below 2^32.
     pub row_bytes: u64,
@@ -522,6 +541,7 @@ pub struct drex_arena {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_verdict {
+    /// EXIT, HOLD, STAY, GONE or PENDING.
     pub decision: drex_decision,
     /// The greatest logit's index, the lowest on a tie; -1 where confidence
     /// is NaN. For greedy hosts; others sample the row themselves.
@@ -546,7 +566,9 @@ pub struct drex_completion {
     /// Time that the window took on the device, in ns; 0: unknown, and
     /// nothing is learned from it.
     pub duration_ns: u64,
-    /// Attended KV cells, summed over the rows; 0: unknown.
+    /// KV cells that the rows attended over, summed; what a cell costs is learned
+    /// from it. 0: unknown, and then the cells' share is taken for the rows'.
+    /// Give it always or never.
     pub n_kv: u64,
 }
 
@@ -558,6 +580,7 @@ pub struct drex_observation {
     pub size: u32,
     /// At least 1.
     pub n_rows: u32,
+    /// The pass's first layer.
     pub layer_begin: u32,
     /// Above layer_begin, at most n_layers.
     pub layer_end: u32,
@@ -579,7 +602,9 @@ pub struct drex_stats {
     pub tokens: u64,
     /// Of these, at each ramp.
     pub exits: [u64; DREX_MAX_RAMPS],
+    /// Of the exits, those below the row's threshold; see drex_policy.
     pub involuntary_exits: u64,
+    /// Rows that were confident at a ramp and went on.
     pub involuntary_stays: u64,
     /// Completed steps by reason; DREX_FLUSH_NONE counts those that were no
     /// flush, so that all sum to `steps`. From DREX_FLUSH_REASONS on 0, as
@@ -587,8 +612,9 @@ pub struct drex_stats {
     pub flushes: [u64; DREX_MAX_FLUSH_REASONS],
     /// Rows in the rebatching buffer now, without those of the planned step.
     pub held_rows: u64,
+    /// Of these, at each ramp.
     pub held_rows_at: [u64; DREX_MAX_RAMPS],
-    /// The most that there ever were.
+    /// The most rows that were held at one time.
     pub held_rows_max: u64,
     /// Requests alive now.
     pub requests: u64,
@@ -598,6 +624,7 @@ pub struct drex_stats {
     pub cells_filled: u64,
     /// Bytes that it wrote for them.
     pub bytes_filled: u64,
+    /// Tokens that came later than their deadline.
     pub deadline_misses: u64,
     /// Rows at a ramp whose confidence was NaN.
     pub nonfinite_rows: u64,
@@ -608,6 +635,7 @@ pub struct drex_stats {
     /// Held times: bucket 0 counts those under 1 us, bucket i those in
     /// [2^(i-1), 2^i) us, the last one all that are longer.
     pub wait_us_buckets: [u64; DREX_WAIT_BUCKETS],
+    /// Held times, each in whole us, summed.
     pub wait_us_sum: u64,
     /// c/t_d at the first ramp for the last batch's rows, as pinned or as
     /// measured; NaN when unknown.
@@ -638,16 +666,18 @@ pub struct drex_stats {
     pub rows_filled: u64,
     /// VERIFY: drafts that were accepted or replaced.
     pub drafts: u64,
+    /// Of these, accepted.
     pub drafts_accepted: u64,
-    /// VERIFY: rows that followed a draft that was replaced.
+    /// VERIFY: rows that followed a draft that was replaced or was the last.
     pub rows_dropped: u64,
 }
 
 /// A block table entry without a page.
 pub const DREX_NO_PAGE: u32 = u32::MAX;
 
-/// Accounts for a pool of K/V pages. One thread at a time may be inside a call
-/// on one of these.
+/// An account of a pool of K/V pages. Opaque, and not an address. Made by
+/// drex_pages_create(), ended by drex_pages_destroy(). A destroyed handle gives
+/// DREX_ERROR_INVALID_HANDLE.
 pub struct drex_pages {
     _opaque: [u8; 0],
 }
@@ -672,9 +702,13 @@ pub struct drex_pages_config {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct drex_page_copy {
+    /// The page that is read.
     pub from: u32,
+    /// The page that is written, another one.
     pub to: u32,
+    /// Below page_tokens.
     pub first_cell: u32,
+    /// At least 1.
     pub n_cells: u32,
 }
 
@@ -686,7 +720,9 @@ pub struct drex_pages_stats {
     pub size: u32,
     /// 0
     pub reserved: u32,
+    /// Pages that some entry points to.
     pub pages_used: u64,
+    /// All others.
     pub pages_free: u64,
     /// Block table entries that point to a page.
     pub references: u64,

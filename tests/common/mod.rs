@@ -79,6 +79,10 @@ impl Pages {
         Ok(Pages { raw, layers })
     }
 
+    pub fn raw(&self) -> *mut drex_pages {
+        self.raw
+    }
+
     fn copies(
         &self,
         call: impl FnOnce(*mut drex_page_copy, u32, *mut u32) -> drex_status,

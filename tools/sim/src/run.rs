@@ -270,14 +270,18 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
             }
             engine.ramp(&scores)?;
         } else if engine.step_rows().iter().any(StepRow::is_draft) {
-            let right = engine.step_rows().iter().map(|r| {
-                let token = host.live[&r.id].token(r.back);
-                match uniform(w.seed, purpose::ACCEPT, r.id, token) < setup.filling.accept {
-                    true => Agrees::Yes,
-                    false => Agrees::No,
-                }
-            });
-            engine.verify(right.collect::<Vec<_>>().into_iter())?;
+            let right: Vec<Agrees> = engine
+                .step_rows()
+                .iter()
+                .map(|r| {
+                    let token = host.live[&r.id].token(r.back);
+                    match uniform(w.seed, purpose::ACCEPT, r.id, token) < setup.filling.accept {
+                        true => Agrees::Yes,
+                        false => Agrees::No,
+                    }
+                })
+                .collect();
+            engine.verify(right.len(), |i| Ok(right[i]))?;
         }
         // Tokens for the client, and who goes on.
         let mut done: Vec<(u64, u64)> = Vec::new();
