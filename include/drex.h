@@ -202,9 +202,10 @@
  *   arrays   [n] before a text: what the pointer points to has n elements.
  *   NULL     No pointer may be NULL: DREX_ERROR_NULL_ARGUMENT.
  *   owner    What is passed in stays the caller's, is not changed where it is
- *            const, and is not kept beyond the call; the tensors bound by
- *            drex_bind_kv() are the one exception. Handles are the caller's to
- *            destroy. Returned texts are the library's and static.
+ *            const, and is not kept beyond the call; exceptions are the tensors
+ *            bound by drex_bind_kv() and what drex_log_set() is given. Handles
+ *            are the caller's to destroy. Returned texts are the library's and
+ *            static.
  *   outputs  Written last, and only when the call returns DREX_OK. The one
  *            exception: where a text does not fit, its length is written, and
  *            the call returns DREX_ERROR_CAPACITY.
@@ -213,9 +214,10 @@
  *            DREX_ERROR_INVALID_HANDLE and DREX_ERROR_HANDLE_BUSY. "Errors:"
  *            names the others, without DREX_ERROR_.
  *   memory   Where a call's errors have DREX_ERROR_MEMORY, what grows with its
- *            arguments is asked for, and may be refused. What else allocates
- *            (chapter 3) needs little, and ends the process when there is not
- *            even that. CUDA's memory is DREX_ERROR_DEVICE.
+ *            arguments is asked for, and may be refused. Elsewhere (small needs
+ *            of these calls, profiles, snapshots, metrics, the writing of a
+ *            trace) a refusal ends the process. CUDA's memory is
+ *            DREX_ERROR_DEVICE.
  *   threads  Chapter 3.
  *   since    Items say in which version they came, constants where they are
  *            younger than the type or the items that they belong to, fields

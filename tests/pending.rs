@@ -519,6 +519,17 @@ fn verify_names_what_is_wrong() {
         [DREX_DECISION_REPLACE, DREX_DECISION_DROP]
     );
     fails(verify(&[0, 1], 8), DREX_ERROR_CALL_ORDER, "drex_complete");
+    // A step that is abandoned after that is as if it had not been planned.
+    e.abandon().unwrap();
+    let s = e.stats();
+    assert_eq!((s.tokens, s.drafts, s.pending_rows), (0, 0, 1));
+    let again = e.plan(7, 4).unwrap();
+    assert_eq!(
+        again.rows.iter().map(|r| r.back).collect::<Vec<_>>(),
+        [1, 0]
+    );
+    assert_eq!(e.complete(7, 1), Err(Failed(DREX_ERROR_CALL_ORDER)));
+    verify(&[0, 1], 8).unwrap();
     e.complete(7, 1).unwrap();
     let s = e.stats();
     assert_eq!(
