@@ -1631,11 +1631,13 @@ drex_status drex_snapshot(const drex_engine *engine,
                           size_t capacity,
                           size_t *length);
 
-// Counters, gauges and histograms in Prometheus' text format 0.0.4.
+// Counters, gauges and histograms in Prometheus' text format 0.0.4. Every
+// engine's text has the same families in the same order, each from its HELP
+// line on, also where a family has no sample: so several texts can be merged.
 //
 // labels    put on every sample, as name="value" separated by commas, with
 //           values escaped as that format says; NULL or empty: none. Not
-//           ramp, reason, cause or le.
+//           ramp, reason, cause, rule or le.
 // text, capacity, length  as for drex_snapshot()
 //
 // Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
