@@ -1669,10 +1669,11 @@ drex_status drex_trace_start(drex_engine *engine, uint32_t max_events);
 //
 // Windows are complete events on one track, from plan to complete, with the
 // host's own duration_ns in their arguments. Each time that a row was held is
-// a pair of async events with the request's id, named after its ramp; rows
-// that are held now end now. Exits are instants on a track per ramp. Times
-// are the host's; an exit's is its window's end. Steps that were abandoned
-// have no window.
+// a pair of async events of the request's, named after its ramp; rows that are
+// held now end now. Exits are instants on a track per ramp. Times are the
+// host's; an exit's is its window's end. Steps that were abandoned have no
+// window. Requests are strings, since viewers' numbers end at 2^53. The events
+// of several engines and processes can be put into one list.
 //
 // Allocates. Errors: NULL_ARGUMENT for sink; CALL_ORDER without
 // drex_trace_start().
