@@ -108,13 +108,17 @@ impl Watch {
     /// Somebody may listen.
     #[inline]
     pub fn on(&self) -> bool {
-        self.on
+        // The build without hooks that `cargo xtask test --observe` compares with.
+        !cfg!(drex_unwatched) && self.on
     }
 
     /// Finds out whether somebody listens. A subscriber of the Rust host may
     /// come or go at any time: it is noticed at the next plan.
     #[inline]
     pub fn look(&mut self) {
+        if cfg!(drex_unwatched) {
+            return;
+        }
         self.on = self.sink.is_some()
             || self.trace.is_some()
             || self.profiler.is_some()
@@ -125,7 +129,7 @@ impl Watch {
     /// the value lives.
     #[inline]
     pub fn range(&self, name: nvtx::Name) -> Option<nvtx::Range> {
-        if self.on { self.open(name) } else { None }
+        if self.on() { self.open(name) } else { None }
     }
 
     #[cold]
