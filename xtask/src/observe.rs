@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! What observability costs while nobody has asked for it, in instructions counted by callgrind: of the hooks' own lines,
-//! and of the whole against a build of the same source without hooks.
+//! and of the whole against a build of the same source without hooks. And whether the profiler that the tests of the ranges
+//! make up is one for NVIDIA's own header too.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,8 +15,9 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     cache,
-    cache::TempDir,
+    cache::{Cache, TempDir},
     cargo::{cargo, target_dir},
+    fetch::Python,
     process,
 };
 
@@ -29,7 +31,17 @@ const LEAST_WATCHED: f64 = 2000.0;
 
 const STEPS: [u32; 2] = [100, 300];
 
-pub fn off_costs_nothing() -> Result<()> {
+type Test = (&'static str, fn() -> Result<()>);
+
+pub const TESTS: [Test; 2] = [
+    (
+        "nvtx: NVIDIA's own header meets the tests' profiler as drex does",
+        fake_profiler_is_true,
+    ),
+    ("observability costs nothing when off", off_costs_nothing),
+];
+
+fn off_costs_nothing() -> Result<()> {
     ensure!(
         process::find_program("valgrind").is_some(),
         "the count needs valgrind, which is not here (Debian, Ubuntu: apt-get install valgrind)"
@@ -86,6 +98,73 @@ pub fn off_costs_nothing() -> Result<()> {
         100.0 * MOST_MORE
     );
     Ok(())
+}
+
+/// NVTX as NVIDIA publishes it for C.
+const NVTX: &str = "nvidia-nvtx==13.5.25";
+const NVTX_HEADERS: &str = "nvidia/cu13/include";
+
+/// `tests/nvtx.rs` expects these lines of drex.
+const RANGE: [&str; 6] = [
+    "initialize",
+    "attached",
+    "domain drex",
+    "string plan",
+    "push plan",
+    "pop drex",
+];
+
+fn fake_profiler_is_true() -> Result<()> {
+    let headers = nvtx_headers()?;
+    let dir = TempDir::unlocked("nvtx")?;
+    let [client, fake] = ["client", "fake.so"].map(|name| dir.path().join(name));
+    let cc = |source: &str, out: &Path, flags: &[&str]| {
+        let mut command = Command::new("cc");
+        command
+            .args(["-Wall", "-Wextra", "-Werror", "-isystem"])
+            .arg(&headers)
+            .arg(cache::repo().join("tests/c").join(source))
+            .args(flags)
+            .arg("-o")
+            .arg(out);
+        process::output(&mut command)
+    };
+    cc("nvtx_client.c", &client, &["-ldl"])?;
+    cc("nvtx_injection.c", &fake, &["-fPIC", "-shared", "-pthread"])?;
+    let out = Command::new(&client)
+        .env("NVTX_INJECTION64_PATH", &fake)
+        .env("FAKE_NVTX_PRINT", "1")
+        .output()?;
+    let notes = String::from_utf8_lossy(&out.stderr);
+    let lines: Vec<&str> = notes.lines().skip(1).map(str::trim).collect();
+    ensure!(
+        out.status.success() && lines == RANGE,
+        "the header's range is {lines:?}, expected {RANGE:?}"
+    );
+    Ok(())
+}
+
+fn nvtx_headers() -> Result<PathBuf> {
+    let cache = Cache::open()?;
+    let dir = cache.path(NVTX);
+    let headers = dir.join(NVTX_HEADERS);
+    if !dir.is_dir() {
+        let _lock = cache.lock()?;
+        let python = Python::find(&cache)?;
+        let (log, temp) = (cache.log("nvtx")?, cache.temp_dir()?);
+        let mut command = python.pip();
+        command
+            .args(["install", "--only-binary", ":all:", "--no-deps"])
+            .args(["--progress-bar", "off", NVTX, "--target"])
+            .arg(temp.path().join("nvtx"));
+        process::logged(&mut command, "fetching NVIDIA's header", &log, false)?;
+        temp.publish("nvtx", &dir)?;
+    }
+    ensure!(
+        headers.join("nvtx3/nvToolsExt.h").is_file(),
+        "{NVTX} has no nvtx3/nvToolsExt.h"
+    );
+    Ok(headers)
 }
 
 struct Count {

@@ -40,7 +40,7 @@ pub struct Options {
     /// Only the programs in examples/, built and run, and compared with llama.cpp
     #[arg(long, group = "part")]
     examples: bool,
-    /// Only the cost of observability while it is off, counted by callgrind
+    /// Only the cost of observability while it is off, counted by callgrind, and NVIDIA's header against the tests' profiler
     #[arg(long, group = "part")]
     observe: bool,
     /// Only the Python package
@@ -140,9 +140,10 @@ pub fn run(options: &Options) -> Result<bool> {
     }
     if long || options.observe {
         println!("== observability");
-        let start = Instant::now();
-        let name = "observability costs nothing when off";
-        count.one(name, observe::off_costs_nothing(), start);
+        for test in observe::TESTS {
+            let start = Instant::now();
+            count.one(test.0, (test.1)(), start);
+        }
     }
     if all || options.python {
         python_tests(&mut count);
