@@ -1,20 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Instructions per step, counted by callgrind: 512 requests, batches of 256.
- * Two runs, so that start and end fall out:
- *
- *   cargo build --release
- *   ln -sf libdrex.so target/release/libdrex.so.0
- *   cc -O1 -Iinclude benches/instructions.c -o /tmp/instructions -Ltarget/release -ldrex
- *   export LD_LIBRARY_PATH=target/release
- *   for n in 200 1200; do valgrind --tool=callgrind /tmp/instructions $n; done
- *
- * (the second count - the first) / 1000 is one plan, ramp and complete, and
- * drex_request_ready() for every row that emitted a token.
+ * instructions STEPS [watched]: so many steps with 512 requests and batches of
+ * 256, of one plan, ramp and complete each, and of drex_request_ready() for
+ * every row that emitted a token. `cargo xtask test --observe` counts their
+ * instructions by callgrind, in runs of two lengths, so that start and end fall
+ * out. Watched: with a log and a trace.
  */
 #include <drex.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { REQUESTS = 512, BATCH = 256, VOCAB = 16 };
 
@@ -27,6 +22,10 @@ static void ok(drex_status status) {
         fprintf(stderr, "%s\n", drex_last_error());
         exit(1);
     }
+}
+
+static void hear(void *user_data, drex_log_level level, const char *text) {
+    (void)user_data, (void)level, (void)text;
 }
 
 int main(int argc, char **argv) {
@@ -44,6 +43,10 @@ int main(int argc, char **argv) {
     config.policy = DREX_POLICY_HOLD;
     config.flush_rows = BATCH;
     ok(drex_create(&config, &engine));
+    if (argc > 2 && strcmp(argv[2], "watched") == 0) {
+        ok(drex_log_set(engine, hear, NULL, DREX_LOG_TRACE));
+        ok(drex_trace_start(engine, 10000));
+    }
     for (uint64_t id = 0; id < REQUESTS; id++) {
         drex_request_config request = DREX_REQUEST_CONFIG_INITIALIZER;
         request.id = id;

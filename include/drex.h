@@ -1678,11 +1678,13 @@ drex_status drex_snapshot(const drex_engine *engine,
                           size_t capacity,
                           size_t *length);
 
-// Counters, gauges and histograms in Prometheus' text format 0.0.4.
+// Counters, gauges and histograms in Prometheus' text format 0.0.4. Every
+// engine's text has the same families in the same order, each from its HELP
+// line on, also where a family has no sample: so several texts can be merged.
 //
 // labels    put on every sample, as name="value" separated by commas, with
 //           values escaped as that format says; NULL or empty: none. Not
-//           ramp, reason, cause or le.
+//           ramp, reason, cause, rule or le.
 // text, capacity, length  as for drex_snapshot()
 //
 // Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
@@ -1714,10 +1716,11 @@ drex_status drex_trace_start(drex_engine *engine, uint32_t max_events);
 //
 // Windows are complete events on one track, from plan to complete, with the
 // host's own duration_ns in their arguments. Each time that a row was held is
-// a pair of async events with the request's id, named after its ramp; rows
-// that are held now end now. Exits are instants on a track per ramp. Times
-// are the host's; an exit's is its window's end. Steps that were abandoned
-// have no window.
+// a pair of async events of the request's, named after its ramp; rows that are
+// held now end now. Exits are instants on a track per ramp. Times are the
+// host's; an exit's is its window's end. Steps that were abandoned have no
+// window. Requests are strings, since viewers' numbers end at 2^53. The events
+// of several engines and processes can be put into one list.
 //
 // Allocates. Errors: NULL_ARGUMENT for sink; CALL_ORDER without
 // drex_trace_start().

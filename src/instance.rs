@@ -15,6 +15,7 @@ use crate::device::host::Host;
 use crate::device::kv::{Kv, Layer};
 use crate::device::{Arena, Device, Hole, Limits, Logits, Top};
 use crate::observe::Watch;
+use crate::observe::nvtx::Name;
 
 /// Where the host's tensors lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,12 +69,10 @@ impl Instance {
             Place::Host => Box::new(Host::new(limits)?),
             Place::Cuda => Box::new(Cuda::new(limits)?),
         };
-        let mut watch = Watch::default();
-        watch.look();
         Ok(Instance {
             engine,
             limits,
-            watch,
+            watch: Watch::new(),
             n_top: 0,
             device,
             kv: None,
@@ -119,6 +118,7 @@ impl Instance {
 
     pub fn plan(&mut self, now_ns: u64, capacity: usize) -> Result<Option<Step>> {
         self.watch.look();
+        let _range = self.watch.range(Name::Plan);
         let step = self.engine.plan(now_ns, capacity)?;
         // Not before: a plan that is refused leaves the step that there is.
         self.filled = false;
@@ -220,6 +220,12 @@ impl Instance {
                 "no step is planned; expected drex_plan first",
             ));
         }
+        let name = if to_arena {
+            Name::Scatter
+        } else {
+            Name::Gather
+        };
+        let _range = self.watch.range(name);
         let rows = self.engine.step_rows();
         // SAFETY: by this function's contract.
         unsafe {
@@ -232,6 +238,7 @@ impl Instance {
     /// `logits` has a readable row for every planned row, and `cells`, if not
     /// null, one number.
     pub unsafe fn ramp(&mut self, logits: &Logits, cells: *const u32) -> Result<()> {
+        let _range = self.watch.range(Name::Ramp);
         // SAFETY: by this function's contract.
         unsafe { self.list_rows(cells)? };
         self.check_top(logits)?;
@@ -311,6 +318,7 @@ impl Instance {
     }
 
     pub fn fill(&mut self, launch: Launch) -> Result<()> {
+        let _range = self.watch.range(Name::Fill);
         let Some(kv) = &self.kv else {
             return Err(UNBOUND);
         };
@@ -349,6 +357,7 @@ impl Instance {
     }
 
     pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
+        let _range = self.watch.range(Name::Complete);
         let unfilled = self.kv.is_some()
             && self.engine.ramped()
             && !self.filled

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr;
 
@@ -132,6 +133,242 @@ fn the_snapshot_is_json_and_says_what_stats_say() {
     assert_eq!(v["counters"]["window_us_sum"], 900);
 }
 
+/// A text by the format's rules: a family is its HELP line, its TYPE line and
+/// its samples, and comes once. By family: its type, and its samples by what
+/// stands before the value.
+fn families(text: &str) -> Vec<(String, String, BTreeMap<String, f64>)> {
+    let mut all: Vec<(String, String, BTreeMap<String, f64>)> = Vec::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            let (name, help) = help.split_once(' ').unwrap();
+            assert!(
+                all.iter().all(|f| f.0 != name) && help.ends_with('.'),
+                "{line}"
+            );
+            let kind = lines.next().unwrap().strip_prefix("# TYPE ").unwrap();
+            let kind = kind.strip_prefix(name).unwrap().trim_start();
+            assert_eq!(name.ends_with("_total"), kind == "counter", "{name}");
+            all.push((name.to_owned(), kind.to_owned(), BTreeMap::new()));
+            continue;
+        }
+        let (family, kind, samples) = all.last_mut().unwrap();
+        let (sample, value) = line.rsplit_once(' ').unwrap();
+        let name = sample.split('{').next().unwrap();
+        let suffixes: &[&str] = match kind.as_str() {
+            "histogram" => &["_bucket", "_sum", "_count"],
+            "counter" | "gauge" => &[""],
+            other => panic!("{other}"),
+        };
+        let suffix = name.strip_prefix(family.as_str());
+        assert!(suffix.is_some_and(|s| suffixes.contains(&s)), "{line}");
+        let twice = samples.insert(sample.to_owned(), value.parse().unwrap());
+        assert_eq!(twice, None, "{line}");
+    }
+    assert!(text.ends_with('\n'));
+    all
+}
+
+fn metrics(e: &Engine, labels: &str) -> String {
+    let labels = CString::new(labels).unwrap();
+    // SAFETY: valid pointers.
+    text_of(|p, n, out| unsafe { drex_metrics_text(e.raw, labels.as_ptr(), p, n, out) })
+}
+
+/// An engine under AUTO that has searched, with cells filled by copy, and
+/// rows by post-fill and verification.
+fn busy(fill: drex_fill_mode) -> Engine {
+    let ramps = [4, 8];
+    let mut c = config(&ramps, 8, 8, DREX_POLICY_AUTO);
+    c.n_slots = 32;
+    c.fill = fill;
+    c.token_deadline_ns = 900;
+    let e = Engine::new(&c);
+    let mut kv = vec![[0u8; 8 * 16]; 24];
+    let layers: Vec<drex_kv_layer> = (0..12)
+        .map(|i| {
+            let mut l = sized!(drex_kv_layer);
+            (l.n_cells, l.k_row_bytes, l.v_row_bytes) = (8, 16, 16);
+            (l.k_cell_stride, l.v_cell_stride) = (16, 16);
+            l.k = kv[i].as_mut_ptr().cast();
+            l.v = kv[12 + i].as_mut_ptr().cast();
+            l
+        })
+        .collect();
+    // SAFETY: the tensors live as long as the calls below.
+    ok(unsafe { drex_bind_kv(e.raw, layers.as_ptr(), 12) }).unwrap();
+    for id in 0..8 {
+        e.add(id).unwrap();
+    }
+    let mut now = 0;
+    for i in 0..600 {
+        now += 1000;
+        for id in 0..8 {
+            let _ = e.ready(id, now);
+        }
+        let p = e.plan(now, 8).unwrap();
+        if p.step.n_rows == 0 {
+            continue;
+        }
+        let cells: Vec<u32> = p.ids().iter().map(|&id| id as u32).collect();
+        if p.step.ramp != DREX_NO_RAMP {
+            let sure = |r: &drex_row| [0.1, 0.9, 0.8][(r.request + i) as usize % 3];
+            let conf: Vec<f32> = p.rows.iter().map(sure).collect();
+            e.ramp_at(&conf, cells.as_ptr()).unwrap();
+            e.fill().unwrap();
+        } else {
+            let agrees: Vec<u8> = p
+                .rows
+                .iter()
+                .map(|r| u8::from((r.request + i) % 4 > 0))
+                .collect();
+            let mut out = [0; 32];
+            // SAFETY: as many of each as there are rows, or more.
+            ok(unsafe { drex_verify(e.raw, agrees.as_ptr(), p.step.n_rows, out.as_mut_ptr(), 32) })
+                .unwrap();
+        }
+        let layers = u64::from(p.step.layer_end - p.step.layer_begin);
+        e.complete(now + 100 * layers, 100 * layers).unwrap();
+    }
+    // SAFETY: a handle.
+    ok(unsafe { drex_bind_kv(e.raw, ptr::null(), 0) }).unwrap();
+    e
+}
+
+/// Every number of drex_stats is in the metrics, under its name there.
+#[test]
+fn metrics_say_what_stats_say() {
+    let mut seen = Vec::new();
+    for fill in [DREX_FILL_COPY, DREX_FILL_POSTFILL, DREX_FILL_VERIFY] {
+        let e = busy(fill);
+        let (s, all) = (e.stats(), families(&metrics(&e, "")));
+        let value = |sample: &str| {
+            let found = all.iter().find_map(|f| f.2.get(sample));
+            *found.unwrap_or_else(|| panic!("no {sample} in {all:?}"))
+        };
+        let mut check = |sample: &str, number: f64| {
+            assert!(
+                (value(sample) - number).abs() <= 1e-9 * number.abs(),
+                "{sample} {number}"
+            );
+            if number != 0.0 {
+                seen.push(sample.to_owned());
+            }
+        };
+        for (name, number) in [
+            ("drex_tokens_total", s.tokens),
+            ("drex_involuntary_exits_total", s.involuntary_exits),
+            ("drex_involuntary_stays_total", s.involuntary_stays),
+            ("drex_nonfinite_rows_total", s.nonfinite_rows),
+            ("drex_steps_total", s.steps),
+            ("drex_step_rows_total", s.step_rows),
+            ("drex_held_rows_max", s.held_rows_max),
+            ("drex_pending_rows", s.pending_rows),
+            ("drex_requests", s.requests),
+            ("drex_slots_free", s.slots_free),
+            ("drex_filled_cells_total", s.cells_filled),
+            ("drex_filled_bytes_total", s.bytes_filled),
+            ("drex_postfilled_rows_total", s.rows_filled),
+            ("drex_drafts_total", s.drafts),
+            ("drex_drafts_accepted_total", s.drafts_accepted),
+            ("drex_dropped_rows_total", s.rows_dropped),
+            ("drex_searches_total", s.searches),
+            ("drex_rule_hold_rows", s.rule_hold_rows.into()),
+            ("drex_rule_ready_rows", s.rule_ready_rows.into()),
+            ("drex_held_seconds_count", s.wait_us_buckets.iter().sum()),
+        ] {
+            check(name, number as f64);
+        }
+        check("drex_held_seconds_sum", s.wait_us_sum as f64 / 1e6);
+        let [chosen, off] = ["chosen", "off"]
+            .map(|rule| format!("drex_predicted_tokens_per_second{{rule=\"{rule}\"}}"));
+        check(&chosen, s.predicted_tokens_per_s);
+        check(&off, s.predicted_off_tokens_per_s);
+        for r in 0..2 {
+            let at = |name| format!("{name}{{ramp=\"{r}\"}}");
+            check(&at("drex_exits_total"), s.exits[r] as f64);
+            check(&at("drex_held_rows"), s.held_rows_at[r] as f64);
+            check(&at("drex_rule_ramp"), f64::from(s.rule_ramps >> r & 1));
+            if s.exit_share[r].is_finite() {
+                check(&at("drex_exit_share"), s.exit_share[r]);
+            }
+        }
+        for (i, cause) in ["host", "queue", "held", "run"].iter().enumerate() {
+            let sample = format!("drex_deadline_misses_total{{cause=\"{cause}\"}}");
+            check(&sample, s.misses[i] as f64);
+        }
+        // Steps of ready rows are no flushes.
+        let flushes = all.iter().find(|f| f.0 == "drex_flushes_total").unwrap();
+        let sum: f64 = flushes.2.values().sum();
+        assert_eq!(sum as u64, s.steps - s.flushes[DREX_FLUSH_NONE as usize]);
+        assert!(flushes.2.keys().all(|k| !k.contains("none")) && flushes.2.len() == 5);
+    }
+    // None of these was compared with 0 only.
+    for name in [
+        "drex_filled_bytes_total",
+        "drex_postfilled_rows_total",
+        "drex_drafts_accepted_total",
+        "drex_dropped_rows_total",
+        "drex_searches_total",
+        "drex_slots_free",
+        "drex_predicted_tokens_per_second{rule=\"chosen\"}",
+        "drex_predicted_tokens_per_second{rule=\"off\"}",
+        "drex_exit_share{ramp=\"0\"}",
+        "drex_rule_hold_rows",
+    ] {
+        assert!(seen.iter().any(|s| s == name), "{name}");
+    }
+}
+
+/// As docs/observability.md says: of the second text and later ones, each
+/// family's samples go behind those of the first.
+fn merged(texts: &[String]) -> String {
+    let blocks = |text: &String| -> Vec<String> {
+        let blocks = text.split("# HELP ").skip(1);
+        blocks.map(|b| format!("# HELP {b}")).collect()
+    };
+    let texts: Vec<Vec<String>> = texts.iter().map(blocks).collect();
+    let mut out = String::new();
+    for i in 0..texts[0].len() {
+        out += &texts[0][i];
+        for other in &texts[1..] {
+            for line in other[i].lines().filter(|l| !l.starts_with('#')) {
+                out += line;
+                out.push('\n');
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn texts_of_several_engines_merge() {
+    let mut seen = empty();
+    let engines = [
+        busy(DREX_FILL_VERIFY),
+        served(DREX_LOG_OFF, &mut seen),
+        Engine::new(&config(&[2, 4, 6], 4, 4, DREX_POLICY_AUTO)),
+    ];
+    let texts = ["a", "b", "c"].map(|m| format!("model=\"{m}\""));
+    let texts: Vec<String> = (engines.iter().zip(&texts))
+        .map(|(e, labels)| metrics(e, labels))
+        .collect();
+    let alone: Vec<_> = texts.iter().map(|t| families(t)).collect();
+    let names = |i: usize| alone[i].iter().map(|f| (&f.0, &f.1)).collect::<Vec<_>>();
+    assert!(names(0) == names(1) && names(1) == names(2));
+    let all = merged(&texts);
+    if let Some(path) = std::env::var_os("DREX_METRICS_OUT") {
+        std::fs::write(path, &all).unwrap();
+    }
+    for (i, family) in families(&all).into_iter().enumerate() {
+        let mut sum = BTreeMap::new();
+        for one in &alone {
+            sum.extend(one[i].2.clone());
+        }
+        assert_eq!(family.2, sum);
+    }
+}
+
 #[test]
 fn metrics_add_up_and_labels_are_checked() {
     let mut seen = empty();
@@ -151,9 +388,6 @@ fn metrics_add_up_and_labels_are_checked() {
     ] {
         assert!(text.lines().any(|l| l == line), "{line}\n{text}");
     }
-    if let Some(path) = std::env::var_os("DREX_METRICS_OUT") {
-        std::fs::write(path, &text).unwrap();
-    }
     for bad in [
         "a",
         "a=\"",
@@ -164,6 +398,7 @@ fn metrics_add_up_and_labels_are_checked() {
         "__a=\"\"",
         "a=\"1\",a=\"2\"",
         "ramp=\"0\"",
+        "rule=\"0\"",
         "a=\"1\n\"",
     ] {
         let mut n = 0;

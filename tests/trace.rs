@@ -139,29 +139,83 @@ fn of<'a>(all: &'a Value, ph: &str) -> Vec<&'a Value> {
     events.iter().filter(|e| e["ph"] == ph).collect()
 }
 
-/// Time goes on, every begin has its end, and windows do not overlap.
+fn text_at<'a>(e: &'a Value, field: &str) -> &'a str {
+    let text = e[field].as_str();
+    text.unwrap_or_else(|| panic!("{field} is no string: {e}"))
+}
+
+/// What the Trace Event Format asks of each kind of event; and time goes on,
+/// every begin has its end, windows do not overlap, and tracks have names.
 fn check(all: &Value) {
     let events = all["traceEvents"].as_array().unwrap();
     let mut last = HashMap::new();
     let mut open = HashMap::new();
-    for e in events.iter().filter(|e| e["ph"] != "M") {
+    let mut named = HashMap::new();
+    let mut ends = HashMap::new();
+    let mut processes = 0;
+    for e in events {
+        let pid = e["pid"].as_u64().unwrap();
+        assert_eq!(pid, u64::from(std::process::id()));
+        if e["ph"] == "M" {
+            let name = text_at(&e["args"], "name").to_owned();
+            match text_at(e, "name") {
+                "process_name" => processes += 1,
+                "thread_name" => {
+                    assert_eq!(named.insert(e["tid"].as_u64().unwrap(), name), None);
+                }
+                other => panic!("{other}"),
+            }
+            continue;
+        }
+        let tid = e["tid"].as_u64().unwrap();
+        assert!(
+            named.contains_key(&tid) && !text_at(e, "name").is_empty(),
+            "{e}"
+        );
         let ts = ns(&e["ts"]);
-        let before = last.insert(e["tid"].as_u64().unwrap(), ts);
+        let before = last.insert(tid, ts);
         assert!(before <= Some(ts), "{e}");
-        let key = (e["id"].to_string(), e["name"].to_string());
-        match e["ph"].as_str().unwrap() {
-            "b" => assert_eq!(open.insert(key, ts), None, "{e}"),
-            "e" => assert!(open.remove(&key).unwrap() <= ts, "{e}"),
-            "X" | "i" | "C" => {}
+        match text_at(e, "ph") {
+            // By category and id alone, as a viewer does.
+            "b" => {
+                let key = (text_at(e, "cat"), text_at(e, "id"));
+                let name = text_at(e, "name");
+                assert_eq!(open.insert(key, (ts, name)), None, "{e}");
+            }
+            "e" => {
+                let key = (text_at(e, "cat"), text_at(e, "id"));
+                let (begun, name) = open.remove(&key).unwrap();
+                assert!(begun <= ts && name == text_at(e, "name"), "{e}");
+            }
+            "X" => {
+                let end = ends.insert(tid, ts + ns(&e["dur"]));
+                assert!(end <= Some(ts), "{e}");
+            }
+            "i" => assert_eq!(e["s"], "t"),
+            "C" => {
+                let series = e["args"].as_object().unwrap();
+                assert!(series.values().all(Value::is_u64), "{e}");
+                text_at(e, "id");
+            }
             other => panic!("{other}"),
         }
     }
     assert!(open.is_empty(), "{open:?}");
-    let mut end = 0;
-    for w in of(all, "X") {
-        assert!(end <= ns(&w["ts"]), "{w}");
-        end = ns(&w["ts"]) + ns(&w["dur"]);
-    }
+    assert!(processes > 0);
+    let mut names: Vec<String> = named.into_values().collect();
+    names.sort_unstable();
+    let n = names.len();
+    names.dedup();
+    assert_eq!(names.len(), n);
+}
+
+/// The track of that name.
+fn track(all: &Value, name: &str) -> u64 {
+    let found = of(all, "M").into_iter().find(|m| {
+        let of_engine = text_at(&m["args"], "name").strip_prefix("engine ");
+        of_engine.is_some_and(|n| n.split_once(", ").unwrap().1.starts_with(name))
+    });
+    found.unwrap()["tid"].as_u64().unwrap()
 }
 
 #[test]
@@ -192,7 +246,8 @@ fn it_says_what_happened() {
     }
     let exits = of(&all, "i");
     for ramp in 0..2 {
-        let n = exits.iter().filter(|x| x["tid"] == ramp + 2).count();
+        let tid = track(&all, &format!("ramp {ramp}"));
+        let n = exits.iter().filter(|x| x["tid"] == tid).count();
         assert_eq!(n as u64, stats.exits[ramp as usize]);
         assert!(n > 10);
     }
@@ -205,6 +260,57 @@ fn it_says_what_happened() {
     let counts = of(&all, "C");
     assert_eq!(counts.len() as u64, stats.steps);
     assert_eq!(counts.last().unwrap()["args"]["held"], stats.held_rows);
+}
+
+/// Two engines' events in one list: nothing of one is taken for the other's,
+/// though their requests have the same ids.
+#[test]
+fn traces_of_two_engines_merge() {
+    let engines = [engine(), engine()];
+    let mut all = Vec::new();
+    let mut windows = Vec::new();
+    for e in &engines {
+        start(e, 1 << 12);
+        serve(e, 150);
+        let one = written(e).0;
+        check(&one);
+        windows.push((track(&one, "windows"), of(&one, "X").len() as u64));
+        let rows: Vec<&str> = of(&one, "C").iter().map(|c| text_at(c, "id")).collect();
+        assert!(rows.iter().all(|id| *id == rows[0]));
+        all.extend(one["traceEvents"].as_array().unwrap().clone());
+    }
+    let all = serde_json::json!({"traceEvents": all});
+    check(&all);
+    for (e, (tid, n)) in engines.iter().zip(&windows) {
+        let own = of(&all, "X");
+        let own = own.iter().filter(|w| w["tid"] == *tid).count() as u64;
+        assert_eq!((own, *n), (e.stats().steps, e.stats().steps));
+    }
+    let counters = of(&all, "C");
+    let mut ids: Vec<&str> = counters.iter().map(|c| text_at(c, "id")).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 2);
+}
+
+/// A number of JavaScript's ends at 2^53.
+#[test]
+fn a_requests_id_keeps_its_digits() {
+    let e = engine();
+    start(&e, 100);
+    let ids = [u64::MAX, (1 << 53) + 1];
+    for id in ids {
+        e.add(id).unwrap();
+        e.ready(id, 0).unwrap();
+    }
+    e.plan(1, 2).unwrap();
+    e.ramp(&[0.9, 0.1]).unwrap();
+    e.complete(2, 1).unwrap();
+    let all = written(&e).0;
+    check(&all);
+    let request = |ph| text_at(&of(&all, ph)[0]["args"], "request").to_owned();
+    assert_eq!([request("i"), request("b")], ids.map(|id| id.to_string()));
+    assert!(text_at(of(&all, "b")[0], "id").ends_with(".9007199254740993"));
 }
 
 const REASONS: [&str; 6] = ["none", "fill", "age", "deadline", "idle", "stay"];

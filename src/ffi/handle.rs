@@ -76,9 +76,14 @@ impl<T> Table<T> {
         if key & ((1 << TAG_BITS) - 1) != self.tag {
             return Err(Fault::Handle(self.name));
         }
-        let index = (key >> TAG_BITS) & (MAX_HANDLES - 1);
+        let index = self.number(handle);
         let generation = (key >> (INDEX_BITS + TAG_BITS)) as u64;
         Ok((&self.entries[index], generation))
+    }
+
+    /// Tells the objects alive from each other: below MAX_HANDLES.
+    pub fn number<H>(&self, handle: *const H) -> usize {
+        (handle.addr() >> TAG_BITS) & (MAX_HANDLES - 1)
     }
 
     /// Why an entry could not be taken in the state that was asked for.

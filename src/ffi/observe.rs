@@ -8,6 +8,7 @@ use std::ffi::{CStr, c_char, c_void};
 
 use super::entry::{give_text, with};
 use super::error::Fault;
+use super::handle;
 use super::types::*;
 use crate::core::error::Error;
 use crate::observe::trace::Trace;
@@ -95,11 +96,13 @@ pub unsafe extern "C" fn drex_snapshot(
     })
 }
 
-/// Counters, gauges and histograms in Prometheus' text format 0.0.4.
+/// Counters, gauges and histograms in Prometheus' text format 0.0.4. Every
+/// engine's text has the same families in the same order, each from its HELP
+/// line on, also where a family has no sample: so several texts can be merged.
 ///
 /// labels    put on every sample, as name="value" separated by commas, with
 ///           values escaped as that format says; NULL or empty: none. Not
-///           ramp, reason, cause or le.
+///           ramp, reason, cause, rule or le.
 /// text, capacity, length  as for drex_snapshot()
 ///
 /// Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
@@ -168,10 +171,11 @@ pub unsafe extern "C" fn drex_trace_start(
 ///
 /// Windows are complete events on one track, from plan to complete, with the
 /// host's own duration_ns in their arguments. Each time that a row was held is
-/// a pair of async events with the request's id, named after its ramp; rows
-/// that are held now end now. Exits are instants on a track per ramp. Times
-/// are the host's; an exit's is its window's end. Steps that were abandoned
-/// have no window.
+/// a pair of async events of the request's, named after its ramp; rows that are
+/// held now end now. Exits are instants on a track per ramp. Times are the
+/// host's; an exit's is its window's end. Steps that were abandoned have no
+/// window. Requests are strings, since viewers' numbers end at 2^53. The events
+/// of several engines and processes can be put into one list.
 ///
 /// Allocates. Errors: NULL_ARGUMENT for sink; CALL_ORDER without
 /// drex_trace_start().
@@ -190,7 +194,8 @@ pub unsafe extern "C" fn drex_trace_write(
                 Error::CallOrder("no trace is under way; expected drex_trace_start first").into(),
             );
         };
-        trace.write(&instance.engine, &mut |part| {
+        let number = handle::ENGINES.number(engine);
+        trace.write(&instance.engine, number, &mut |part| {
             // SAFETY: the host vouches for the pair.
             unsafe { sink(user_data, part.as_ptr().cast(), part.len()) }
         });

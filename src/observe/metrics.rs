@@ -2,13 +2,17 @@
 
 //! Counters in Prometheus' text format, version 0.0.4.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 use super::REASONS;
 use crate::core::counters::WAIT_BUCKETS;
 use crate::core::engine::Engine;
+use crate::core::policy::Policy;
 
 const MISSES: [&str; 4] = ["host", "queue", "held", "run"];
+
+const COUNTER: &str = "counter";
+const GAUGE: &str = "gauge";
 
 struct Text<'a> {
     out: String,
@@ -32,21 +36,27 @@ impl Text<'_> {
         };
     }
 
-    fn one(&mut self, name: &str, kind: &str, help: &str, value: u64) {
+    fn one(&mut self, name: &str, kind: &str, help: &str, value: impl Into<Option<u64>>) {
         self.family(name, kind, help);
-        self.sample(name, "", &value.to_string());
+        if let Some(value) = value.into() {
+            self.sample(name, "", &value.to_string());
+        }
     }
 
-    fn many<'b>(
+    /// One sample for each value that is known, told apart by the label.
+    fn many<V: ToString>(
         &mut self,
-        name: &str,
-        kind: &str,
+        (name, kind): (&str, &str),
         help: &str,
-        values: impl Iterator<Item = (String, &'b u64)>,
+        label: &str,
+        values: impl IntoIterator<Item = (impl Display, Option<V>)>,
     ) {
         self.family(name, kind, help);
-        for (own, value) in values {
-            self.sample(name, &own, &value.to_string());
+        for (which, value) in values {
+            if let Some(value) = value {
+                let own = format!("{label}=\"{which}\"");
+                self.sample(name, &own, &value.to_string());
+            }
         }
     }
 
@@ -70,108 +80,65 @@ impl Text<'_> {
     }
 }
 
+/// The families and their order are the same in every text.
 pub fn text(e: &Engine, labels: &str) -> String {
-    let (c, n) = (e.counters(), e.config().n_ramps());
     let mut t = Text {
         out: String::new(),
         labels,
     };
-    let ramp = |r: usize| format!("ramp=\"{r}\"");
-    let held = e.held_rows_at();
-    let indexed = |v: &'_ [u64]| v.iter().enumerate().map(|(r, _)| r).collect::<Vec<_>>();
-    let ramps = indexed(&c.exits[..n]);
-    t.one("drex_tokens_total", "counter", "Tokens emitted.", c.tokens);
+    served(&mut t, e);
+    waiting(&mut t, e);
+    filling(&mut t, e);
+    rule(&mut t, e);
+    t.out
+}
+
+fn served(t: &mut Text, e: &Engine) {
+    let (c, n) = (e.counters(), e.config().n_ramps());
+    t.one("drex_tokens_total", COUNTER, "Tokens emitted.", c.tokens);
     t.many(
-        "drex_exits_total",
-        "counter",
+        ("drex_exits_total", COUNTER),
         "Rows that exited at a ramp.",
-        ramps.iter().map(|&r| (ramp(r), &c.exits[r])),
+        "ramp",
+        c.exits[..n].iter().map(Some).enumerate(),
     );
     t.one(
         "drex_involuntary_exits_total",
-        "counter",
+        COUNTER,
         "Exits without confidence.",
         c.involuntary_exits,
     );
     t.one(
         "drex_involuntary_stays_total",
-        "counter",
+        COUNTER,
         "Confident rows that went on.",
         c.involuntary_stays,
     );
-    t.many(
-        "drex_held_rows",
-        "gauge",
-        "Rows in the rebatching buffer.",
-        ramps.iter().map(|&r| (ramp(r), &held[r])),
-    );
-    t.many(
-        "drex_flushes_total",
-        "counter",
-        "Completed steps by reason.",
-        REASONS
-            .iter()
-            .zip(&c.flushes)
-            .map(|(r, v)| (format!("reason=\"{r}\""), v)),
-    );
-    t.many(
-        "drex_deadline_misses_total",
-        "counter",
-        "Late tokens by where most of their time went.",
-        MISSES
-            .iter()
-            .zip(&c.misses)
-            .map(|(r, v)| (format!("cause=\"{r}\""), v)),
-    );
-    t.one("drex_steps_total", "counter", "Completed steps.", c.steps);
-    t.one(
-        "drex_step_rows_total",
-        "counter",
-        "Rows of completed steps.",
-        c.step_rows,
-    );
     t.one(
         "drex_nonfinite_rows_total",
-        "counter",
+        COUNTER,
         "Rows whose confidence was NaN.",
         c.nonfinite_rows,
     );
-    t.one(
-        "drex_filled_cells_total",
-        "counter",
-        "Cells filled by copy.",
-        c.cells_filled,
+    t.many(
+        ("drex_deadline_misses_total", COUNTER),
+        "Late tokens by where most of their time went.",
+        "cause",
+        MISSES.iter().zip(c.misses.iter().map(Some)),
     );
-    t.one("drex_drafts_total", "counter", "Drafts judged.", c.drafts);
+    t.one("drex_steps_total", COUNTER, "Completed steps.", c.steps);
     t.one(
-        "drex_drafts_accepted_total",
-        "counter",
-        "Drafts that stood.",
-        c.accepted,
+        "drex_step_rows_total",
+        COUNTER,
+        "Rows of completed steps.",
+        c.step_rows,
     );
-    t.one(
-        "drex_requests",
-        "gauge",
-        "Requests alive.",
-        e.requests() as u64,
-    );
-    t.one(
-        "drex_ready_rows",
-        "gauge",
-        "Rows that wait for the first window.",
-        e.buffer().ready_rows() as u64,
-    );
-    t.one(
-        "drex_pending_rows",
-        "gauge",
-        "Exited rows whose layers are to run.",
-        e.pending_rows().into(),
-    );
-    t.seconds(
-        "drex_held_seconds",
-        "Time that rows were held.",
-        &c.wait_us_buckets,
-        c.wait_us_sum,
+    // A step of ready rows is no flush.
+    t.many(
+        ("drex_flushes_total", COUNTER),
+        "Completed steps over held rows, by what caused them.",
+        "reason",
+        REASONS.iter().zip(c.flushes.iter().map(Some)).skip(1),
     );
     t.seconds(
         "drex_window_seconds",
@@ -179,13 +146,142 @@ pub fn text(e: &Engine, labels: &str) -> String {
         &c.window_us_buckets,
         c.window_us_sum,
     );
-    t.out
+}
+
+fn waiting(t: &mut Text, e: &Engine) {
+    let (c, n) = (e.counters(), e.config().n_ramps());
+    t.many(
+        ("drex_held_rows", GAUGE),
+        "Rows in the rebatching buffer.",
+        "ramp",
+        e.held_rows_at()[..n].iter().map(Some).enumerate(),
+    );
+    t.one(
+        "drex_held_rows_max",
+        GAUGE,
+        "The most rows that were in the rebatching buffer at a time.",
+        c.held_rows_max,
+    );
+    t.seconds(
+        "drex_held_seconds",
+        "Time that rows were held.",
+        &c.wait_us_buckets,
+        c.wait_us_sum,
+    );
+    t.one(
+        "drex_ready_rows",
+        GAUGE,
+        "Rows that wait for the first window.",
+        e.buffer().ready_rows() as u64,
+    );
+    t.one(
+        "drex_pending_rows",
+        GAUGE,
+        "Exited rows whose layers are to run.",
+        u64::from(e.pending_rows()),
+    );
+    t.one(
+        "drex_requests",
+        GAUGE,
+        "Requests alive.",
+        e.requests() as u64,
+    );
+    t.one(
+        "drex_slots_free",
+        GAUGE,
+        "Free rows of the hidden arena.",
+        e.buffer().free_slots() as u64,
+    );
+}
+
+fn filling(t: &mut Text, e: &Engine) {
+    let c = e.counters();
+    t.one(
+        "drex_filled_cells_total",
+        COUNTER,
+        "Cells filled by copy.",
+        c.cells_filled,
+    );
+    t.one(
+        "drex_filled_bytes_total",
+        COUNTER,
+        "Bytes written to fill cells by copy.",
+        c.bytes_filled,
+    );
+    t.one(
+        "drex_postfilled_rows_total",
+        COUNTER,
+        "Pending rows whose skipped layers were computed.",
+        c.rows_filled,
+    );
+    t.one("drex_drafts_total", COUNTER, "Drafts judged.", c.drafts);
+    t.one(
+        "drex_drafts_accepted_total",
+        COUNTER,
+        "Drafts that stood.",
+        c.accepted,
+    );
+    t.one(
+        "drex_dropped_rows_total",
+        COUNTER,
+        "Rows that followed a draft that did not stand.",
+        c.dropped,
+    );
+}
+
+fn rule(t: &mut Text, e: &Engine) {
+    let (auto, n) = (e.auto(), e.config().n_ramps());
+    let follows = e.config().policy == Policy::Auto;
+    let marks = follows.then(|| e.chosen_marks());
+    let shares = (0..n).map(|r| {
+        let chance = e.exits().chance(None, r);
+        (r, (chance.looks > 0.0).then_some(chance.p))
+    });
+    t.many(
+        ("drex_exit_share", GAUGE),
+        "Share of rows that are confident at a ramp, of those scored there first.",
+        "ramp",
+        shares,
+    );
+    t.one(
+        "drex_searches_total",
+        COUNTER,
+        "Policy auto: searches for a better rule.",
+        auto.searches(),
+    );
+    t.many(
+        ("drex_rule_ramp", GAUGE),
+        "Policy auto: 1 where the rule looks at a ramp.",
+        "ramp",
+        (0..n).map(|r| (r, marks.map(|m| m.ramps >> r & 1))),
+    );
+    t.one(
+        "drex_rule_hold_rows",
+        GAUGE,
+        "Policy auto: held rows at a ramp that are flushed.",
+        marks.map(|m| m.hold_rows.into()),
+    );
+    t.one(
+        "drex_rule_ready_rows",
+        GAUGE,
+        "Policy auto: ready rows below which held rows are flushed.",
+        marks.map(|m| m.ready_rows.into()),
+    );
+    let known = follows && auto.searches() > 0;
+    let (chosen, off) = auto.predicted();
+    let rate = |per_ns: f64| known.then_some(per_ns * 1e9).filter(|r| r.is_finite());
+    t.many(
+        ("drex_predicted_tokens_per_second", GAUGE),
+        "Policy auto: what the last search predicts of its rule, and of no exits.",
+        "rule",
+        [("chosen", rate(chosen)), ("off", rate(off))],
+    );
 }
 
 /// Labels as they stand between braces: name="value", separated by commas.
 /// The error says what is wrong.
 pub fn check_labels(labels: &str) -> Result<(), String> {
-    let mut names: Vec<&str> = vec!["ramp", "reason", "cause", "le"];
+    let mut names: Vec<&str> = vec!["ramp", "reason", "cause", "rule", "le"];
     let mut rest = labels;
     while !rest.is_empty() {
         let (name, after) = rest

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What an engine tells about itself: log events, a snapshot, metrics, a trace. All of
-//! it is off until asked for, and off costs a test of one flag per call.
+//! What an engine tells about itself: log events, a snapshot, metrics, a trace,
+//! ranges for a profiler. All of it is off until asked for, and off costs a test
+//! of one flag per call.
 
 pub mod metrics;
+pub mod nvtx;
 pub mod snapshot;
 pub mod trace;
 
@@ -16,6 +18,7 @@ use tracing::level_filters::LevelFilter;
 use crate::core::engine::Engine;
 use crate::core::planner::Marks;
 use crate::core::policy::{Decision, Policy};
+use nvtx::Profiler;
 use trace::Trace;
 
 /// By `Reason`.
@@ -30,6 +33,7 @@ pub struct Watch {
     on: bool,
     sink: Option<Sink>,
     trace: Option<Box<Trace>>,
+    profiler: Option<&'static Profiler>,
 }
 
 pub struct Sink {
@@ -77,6 +81,16 @@ pub struct Before {
 }
 
 impl Watch {
+    /// Of an engine that is being made: a profiler is there by then, or never.
+    pub fn new() -> Self {
+        let mut watch = Watch {
+            profiler: nvtx::injected().as_ref().and_then(|p| p.as_ref().ok()),
+            ..Watch::default()
+        };
+        watch.look();
+        watch
+    }
+
     pub fn set(&mut self, sink: Option<Sink>) {
         self.sink = sink;
         self.look();
@@ -94,16 +108,34 @@ impl Watch {
     /// Somebody may listen.
     #[inline]
     pub fn on(&self) -> bool {
-        self.on
+        // The build without hooks that `cargo xtask test --observe` compares with.
+        !cfg!(drex_unwatched) && self.on
     }
 
     /// Finds out whether somebody listens. A subscriber of the Rust host may
     /// come or go at any time: it is noticed at the next plan.
     #[inline]
     pub fn look(&mut self) {
+        if cfg!(drex_unwatched) {
+            return;
+        }
         self.on = self.sink.is_some()
             || self.trace.is_some()
+            || self.profiler.is_some()
             || LevelFilter::current() != LevelFilter::OFF;
+    }
+
+    /// A call's range in the profiler's timeline, if there is one, as long as
+    /// the value lives.
+    #[inline]
+    pub fn range(&self, name: nvtx::Name) -> Option<nvtx::Range> {
+        if self.on() { self.open(name) } else { None }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn open(&self, name: nvtx::Name) -> Option<nvtx::Range> {
+        self.profiler.map(|p| p.range(name))
     }
 
     #[cold]
@@ -139,6 +171,9 @@ impl Watch {
             c.max_batch,
             c.n_slots
         );
+        if let Some(Err(why)) = nvtx::injected() {
+            log!(self, Level::WARN, 2, "{}: {why}", nvtx::VARIABLE);
+        }
     }
 
     #[cold]

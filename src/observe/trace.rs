@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use super::REASONS;
+use crate::core::MAX_RAMPS;
 use crate::core::counters::Reason;
 use crate::core::engine::Engine;
 use crate::core::policy::Decision;
@@ -161,7 +162,8 @@ impl Trace {
     }
 
     /// Hands the JSON text to `sink`, in pieces. What is still held ends now.
-    pub fn write(&self, e: &Engine, sink: &mut dyn FnMut(&str)) {
+    /// `number` tells the engines of a process from each other.
+    pub fn write(&self, e: &Engine, number: usize, sink: &mut dyn FnMut(&str)) {
         let open = e.held_requests().filter_map(|r| held(e, r));
         let planned = e.step_rows().iter().filter_map(|row| {
             let begin_ns = e.buffer().node(row.slot).since_ns;
@@ -197,24 +199,10 @@ impl Trace {
         let mut out = Text {
             text: String::with_capacity(2 * PIECE),
             sink,
+            pid: std::process::id(),
+            number,
         };
-        let _ = write!(
-            out.text,
-            "{{\"displayTimeUnit\":\"ns\",\"otherData\":{{\"drex_version\":\"{}\",\
-             \"dropped_events\":\"{}\"}},\"traceEvents\":[\n\
-             {{\"ph\":\"M\",\"pid\":1,\"name\":\"process_name\",\"args\":{{\"name\":\"drex\"}}}},\n\
-             {{\"ph\":\"M\",\"pid\":1,\"tid\":1,\"name\":\"thread_name\",\"args\":{{\"name\":\"windows\"}}}}",
-            env!("CARGO_PKG_VERSION"),
-            self.dropped,
-        );
-        for (r, layer) in e.config().ramp_layers.iter().enumerate() {
-            let _ = write!(
-                out.text,
-                ",\n{{\"ph\":\"M\",\"pid\":1,\"tid\":{},\"name\":\"thread_name\",\
-                 \"args\":{{\"name\":\"ramp {r}, layer {layer}\"}}}}",
-                r + 2
-            );
-        }
+        out.head(e, self.dropped);
         for item in &items {
             out.item(item);
         }
@@ -253,9 +241,18 @@ impl Event {
 
 const PIECE: usize = 16 * 1024;
 
+/// No thread of Linux's has so high a number: a host's own events of the same
+/// process may lie in the same list.
+const FIRST_TRACK: usize = 1 << 22;
+/// The windows', and one for each ramp.
+const TRACKS: usize = (1 + MAX_RAMPS).next_power_of_two();
+
 struct Text<'a> {
     text: String,
     sink: &'a mut dyn FnMut(&str),
+    pid: u32,
+    /// The engine's.
+    number: usize,
 }
 
 impl Text<'_> {
@@ -264,9 +261,42 @@ impl Text<'_> {
         self.text.clear();
     }
 
+    /// 0: windows; r + 1: ramp r.
+    fn track(&self, which: usize) -> usize {
+        FIRST_TRACK + self.number * TRACKS + which
+    }
+
+    fn head(&mut self, e: &Engine, dropped: u64) {
+        let (pid, number) = (self.pid, self.number);
+        let _ = write!(
+            self.text,
+            "{{\"displayTimeUnit\":\"ns\",\"otherData\":{{\"drex_version\":\"{}\",\
+             \"dropped_events\":\"{dropped}\"}},\"traceEvents\":[\n\
+             {{\"ph\":\"M\",\"pid\":{pid},\"name\":\"process_name\",\"args\":{{\"name\":\"drex\"}}}}",
+            env!("CARGO_PKG_VERSION"),
+        );
+        let ramps = e.config().ramp_layers.iter().enumerate();
+        let ramps = ramps.map(|(r, layer)| format!("ramp {r}, layer {layer}"));
+        for (which, name) in std::iter::once("windows".to_owned())
+            .chain(ramps)
+            .enumerate()
+        {
+            let tid = self.track(which);
+            let _ = write!(
+                self.text,
+                ",\n{{\"ph\":\"M\",\"pid\":{pid},\"tid\":{tid},\"name\":\"thread_name\",\
+                 \"args\":{{\"name\":\"engine {number}, {name}\"}}}}",
+            );
+        }
+    }
+
     fn item(&mut self, item: &Item) {
         let us = |ns: u64| Us(ns);
-        let at = us(item.at_ns);
+        let (at, pid, number) = (us(item.at_ns), self.pid, self.number);
+        let tid = self.track(match item.event {
+            Event::Window { .. } | Event::Rows { .. } => 0,
+            Event::Held { ramp, .. } | Event::Exit { ramp, .. } => usize::from(ramp) + 1,
+        });
         let t = &mut self.text;
         let _ = match item.event {
             Event::Window {
@@ -283,7 +313,7 @@ impl Text<'_> {
                 let ramp = ramp.map_or("null".to_owned(), |r| r.to_string());
                 write!(
                     t,
-                    ",\n{{\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":{at},\"dur\":{},\"cat\":\"window\",\
+                    ",\n{{\"ph\":\"X\",\"pid\":{pid},\"tid\":{tid},\"ts\":{at},\"dur\":{},\"cat\":\"window\",\
                      \"name\":\"[{layer_begin},{layer_end})\",\"args\":{{\"rows\":{rows},\
                      \"reason\":\"{}\",\"ramp\":{ramp},\"exits\":{exits},\"duration_ns\":{run_ns}}}}}",
                     us(end_ns - begin_ns),
@@ -292,17 +322,15 @@ impl Text<'_> {
             }
             Event::Held { request, ramp, .. } => write!(
                 t,
-                ",\n{{\"ph\":\"{}\",\"pid\":1,\"tid\":{},\"ts\":{at},\"cat\":\"held\",\
-                 \"id\":\"{request:#x}\",\"name\":\"held at ramp {ramp}\",\
-                 \"args\":{{\"request\":{request}}}}}",
+                ",\n{{\"ph\":\"{}\",\"pid\":{pid},\"tid\":{tid},\"ts\":{at},\"cat\":\"held\",\
+                 \"id\":\"{pid}.{number}.{request}\",\"name\":\"held at ramp {ramp}\",\
+                 \"args\":{{\"request\":\"{request}\"}}}}",
                 if item.ends { 'e' } else { 'b' },
-                u32::from(ramp) + 2,
             ),
             Event::Exit {
                 request,
                 token,
                 confidence,
-                ramp,
                 forced,
                 ..
             } => {
@@ -312,15 +340,14 @@ impl Text<'_> {
                 };
                 write!(
                     t,
-                    ",\n{{\"ph\":\"i\",\"s\":\"t\",\"pid\":1,\"tid\":{},\"ts\":{at},\"cat\":\"exit\",\
-                     \"name\":\"exit\",\"args\":{{\"request\":{request},\"token\":{token},\
+                    ",\n{{\"ph\":\"i\",\"s\":\"t\",\"pid\":{pid},\"tid\":{tid},\"ts\":{at},\"cat\":\"exit\",\
+                     \"name\":\"exit\",\"args\":{{\"request\":\"{request}\",\"token\":{token},\
                      \"confidence\":{confidence},\"forced\":{forced}}}}}",
-                    u32::from(ramp) + 2,
                 )
             }
             Event::Rows { held, ready, .. } => write!(
                 t,
-                ",\n{{\"ph\":\"C\",\"pid\":1,\"tid\":1,\"ts\":{at},\"name\":\"rows\",\
+                ",\n{{\"ph\":\"C\",\"pid\":{pid},\"tid\":{tid},\"ts\":{at},\"id\":\"{number}\",\"name\":\"rows\",\
                  \"args\":{{\"held\":{held},\"ready\":{ready}}}}}",
             ),
         };

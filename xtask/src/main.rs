@@ -17,6 +17,7 @@ mod install;
 mod kernels;
 mod llama;
 mod load;
+mod observe;
 mod process;
 mod python;
 mod score;

@@ -15,7 +15,7 @@ use crate::{
     cargo::cargo,
     consumers, examples, kernels,
     llama::{Kind, Llama},
-    python,
+    observe, python,
     server_tests::{self, Suite},
     triton,
 };
@@ -40,6 +40,9 @@ pub struct Options {
     /// Only the programs in examples/, built and run, and compared with llama.cpp
     #[arg(long, group = "part")]
     examples: bool,
+    /// Only the cost of observability while it is off, counted by callgrind, and NVIDIA's header against the tests' profiler
+    #[arg(long, group = "part")]
+    observe: bool,
     /// Only the Python package
     #[arg(long, group = "part")]
     python: bool,
@@ -63,6 +66,7 @@ impl Options {
             || self.kernels
             || self.consumers
             || self.examples
+            || self.observe
             || self.python
             || self.triton
     }
@@ -133,6 +137,13 @@ pub fn run(options: &Options) -> Result<bool> {
     }
     if long || options.examples {
         examples(&mut count);
+    }
+    if long || options.observe {
+        println!("== observability");
+        for test in observe::TESTS {
+            let start = Instant::now();
+            count.one(test.0, (test.1)(), start);
+        }
     }
     if all || options.python {
         python_tests(&mut count);

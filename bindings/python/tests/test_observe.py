@@ -39,7 +39,7 @@ class Observed(unittest.TestCase):
         self.assertEqual(value["drex_held_rows"], stats["held_rows"])
         self.assertEqual(value["drex_steps"], 1)
         self.assertEqual((stats["tokens"], stats["held_rows"]), (1, 1))
-        self.assertEqual({s.labels["reason"] for s in families["drex_flushes"].samples}, set(stats["flushes"]))
+        self.assertEqual({s.labels["reason"] for s in families["drex_flushes"].samples}, set(stats["flushes"]) - {"none"})
         window = families["drex_window_seconds"]
         self.assertEqual(window.type, "histogram")
         buckets = [(float(s.labels["le"]), s.value) for s in window.samples if s.name.endswith("_bucket")]
@@ -47,6 +47,20 @@ class Observed(unittest.TestCase):
         self.assertEqual(buckets[-1][0], float("inf"))
         self.assertEqual([s.value for s in window.samples if s.name.endswith("_sum")], [0.0008])
         self.assertEqual(families["drex_tokens"].samples[0].name, "drex_tokens_total")
+
+    def test_texts_of_several_engines_merge(self):
+        one, _ = served()
+        other = drex.Engine(n_layers=12, ramp_layers=[4, 8], n_slots=4)
+        # Family by family, the later ones without their two lines of comment.
+        texts = [e.metrics_text(model=m).split("# HELP ")[1:] for e, m in ((one, "a"), (other, "b"))]
+        self.assertEqual(len(texts[0]), len(texts[1]))
+        merged = "".join("# HELP " + a + "".join(b.splitlines(True)[2:]) for a, b in zip(*texts))
+        families = list(text_string_to_metric_families(merged))
+        self.assertEqual(len(families), len({f.name for f in families}))
+        tokens = [f for f in families if f.name == "drex_tokens"][0]
+        self.assertEqual([(s.labels["model"], s.value) for s in tokens.samples], [("a", 1.0), ("b", 0.0)])
+        exits = [f for f in families if f.name == "drex_exits"][0]
+        self.assertEqual(len(exits.samples), 1 + 2)
 
     def test_the_snapshot(self):
         e, _ = served()
