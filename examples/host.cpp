@@ -4,8 +4,9 @@
 // rebatching by drex. This is the page to read when you put drex into an engine of your own. The engine is in
 // host/model.h, plain loops that know nothing of drex; here is all that drex needs of it.
 //
-//   c++ -std=c++17 -O3 -Iinclude examples/host.cpp -Ltarget/release -ldrex -o host
-//   ./host -m models/ee-rustdoc-16l-q8_0.gguf -p "Returns the number of" -p "Creates an empty" -n 48
+//   cargo xtask install --build-tree
+//   c++ -std=c++17 -O3 -Iinclude examples/host.cpp -Ltarget/drex/tree -ldrex -o target/host
+//   LD_LIBRARY_PATH=target/drex/tree target/host -p "Returns the number of" -p "Creates an empty" -n 48
 
 #include <drex.h>
 

@@ -2,10 +2,9 @@
  *
  * The smallest host: drex's loop around an engine that is a toy.
  *
- *   cargo build --release
- *   cc -std=c99 -Iinclude examples/minimal.c -Ltarget/release -ldrex -lm -o minimal
- *   ln -sf libdrex.so target/release/libdrex.so.0
- *   LD_LIBRARY_PATH=target/release ./minimal
+ *   cargo xtask install --build-tree
+ *   cc -std=c99 -Iinclude examples/minimal.c -Ltarget/drex/tree -ldrex -o target/minimal
+ *   LD_LIBRARY_PATH=target/drex/tree target/minimal
  *
  * The toy has eight layers in two segments, 0-3 and 4-7, with an exit ramp between them. It recites a line for each
  * request, letter by letter. Inside a word its shallow half is sure of the next letter, and such a token exits. Where a

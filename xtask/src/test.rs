@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `cargo xtask test`: every check, in order. CI runs this and nothing else.
 
 use std::{
@@ -34,7 +36,8 @@ pub struct Options {
     /// Only the dry run of tools/gpu/run.sh: what a GPU machine does, on this machine's CPU
     #[arg(long, group = "part")]
     gpu_dry_run: bool,
-    /// Only programs built against an installed drex: make, CMake, plain cc, static, Debian packages, sanitizers
+    /// Only programs built against an installed drex: make, CMake, plain cc, static, Debian packages, sanitizers; and
+    /// cargo-c, which everything together leaves out: it is compiled first, for a quarter of an hour
     #[arg(long, group = "part")]
     consumers: bool,
     /// Only the programs in examples/, built and run, and compared with llama.cpp
@@ -133,7 +136,9 @@ pub fn run(options: &Options) -> Result<bool> {
         compiled_kernels(&mut count);
     }
     if long || options.consumers {
-        consumers::run(&mut |name, result, start| count.one(name, result, start));
+        consumers::run(options.consumers, &mut |name, result, start| {
+            count.one(name, result, start)
+        });
     }
     if long || options.examples {
         examples(&mut count);

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! cmake, ninja and the C++ compiler.
 
 use std::{
@@ -16,8 +18,8 @@ use crate::{
 
 /// What is installed where the system has none. The wide requirements are for a Python that the pinned ones left behind.
 const PINNED: [&str; 2] = ["cmake==4.1.2", "ninja==1.13.0"];
-const WIDE: [&str; 2] = ["cmake>=3.18,<5", "ninja>=1.10"];
-const MIN_CMAKE: (u32, u32) = (3, 18);
+const WIDE: [&str; 2] = ["cmake>=3.19,<5", "ninja>=1.10"];
+const MIN_CMAKE: (u32, u32) = (3, 19);
 const MIN_NINJA: (u32, u32) = (1, 10);
 
 pub struct Tools {

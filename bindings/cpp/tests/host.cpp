@@ -11,6 +11,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -155,6 +157,24 @@ static void errors() {
   EXPECT(drex::policy_from_name("x").value_or(drex::policy::off) == drex::policy::off);
   EXPECT(std::strcmp(drex::name(drex::policy::art), "art") == 0);
 
+  EXPECT(std::strstr(none.error().meaning(), "NULL") != nullptr);
+
+  // One threshold for three ramps: drex_create() would read beyond it.
+  const std::array<std::uint32_t, 3> three{{1, 2, 3}};
+  const std::vector<float> one(1, 0.5f), enough(3, 0.5f);
+  drex::config c;
+  c.n_layers = 6;
+  c.n_slots = c.max_requests = c.max_batch = 1;
+  auto few = drex::engine::create(c.ramps(three).thresholds(one));
+  EXPECT(few.status() == DREX_ERROR_INVALID_ARGUMENT);
+  EXPECT(few.error().text().find("has 1 elements") != std::string::npos);
+  ok(drex::engine::create(c.thresholds(enough)));
+  // Whichever is said first.
+  EXPECT(!drex::engine::create(c.ramps(drex::span<const std::uint32_t>(three).first(2))));
+  c.ramp_thresholds = one.data();  // by hand, for one ramp
+  ok(drex::engine::create(c.ramps(drex::span<const std::uint32_t>(three).first(1))));
+  ok(drex::engine::create(c.ramps(three).thresholds({})));
+
   auto engine = make(drex::policy::latency);
   ok(engine);
   EXPECT(engine->remove(7).status() == DREX_ERROR_UNKNOWN_REQUEST);
@@ -251,6 +271,110 @@ static void the_rest() {
   EXPECT(!drex::speculate(deep, drex::span<const float>(draft).first(2), 0, 0.5, 0.5));
 }
 
+struct lines {
+  int n = 0;
+  char last[512] = "";
+  void operator()(drex::log_level level, std::string_view line) noexcept {
+    EXPECT(level <= drex::log_level::debug && line.size() < sizeof last);
+    n++;
+    last[line.copy(last, sizeof last - 1)] = '\0';
+  }
+};
+
+static int count(std::string_view text, std::string_view what) {
+  int n = 0;
+  for (auto at = text.find(what); at != text.npos; at = text.find(what, at + 1)) n++;
+  return n;
+}
+
+static void observability() {
+  lines log;  // before the engine, whose end it hears of
+  const std::array<std::uint32_t, 1> ramps{{ramp_layer}};
+  drex::config config;
+  config.ramps(ramps).use(drex::policy::latency);
+  config.n_layers = layers;
+  config.n_slots = config.max_requests = config.max_batch = requests;
+  config.n_top = 3;
+  auto made = drex::engine::create(config);
+  ok(made);
+  drex::engine engine = std::move(*made);
+  auto nothing = [](std::string_view) noexcept {};
+  EXPECT(engine.trace_write(nothing).status() == DREX_ERROR_CALL_ORDER);
+  ok(engine.log_set(log, drex::log_level::debug));
+  EXPECT(log.n == 1 && std::strstr(log.last, "policy"));
+  ok(engine.trace_start(64));
+
+  std::array<drex::row, 2> room;
+  std::array<drex::verdict, 2> verdicts;
+  std::vector<float> scores(2 * vocab);
+  scores[7] = 25.0f;
+  scores[9] = 20.0f;
+  for (std::uint64_t id = 40; id < 42; id++) {
+    ok(engine.add(drex::request(id)));
+    ok(engine.ready(id, 1));
+  }
+  EXPECT(log.n == 3 && std::strstr(log.last, "41"));
+  auto step = engine.plan(2000, room);
+  ok(step);
+  EXPECT(step->rows().size() == 2);
+
+  // Rows to a batch, changed there, and back.
+  std::array<std::uint16_t, 2 * requests> arena{};
+  std::array<std::uint16_t, 4> dense{};
+  for (std::size_t i = 0; i < arena.size(); i++) arena[i] = static_cast<std::uint16_t>(i);
+  const drex::arena where(arena.data(), dense.data(), 4);
+  ok(step->gather(where));
+  for (std::size_t i = 0; i < 2; i++) {
+    EXPECT(dense[2 * i] == 2 * step->rows()[i].slot);
+    EXPECT(dense[2 * i + 1] == 2 * step->rows()[i].slot + 1);
+    dense[2 * i] = static_cast<std::uint16_t>(700 + i);
+  }
+  ok(step->scatter(where));
+  EXPECT(arena[2 * step->rows()[0].slot] == 700 && arena[2 * step->rows()[1].slot] == 701);
+  EXPECT(step->gather(drex::arena()).status() == DREX_ERROR_NULL_ARGUMENT);
+
+  drex::logits at(scores, vocab);
+  at.n_top = 3;
+  auto said = step->ramp(at, {}, verdicts);
+  ok(said);
+  EXPECT((*said)[0].exits() && !(*said)[1].exits());
+  std::array<drex::top, 3> best;
+  auto top = engine.top_of(0, best);
+  ok(top);
+  EXPECT(top->size() == 3 && (*top)[0].token == 7 && (*top)[1].token == 9);
+  EXPECT((*top)[0].logit == 25.0f && (*top)[2].token == 0);
+  EXPECT(engine.top_of(2, best).status() == DREX_ERROR_INVALID_ARGUMENT);
+  // There is no device here.
+  EXPECT(engine.ramp_enqueue(at).status() == DREX_ERROR_UNSUPPORTED);
+  EXPECT(!engine.fill_enqueue(nullptr) && !step->fill_plan());
+  ok(step->complete(5000, 3000));
+
+  auto snapshot = engine.snapshot();
+  ok(snapshot);
+  EXPECT(snapshot->front() == '{' && snapshot->back() == '}' &&
+         std::strlen(snapshot->c_str()) == snapshot->size());
+  auto metrics = engine.metrics_text("model=\"toy\"");
+  ok(metrics);
+  EXPECT(count(*metrics, "\ndrex_exits_total{model=\"toy\",ramp=\"0\"} 1\n") == 1);
+  EXPECT(count(*engine.metrics_text(), "\ndrex_steps_total 1\n") == 1);
+  EXPECT(engine.metrics_text("ramp=\"1\"").status() == DREX_ERROR_INVALID_ARGUMENT);
+
+  std::string trace;
+  trace.reserve(1 << 16);
+  ok(engine.trace_write([&trace](std::string_view part) noexcept { trace += part; }));
+  EXPECT(count(trace, "\"ph\":\"X\"") == 1 && count(trace, "traceEvents") == 1);
+  ok(engine.trace_stop());
+  EXPECT(!engine.trace_write(nothing));
+
+  ok(engine.log_off());
+  const int heard = log.n;
+  ok(engine.remove(40));
+  EXPECT(log.n == heard);
+  ok(engine.log_set(log, drex::log_level::info));
+  { drex::engine gone = std::move(engine); }
+  EXPECT(log.n == heard + 2);
+}
+
 #ifdef DREX_HPP_EXCEPTIONS
 static void exceptions() {
   auto engine = make(drex::policy::hold);
@@ -278,6 +402,7 @@ int main() {
   ownership();
   spans();
   the_rest();
+  observability();
 #ifdef DREX_HPP_EXCEPTIONS
   exceptions();
 #endif

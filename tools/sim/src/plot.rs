@@ -10,7 +10,7 @@ use crate::run::Report;
 const STYLE: &str = "<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.axis{stroke:#bbb}.limit{stroke:#888;\
 stroke-dasharray:4 3;fill:none}.off{stroke:#999;fill:#999}.art{stroke:#c77700;fill:#c77700}.latency{stroke:#2a7fb8;fill:#2a7fb8}\
 .eager{stroke:#b03a5b;fill:#b03a5b}.best{stroke:#555;fill:#555}.auto{stroke:#1a8f4a;fill:#1a8f4a}line,polyline{stroke-width:1.6;\
-fill:none}text.l{stroke:none}@media(prefers-color-scheme:dark){text{fill:#ddd}.axis{stroke:#555}.best{stroke:#ccc;fill:#ccc}}</style>";
+fill:none!important}text.l{stroke:none}@media(prefers-color-scheme:dark){text{fill:#ddd}.axis{stroke:#555}.best{stroke:#ccc;fill:#ccc}}</style>";
 
 type Series = (&'static str, fn(&Cell) -> f64);
 

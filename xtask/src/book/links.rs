@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Looks for dead links in built pages: files that are not there, and anchors that their pages have not.
 
 use std::{
@@ -59,7 +61,7 @@ pub fn check(root: &Path) -> Result<Checked> {
     })
 }
 
-fn external(link: &str) -> bool {
+pub fn external(link: &str) -> bool {
     // A scheme, or another host.
     link.starts_with("//")
         || link

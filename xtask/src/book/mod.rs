@@ -1,29 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `cargo xtask docs`: the book in `docs/`, with the reference made from the header, and no dead link.
 
 mod links;
+mod markdown;
 mod reference;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::{
     cache::{self, Cache},
-    cargo, process,
+    cargo,
 };
 
 const MDBOOK: &str = "0.5.4";
 
 /// What chapters include from outside of `docs/`.
-const INCLUDED: [&str; 2] = ["examples", "bindings/python"];
+const INCLUDED: [&str; 2] = ["examples", "bindings"];
 
-/// Builds the book and returns its first page, and what was checked.
-pub fn build() -> Result<(PathBuf, links::Checked)> {
-    let mdbook = mdbook(&Cache::open()?)?;
+pub struct Built {
+    /// The first page.
+    index: PathBuf,
+    /// What was checked: the book, and the Markdown of the checkout.
+    pages: links::Checked,
+    texts: links::Checked,
+}
+
+pub fn build() -> Result<Built> {
+    // Without its server and search it takes half a minute to build.
+    let less = ["--no-default-features"];
+    let mdbook = cargo::tool(&Cache::open()?, "mdbook", MDBOOK, "mdbook", &less)?;
     let repo = cache::repo();
     let stage = repo.join("target/book-source");
     cache::remove(&stage)?;
@@ -36,6 +44,9 @@ pub fn build() -> Result<(PathBuf, links::Checked)> {
             fs::copy(from.join(&name), to)?;
         }
     }
+    let texts = markdown::check(&repo)?;
+    alive(&texts)?;
+    markdown::stage(&stage, &repo)?;
     let header = fs::read_to_string(repo.join("include/drex.h"))?;
     for (name, text) in reference::pages(&header)? {
         let path = stage.join("docs/reference").join(name);
@@ -58,49 +69,28 @@ pub fn build() -> Result<(PathBuf, links::Checked)> {
         "mdbook: {said}"
     );
     let checked = links::check(&out)?;
-    ensure!(
-        checked.dead.is_empty(),
-        "dead links:\n{}",
-        checked.dead.join("\n")
-    );
-    Ok((out.join("index.html"), checked))
+    alive(&checked)?;
+    Ok(Built {
+        index: out.join("index.html"),
+        pages: checked,
+        texts,
+    })
 }
 
-pub fn print() -> Result<()> {
-    let (index, checked) = build()?;
-    println!("{}", index.display());
-    println!(
-        "{} pages, {} links, none dead",
-        checked.pages, checked.links
-    );
+fn alive(checked: &links::Checked) -> Result<()> {
+    let dead = &checked.dead;
+    ensure!(dead.is_empty(), "dead links:\n{}", dead.join("\n"));
     Ok(())
 }
 
-/// mdBook, built once into the cache: a debug build without its server and search takes half a minute.
-fn mdbook(cache: &Cache) -> Result<PathBuf> {
-    let dir = cache.path(format!("mdbook-{MDBOOK}"));
-    let program = dir.join("bin/mdbook");
-    let works = |program: &Path| process::output(Command::new(program).arg("--version")).is_ok();
-    if works(&program) {
-        return Ok(program);
+pub fn print() -> Result<()> {
+    let built = build()?;
+    println!("{}", built.index.display());
+    for (what, checked) in [("pages", built.pages), ("Markdown files", built.texts)] {
+        println!(
+            "{} {what}, {} links, none dead",
+            checked.pages, checked.links
+        );
     }
-    let _lock = cache.lock()?;
-    if works(&program) {
-        return Ok(program);
-    }
-    let temp = cache.temp_dir()?;
-    let mut command = cargo::cargo();
-    command
-        .args(["install", "mdbook", "--version", MDBOOK, "--locked"])
-        .args(["--no-default-features", "--debug", "--root"])
-        .arg(temp.path().join("root"))
-        .arg("--target-dir")
-        .arg(temp.path().join("target"))
-        // Outside of this workspace and its settings.
-        .current_dir(temp.path());
-    let log = cache.log("mdbook")?;
-    process::logged(&mut command, "building mdBook", &log, false)?;
-    temp.publish("root", &dir)?;
-    ensure!(works(&program), "mdBook was built but does not run");
-    Ok(program)
+    Ok(())
 }

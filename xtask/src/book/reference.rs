@@ -89,7 +89,7 @@ fn sentence_case(title: &str) -> String {
         if i > 0 {
             out.push(' ');
         }
-        if word.contains('/') {
+        if word.contains('/') || word == "CUDA" {
             out += word;
         } else if i == 0 {
             out += &word[..1];
@@ -325,10 +325,19 @@ impl Linker<'_> {
                     .find(|c: char| !c.is_ascii_alphanumeric() && c != '_')
                     .unwrap_or(rest.len());
                 let word = &rest[..end];
-                match self.names.get(word) {
-                    Some(page) if *page == self.page => out += &format!("[`{word}`](#{word})"),
-                    Some(page) => out += &format!("[`{word}`]({page}#{word})"),
-                    None if word.contains('_') => out += &format!("`{word}`"),
+                let page = self.names.get(word);
+                let code = page.is_some() || word.contains('_');
+                // A call and a field are one thing with what they belong to.
+                let end = if code {
+                    end + suffix(&rest[end..])
+                } else {
+                    end
+                };
+                let whole = &rest[..end];
+                match page {
+                    Some(page) if *page == self.page => out += &format!("[`{whole}`](#{word})"),
+                    Some(page) => out += &format!("[`{whole}`]({page}#{word})"),
+                    None if code => out += &format!("`{whole}`"),
                     None => out += word,
                 }
                 rest = &rest[end..];
@@ -341,6 +350,21 @@ impl Linker<'_> {
             }
         }
         out
+    }
+}
+
+/// How much of `()` or `.field` a text begins with.
+fn suffix(text: &str) -> usize {
+    if text.starts_with("()") {
+        return 2;
+    }
+    let Some(field) = text.strip_prefix('.') else {
+        return 0;
+    };
+    let end = field.find(|c: char| !c.is_ascii_lowercase() && c != '_' && !c.is_ascii_digit());
+    match end.unwrap_or(field.len()) {
+        0 => 0,
+        n => n + 1,
     }
 }
 
@@ -366,7 +390,7 @@ mod tests {
         let chapters = &pages[CHAPTERS];
         assert!(chapters.contains("## 2. The host's loop"), "{chapters}");
         assert!(
-            chapters.contains("| `plan` | [`drex_plan`](functions.md#drex_plan)() names"),
+            chapters.contains("| `plan` | [`drex_plan()`](functions.md#drex_plan) names"),
             "{chapters}"
         );
         let functions = &pages[FUNCTIONS];
@@ -393,8 +417,9 @@ mod tests {
             page: FUNCTIONS,
         };
         assert_eq!(
-            linker.text("[n] of drex_row.back, *held* < n_rows"),
-            "\\[n\\] of [`drex_row`](types.md#drex_row).back, *held* \\< `n_rows`"
+            linker.text("[n] of drex_row.back, *held* < n_rows. drex_row() *or drex_row."),
+            "\\[n\\] of [`drex_row.back`](types.md#drex_row), *held* \\< `n_rows`. \
+             [`drex_row()`](types.md#drex_row) *or [`drex_row`](types.md#drex_row)."
         );
     }
 }

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::checks::Program;
 use crate::{
     cache::{self, Cache, repo},
     install::{self, Built},
@@ -21,7 +22,7 @@ use crate::{
 pub struct Kit {
     pub dir: PathBuf,
     pub prefix: PathBuf,
-    pub tree: PathBuf,
+    pub libraries: Built,
     pub version: String,
     /// Where cmake and its generator are.
     path: std::ffi::OsString,
@@ -41,11 +42,12 @@ impl Kit {
         let dir = install::target()?.join("consumers");
         cache::remove(&dir)?;
         fs::create_dir_all(&dir)?;
-        let built = Built::make(false)?;
+        let libraries = Built::make(false)?;
         // Installed at one place and moved to another: nothing may remember the first.
         let first = dir.join("first");
-        install::install(&built, &first, Path::new("lib"), None)?;
-        let prefix = dir.join("prefix");
+        install::install(&libraries, &first, Path::new("lib"), None)?;
+        // A name that shells take apart.
+        let prefix = dir.join("the prefix");
         fs::rename(&first, &prefix)?;
         let mut path = tools
             .cmake
@@ -55,11 +57,13 @@ impl Kit {
             .to_owned();
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
+        // dpkg looks for programs there.
+        path.push(":/usr/sbin:/sbin");
         Ok(Kit {
-            tree: install::build_tree(&built)?,
             dir,
             prefix,
-            version: built.version,
+            version: libraries.version.clone(),
+            libraries,
             path,
             built: Cell::new(0),
             run: Cell::new(0),
@@ -103,42 +107,33 @@ impl Kit {
     }
 
     /// Compiles and links with all warnings as errors.
-    pub fn compile(
-        &self,
-        compiler: &str,
-        flags: &[&str],
-        source: &str,
-        link: &[&str],
-    ) -> Result<PathBuf> {
-        let source = repo().join(source);
-        let mut name = format!("{compiler}{}", flags.concat());
-        name.retain(|c| c.is_ascii_alphanumeric());
-        let stem = source.file_stem().context("no name")?.to_string_lossy();
-        let exe = self.dir.join(format!("{stem}-{name}"));
+    pub fn compile(&self, compiler: &str, flags: &[&str], program: Program) -> Result<PathBuf> {
+        let source = repo().join(program.source);
+        let mut name = format!("{}-{compiler}{}", program.source, flags.concat());
+        name.retain(|c| c.is_ascii_alphanumeric() || c == '-');
+        let exe = self.dir.join(name);
         let mut command = self.command(compiler);
         command
             .args(flags)
             .args(["-Wall", "-Wextra", "-Wpedantic", "-Werror"]);
-        command
-            .arg("-I")
-            .arg(self.prefix.join("include"))
-            .arg(&source);
-        command.arg("-L").arg(self.lib()).args(link);
-        command.arg("-o").arg(&exe);
+        command.arg("-I").arg(self.prefix.join("include"));
+        command.arg(&source).arg("-L").arg(self.lib());
+        command.arg("-ldrex").arg("-o").arg(&exe);
         self.succeed(&mut command)?;
         self.count(1, 0, 0);
         Ok(exe)
     }
 
-    /// Runs a program against the installed library; its output must begin with these words.
-    pub fn run(&self, wrapper: &[&str], exe: &Path, begins: &str) -> Result<()> {
+    /// Runs a program against the installed library; its output must have its words.
+    pub fn run(&self, wrapper: &[&str], exe: &Path, program: Program) -> Result<()> {
         let mut words = wrapper.iter().map(Path::new).chain([exe]);
         let mut command = self.command(words.next().context("no program")?);
-        command.args(words).env("LD_LIBRARY_PATH", self.lib());
-        let text = self.succeed(&mut command)?;
+        command.args(words).args(program.args).current_dir(repo());
+        let text = self.succeed(command.env("LD_LIBRARY_PATH", self.lib()))?;
+        let says = program.says(self);
         ensure!(
-            text.starts_with(begins),
-            "{} says \"{}\"; expected \"{begins}...\"",
+            text.contains(&says),
+            "{} says \"{}\"; expected \"{says}...\"",
             exe.display(),
             text.trim_end()
         );
@@ -188,7 +183,7 @@ fn output(command: &mut Command) -> Result<Output> {
 }
 
 /// Programs, and the Debian packages they come from.
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("gcc", "gcc"),
     ("g++", "g++"),
     ("clang", "clang"),
@@ -198,6 +193,7 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("readelf", "binutils"),
     ("valgrind", "valgrind"),
     ("dpkg-deb", "dpkg"),
+    ("fakeroot", "fakeroot"),
 ];
 
 /// Without one of them something would go untested: then they are installed where that needs no question (as root, in a

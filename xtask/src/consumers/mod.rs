@@ -12,15 +12,16 @@ use anyhow::Result;
 
 use kit::Kit;
 
-/// Runs all checks; `report` gets each one's name, result and start.
-pub fn run(report: &mut dyn FnMut(&str, Result<()>, Instant)) {
+/// Runs all checks, or leaves out those that want long compilation before; `report` gets each one's name, result and start.
+pub fn run(slow: bool, report: &mut dyn FnMut(&str, Result<()>, Instant)) {
     println!("== consumers");
     let start = Instant::now();
     let kit = match Kit::new() {
         Ok(kit) => kit,
         Err(error) => return report("consumers: set-up", Err(error), start),
     };
-    for (name, check) in checks::ALL {
+    let more = checks::SLOW.iter().filter(|_| slow);
+    for (name, check) in checks::ALL.iter().chain(more) {
         let start = Instant::now();
         report(&format!("consumers: {name}"), check(&kit), start);
     }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! What `host.cpp` must do by its own arithmetic, which gives a row the same result in every batch: here equal means equal.
 
 use std::{collections::BTreeMap, fs, path::Path};

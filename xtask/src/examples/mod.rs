@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! Tests of `examples/`: both programs are built as their users would build them, and the decoder of `host.cpp` is held
 //! against llama.cpp, which shares no line with it.
 

@@ -3,6 +3,7 @@
 //! `cargo xtask deb`: the Debian packages libdrex0 (the shared library) and libdrex-dev (all that a compiler wants).
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::Write,
     os::unix::fs::PermissionsExt,
@@ -14,7 +15,11 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use flate2::{Compression, GzBuilder};
 
-use super::{Built, SOVERSION, install, target};
+use super::{
+    Built, SOVERSION, install,
+    symbols::{self, Symbol},
+    target,
+};
 use crate::{
     cache::{files, remove, repo},
     cargo::cargo,
@@ -129,7 +134,7 @@ pub fn build(out: &Path) -> Result<[PathBuf; 2]> {
     )?;
     fs::write(
         control.join("symbols"),
-        symbols(&shared, &runtime, &built.version)?,
+        symbols_file(&symbols::all()?, &runtime),
     )?;
     fs::write(control.join("triggers"), "activate-noawait ldconfig\n")?;
 
@@ -221,25 +226,30 @@ fn glibc(shared: &Path) -> Result<String> {
     Ok(parts.join("."))
 }
 
-/// What dpkg-shlibdeps reads: since which version each symbol is there. All of them since the first, so far; a symbol
-/// that comes later is listed with the version that adds it.
-fn symbols(shared: &Path, package: &str, version: &str) -> Result<String> {
-    let text = process::output(
-        Command::new("nm")
-            .args(["-D", "--defined-only"])
-            .arg(shared),
-    )?;
+/// What dpkg-shlibdeps reads: since which version each symbol is there, so that a program depends on no newer library
+/// than it needs.
+fn symbols_file(symbols: &BTreeMap<String, Symbol>, package: &str) -> String {
     let mut out = format!("libdrex.so.{SOVERSION} {package} #MINVER#\n");
-    for line in text.lines() {
-        let name = line.split_whitespace().next_back().unwrap_or_default();
-        let (name, node) = name.split_once('@').unwrap_or((name, ""));
-        let node = match node.trim_start_matches('@') {
-            "" => name, // the node itself
-            node => node,
-        };
-        out.push_str(&format!(" {name}@{node} {version}\n"));
+    let mut nodes = BTreeMap::new();
+    for symbol in symbols.values() {
+        let since = nodes.entry(&symbol.node).or_insert(&symbol.since);
+        // A node is as old as its oldest symbol.
+        if older(&symbol.since, since) {
+            *since = &symbol.since;
+        }
     }
-    Ok(out)
+    for (node, since) in nodes {
+        out.push_str(&format!(" {node}@{node} {since}\n"));
+    }
+    for (name, symbol) in symbols {
+        out.push_str(&format!(" {name}@{} {}\n", symbol.node, symbol.since));
+    }
+    out
+}
+
+fn older(a: &str, b: &str) -> bool {
+    let numbers = |v: &str| -> Vec<u32> { v.split('.').filter_map(|n| n.parse().ok()).collect() };
+    numbers(a) < numbers(b)
 }
 
 /// The packages in the library, with their licences, as cargo knows them.
@@ -278,5 +288,28 @@ fn date() -> Result<String> {
             Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned())
         }
         _ => process::output(Command::new("date").arg("-R")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_symbol_has_its_own_version() {
+        let symbol = |node: &str, since: &str| Symbol {
+            node: node.to_owned(),
+            since: since.to_owned(),
+        };
+        let symbols = BTreeMap::from([
+            ("drex_a".to_owned(), symbol("DREX_0", "0.10.0")),
+            ("drex_b".to_owned(), symbol("DREX_0", "0.9.0")),
+            ("drex_c".to_owned(), symbol("DREX_0.11", "0.11.0")),
+        ]);
+        assert_eq!(
+            symbols_file(&symbols, "libdrex0"),
+            "libdrex.so.0 libdrex0 #MINVER#\n DREX_0@DREX_0 0.9.0\n DREX_0.11@DREX_0.11 0.11.0\n \
+             drex_a@DREX_0 0.10.0\n drex_b@DREX_0 0.9.0\n drex_c@DREX_0.11 0.11.0\n"
+        );
     }
 }

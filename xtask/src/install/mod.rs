@@ -3,6 +3,7 @@
 //! `cargo xtask install`: the libraries, the headers and what build systems ask for them, below a prefix.
 
 pub mod deb;
+pub mod symbols;
 
 use std::{
     ffi::OsString,
@@ -15,7 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
 use crate::{
-    cache::{copy_if_different, remove, repo},
+    cache::{copy_if_different, files, remove, repo},
     cargo, process,
 };
 
@@ -23,7 +24,7 @@ use crate::{
 pub const SOVERSION: &str = "0";
 /// What a program that links the static library needs besides. The unwinder is missing here because gcc and clang add
 /// it by themselves, the right one for `-static` too.
-const SYSTEM_LIBS: [&str; 5] = ["pthread", "dl", "util", "rt", "m"];
+pub const SYSTEM_LIBS: [&str; 5] = ["pthread", "dl", "util", "rt", "m"];
 
 #[derive(Args)]
 pub struct Options {
@@ -173,20 +174,20 @@ pub fn install(
         libdir: libdir.display().to_string(),
         include_dirs: "\"${_drex_root}/include\"".to_owned(),
     };
-    let mut files = vec![];
-    for (header, at) in headers() {
+    let mut written = vec![];
+    for (header, at) in headers()? {
         let to = root.join("include").join(header);
         copy_if_different(&at, &to)?;
-        files.push(to);
+        written.push(to);
     }
     let archive = lib.join("libdrex.a");
     copy_if_different(&built.archive, &archive)?;
-    files.push(archive);
-    files.extend(shared(built, &lib)?);
+    written.push(archive);
+    written.extend(shared(built, &lib)?);
     texts.write(&pkgconfig, &cmake)?;
-    files.push(pkgconfig);
-    files.extend(["drex-config.cmake", "drex-config-version.cmake"].map(|f| cmake.join(f)));
-    Ok(files)
+    written.push(pkgconfig);
+    written.extend(["drex-config.cmake", "drex-config-version.cmake"].map(|f| cmake.join(f)));
+    Ok(written)
 }
 
 /// The library and its links: libdrex.so for the linker, libdrex.so.0 for the loader.
@@ -209,34 +210,54 @@ fn shared(built: &Built, lib: &Path) -> Result<[PathBuf; 3]> {
     ])
 }
 
-pub fn headers() -> [(&'static str, PathBuf); 2] {
-    [
-        ("drex.h", repo().join("include/drex.h")),
-        ("drex.hpp", repo().join("bindings/cpp/include/drex.hpp")),
-    ]
+/// Where headers are edited: C's, and C++'s, which lie on top of them.
+const INCLUDE: [&str; 2] = ["include", "bindings/cpp/include"];
+
+/// Below an include folder, and where they are now.
+pub fn headers() -> Result<Vec<(PathBuf, PathBuf)>> {
+    let mut found = vec![];
+    for folder in INCLUDE.map(|f| repo().join(f)) {
+        let names = files(&folder, &|_| false)?;
+        found.extend(
+            names
+                .into_iter()
+                .map(|name| (name.clone(), folder.join(name))),
+        );
+    }
+    Ok(found)
 }
 
 /// Libraries and package files in target/drex; the headers stay where they are edited.
 pub fn build_tree(built: &Built) -> Result<PathBuf> {
     let tree = target()?.join("tree");
-    fs::create_dir_all(&tree)?;
-    shared(built, &tree)?;
+    tree_at(built, &repo(), &tree)?;
+    Ok(tree)
+}
+
+/// The same for any place of the checkout and of the tree.
+pub fn tree_at(built: &Built, checkout: &Path, tree: &Path) -> Result<()> {
+    fs::create_dir_all(tree)?;
+    shared(built, tree)?;
     copy_if_different(&built.archive, &tree.join("libdrex.a"))?;
-    let mut include = vec![];
-    for (_, header) in headers() {
-        include.push(header.parent().context("no folder")?.display().to_string());
-    }
+    let include = INCLUDE.map(|f| checkout.join(f).display().to_string());
     let texts = Texts {
         version: &built.version,
-        prefix: "${pcfiledir}".to_owned(),
+        prefix: escaped(&tree.display().to_string()),
         pc_libdir: "${prefix}".to_owned(),
-        cflags: include.iter().map(|i| format!("-I{i} ")).collect(),
+        cflags: include
+            .iter()
+            .map(|i| format!("-I{} ", escaped(i)))
+            .collect(),
         up: ".".to_owned(),
         libdir: ".".to_owned(),
         include_dirs: include.iter().map(|i| format!("\"{i}\" ")).collect(),
     };
-    texts.write(&tree.join("drex.pc"), &tree)?;
-    Ok(tree)
+    texts.write(&tree.join("drex.pc"), tree)
+}
+
+/// A path as a word in drex.pc. (Where the file finds itself, by `pcfiledir`, pkg-config does this.)
+fn escaped(path: &str) -> String {
+    path.replace('\\', "\\\\").replace(' ', "\\ ")
 }
 
 /// What the templates in packaging/ leave open.
