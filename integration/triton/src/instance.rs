@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::engine::{Engine, Job};
-use crate::llama::Llama;
+use crate::llama::{Llama, Vocab};
 use crate::metrics::{Metrics, Snapshot};
 use crate::model::Model;
 use crate::request::Asked;
@@ -45,6 +45,8 @@ pub struct Instance {
     sender: Option<Sender<Message>>,
     threads: Vec<JoinHandle<()>>,
     next_id: AtomicU64,
+    vocab: Vocab,
+    context: u32,
     decoupled: bool,
 }
 
@@ -52,14 +54,8 @@ impl Instance {
     /// Loads the model and starts the threads.
     pub fn start(model: &Model, name: &str) -> Result<Self, Failure> {
         let settings = model.settings.clone();
-        let llama = Llama::open(
-            &model.file()?,
-            &settings.kv_type,
-            settings.slots * settings.context,
-            settings.slots,
-            settings.batch,
-            settings.threads,
-        )?;
+        let llama = Llama::open(&model.file()?, &settings)?;
+        let vocab = llama.vocab();
         let (sender, messages) = mpsc::channel();
         let events = sender.clone();
         let engine = Engine::new(
@@ -84,6 +80,8 @@ impl Instance {
             sender: Some(sender),
             threads: Vec::new(),
             next_id: AtomicU64::new(1),
+            vocab,
+            context: engine.context(),
             decoupled: model.decoupled,
         };
         this.threads.push(spawn(
@@ -109,22 +107,27 @@ impl Instance {
         let Some(sender) = &self.sender else {
             return reply.fail(Failure::internal("the model is being unloaded"));
         };
+        // Here and not on the engine's thread, which others wait for.
+        let job = match Job::new(
+            &self.vocab,
+            self.context,
+            id,
+            &asked.prompt,
+            asked.sampling,
+            cancelled.clone(),
+        ) {
+            Ok(job) => job,
+            Err(failure) => return reply.fail(failure),
+        };
         // If the sender is gone, the message that comes back ends the request as it is dropped.
         let _ = sender.send(Message::Add {
             id,
             reply: Box::new(reply),
             stream: asked.stream,
             want: asked.want,
-            cancelled: cancelled.clone(),
+            cancelled,
         });
-        self.shared.change(|queue| {
-            queue.jobs.push(Job {
-                id,
-                prompt: asked.prompt,
-                sampling: asked.sampling,
-                cancelled,
-            });
-        });
+        self.shared.change(|queue| queue.jobs.push(job));
     }
 }
 
