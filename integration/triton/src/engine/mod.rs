@@ -3,6 +3,7 @@
 //!
 //! Knows nothing of Triton; what becomes of a request goes out as `Event`s.
 
+mod admission;
 mod calibrate;
 pub mod decoder;
 mod emit;
@@ -19,87 +20,21 @@ mod window;
 use std::collections::VecDeque;
 use std::ffi::CStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use drex::ffi::functions::*;
 use drex::ffi::types::*;
 
 use crate::clock::now_ns;
-use crate::llama::{Llama, Row, SamplerParams, Vocab};
+use crate::llama::{Llama, Row};
 use crate::sampling::Sampling;
 use crate::settings::Settings;
 use crate::text::Text;
 use crate::triton::abi;
 use crate::triton::error::Failure;
 use decoder::{Decoder, Device};
+pub use queue::Job;
 use queue::Queue;
-
-/// A request before it runs.
-pub struct Job {
-    pub id: u64,
-    pub prompt: Vec<i32>,
-    /// Sequences of tokens that the answer must not have.
-    pub bad: Vec<Vec<i32>>,
-    pub sampling: Sampling,
-    pub arrived_ns: u64,
-    /// Set by whoever sees the client go.
-    pub cancelled: Arc<AtomicBool>,
-}
-
-impl Job {
-    /// Reads the text, on the caller's thread: a long one takes a while. `context` as `Engine::context` says.
-    pub fn new(
-        vocab: &Vocab,
-        context: u32,
-        id: u64,
-        prompt: &str,
-        sampling: Sampling,
-        cancelled: Arc<AtomicBool>,
-    ) -> Result<Self, Failure> {
-        let arrived_ns = now_ns();
-        let most = vocab.longest().saturating_mul(context as usize);
-        if prompt.len() > most {
-            return Err(Failure::invalid(format!(
-                "text_input has {} bytes, the context holds {context} tokens, which are at most {most} bytes",
-                prompt.len()
-            )));
-        }
-        let prompt = vocab.tokenize(prompt, true)?;
-        if prompt.is_empty() {
-            return Err(Failure::invalid("text_input is empty"));
-        }
-        if prompt.len() >= context as usize {
-            return Err(Failure::invalid(format!(
-                "text_input has {} tokens, the context holds {context} with at least one for the answer",
-                prompt.len()
-            )));
-        }
-        let mut bad = Vec::new();
-        for word in &sampling.bad_words {
-            // At the beginning of a line, and within.
-            for text in [word.clone(), format!(" {}", word.trim_start())] {
-                let tokens = vocab.tokenize(&text, false)?;
-                if !tokens.is_empty() && !bad.contains(&tokens) {
-                    bad.push(tokens);
-                }
-            }
-        }
-        Ok(Self {
-            id,
-            prompt,
-            bad,
-            sampling,
-            arrived_ns,
-            cancelled,
-        })
-    }
-
-    /// When its timeout is over.
-    fn deadline_ns(&self) -> Option<u64> {
-        let timeout = self.sampling.timeout_us.saturating_mul(1000);
-        (timeout > 0).then(|| self.arrived_ns.saturating_add(timeout))
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
@@ -252,17 +187,6 @@ impl<D: Decoder> Engine<D> {
         self.settings.context
     }
 
-    /// Queues a request, or ends it where too many wait.
-    pub fn push(&mut self, job: Job) {
-        if let Err(job) = self.queue.push(job) {
-            let failure = unavailable(format!(
-                "{} requests wait, which is max_queue; try again later",
-                self.settings.max_queue
-            ));
-            (self.out)(job.id, Event::Failed(failure));
-        }
-    }
-
     pub fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.slots.iter().all(Option::is_none)
     }
@@ -303,148 +227,6 @@ impl<D: Decoder> Engine<D> {
         self.admit();
         self.prompts()?;
         self.window()
-    }
-
-    fn cancel(&mut self) {
-        let gone = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
-        for job in self.queue.take(|job| gone(&job.cancelled)) {
-            let end = Some((Finish::Cancelled, Figures::default()));
-            let event = Event::Token {
-                token: None,
-                text: String::new(),
-                end,
-            };
-            (self.out)(job.id, event);
-        }
-        let now = now_ns();
-        for job in self
-            .queue
-            .take(|job| job.deadline_ns().is_some_and(|deadline| now >= deadline))
-        {
-            let failure = unavailable(format!(
-                "the timeout of {} us is over and the request has not begun",
-                job.sampling.timeout_us
-            ));
-            (self.out)(job.id, Event::Failed(failure));
-        }
-        for at in 0..self.slots.len() {
-            let slot = self.slots[at].as_ref();
-            if slot.is_some_and(|slot| gone(&slot.cancelled)) {
-                self.finish(at, None, String::new(), Finish::Cancelled);
-            }
-        }
-    }
-
-    fn admit(&mut self) {
-        while let Some(&at) = self.free.front() {
-            let Some(job) = self.queue.pop() else {
-                return;
-            };
-            let id = job.id;
-            match self.slot(job) {
-                Ok(slot) => {
-                    let prompt_tokens = slot.prompt.len() as u32;
-                    (self.out)(id, Event::Started { prompt_tokens });
-                    // Whoever is alone does not look at the cells of those that were.
-                    let alone = self.free.len() == self.slots.len();
-                    self.decoder.forget((!alone).then_some(at as i32));
-                    self.free.pop_front();
-                    self.slots[at] = Some(slot);
-                }
-                Err(failure) => (self.out)(id, Event::Failed(failure)),
-            }
-        }
-    }
-
-    fn slot(&mut self, job: Job) -> Result<Slot<D::Sampler>, Failure> {
-        let deadline_ns = job.deadline_ns();
-        let Job {
-            id,
-            prompt,
-            bad,
-            sampling,
-            cancelled,
-            ..
-        } = job;
-        let penalties = sampling.repetition_penalty != 1.0
-            || sampling.frequency_penalty != 0.0
-            || sampling.presence_penalty != 0.0;
-        let sampler = if sampling.temperature > 0.0 || penalties {
-            let seed = sampling
-                .seed
-                .unwrap_or_else(|| (now_ns() ^ id.wrapping_mul(0x9e37_79b9)) as u32);
-            let params = SamplerParams {
-                temperature: sampling.temperature,
-                top_k: sampling.top_k,
-                top_p: sampling.top_p,
-                min_p: sampling.min_p,
-                repetition_penalty: sampling.repetition_penalty,
-                frequency_penalty: sampling.frequency_penalty,
-                presence_penalty: sampling.presence_penalty,
-                seed,
-            };
-            Some(self.decoder.sampler(&params, &prompt)?)
-        } else {
-            None
-        };
-        self.admitted += 1;
-        Ok(Slot {
-            id,
-            cancelled,
-            reshaped: penalties || !bad.is_empty(),
-            bad,
-            fill: sampling.drex_fill.unwrap_or(self.settings.fill),
-            sampler,
-            text: Text::new(&sampling.stop, sampling.include_stop),
-            sampling,
-            prompt,
-            deadline_ns,
-            order: self.admitted,
-            n_past: 0,
-            ahead: Vec::new(),
-            n_drafts: 0,
-            output: Vec::new(),
-            next: 0,
-            busy: false,
-            drafts: 0,
-            drafts_accepted: 0,
-        })
-    }
-
-    /// Makes a request known to drex, at the end of its prompt.
-    fn register(&mut self, at: usize) -> Result<(), Failure> {
-        let Some(slot) = &self.slots[at] else {
-            return Ok(());
-        };
-        let sampling = &slot.sampling;
-        let mut config: drex_request_config = zeroed();
-        config.size = size_of::<drex_request_config>() as u32;
-        config.metric = sampling.drex_metric.unwrap_or(DREX_METRIC_DEFAULT);
-        config.id = slot.id;
-        // Confidence is that of the model's own distribution: where that is changed, a ramp says nothing about the token,
-        // and such a request exits early only if it names a threshold itself.
-        let threshold = if slot.reshaped { 2.0 } else { f32::NAN };
-        config.threshold = sampling.drex_threshold.unwrap_or(threshold);
-        config.fill = sampling.drex_fill.unwrap_or(DREX_FILL_DEFAULT);
-        config.token_deadline_ns = nanoseconds(sampling.drex_deadline_ms.into());
-        config.priority = sampling.drex_priority;
-        let deadline = if sampling.drex_request_deadline_ms > 0.0 {
-            sampling.drex_request_deadline_ms.into()
-        } else {
-            self.settings.request_deadline_ms
-        };
-        config.request_deadline_ns = nanoseconds(deadline);
-        // The timeout counts from the arrival; of one that is over, the least is left.
-        if let Some(end) = slot.deadline_ns {
-            let left = end.saturating_sub(now_ns()).max(1);
-            config.request_deadline_ns = match config.request_deadline_ns {
-                0 => left,
-                other => other.min(left),
-            };
-        }
-        config.max_tokens = sampling.max_tokens.into();
-        // SAFETY: the struct lives during the call.
-        unsafe { check(drex_request_add(self.drex, &config)) }
     }
 
     fn finish(&mut self, at: usize, token: Option<i32>, text: String, end: Finish) {

@@ -1,7 +1,80 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Requests that wait for a slot.
 
-use super::Job;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::clock::now_ns;
+use crate::llama::Vocab;
+use crate::sampling::Sampling;
+use crate::triton::error::Failure;
+
+/// A request before it runs.
+pub struct Job {
+    pub id: u64,
+    pub prompt: Vec<i32>,
+    /// Sequences of tokens that the answer must not have.
+    pub bad: Vec<Vec<i32>>,
+    pub sampling: Sampling,
+    pub arrived_ns: u64,
+    /// Set by whoever sees the client go.
+    pub cancelled: Arc<AtomicBool>,
+}
+
+impl Job {
+    /// Reads the text, on the caller's thread: a long one takes a while. `context` as `Engine::context` says.
+    pub fn new(
+        vocab: &Vocab,
+        context: u32,
+        id: u64,
+        prompt: &str,
+        sampling: Sampling,
+        cancelled: Arc<AtomicBool>,
+    ) -> Result<Self, Failure> {
+        let arrived_ns = now_ns();
+        let most = vocab.longest().saturating_mul(context as usize);
+        if prompt.len() > most {
+            return Err(Failure::invalid(format!(
+                "text_input has {} bytes, the context holds {context} tokens, which are at most {most} bytes",
+                prompt.len()
+            )));
+        }
+        let prompt = vocab.tokenize(prompt, true)?;
+        if prompt.is_empty() {
+            return Err(Failure::invalid("text_input is empty"));
+        }
+        if prompt.len() >= context as usize {
+            return Err(Failure::invalid(format!(
+                "text_input has {} tokens, the context holds {context} with at least one for the answer",
+                prompt.len()
+            )));
+        }
+        let mut bad = Vec::new();
+        for word in &sampling.bad_words {
+            // At the beginning of a line, and within.
+            for text in [word.clone(), format!(" {}", word.trim_start())] {
+                let tokens = vocab.tokenize(&text, false)?;
+                if !tokens.is_empty() && !bad.contains(&tokens) {
+                    bad.push(tokens);
+                }
+            }
+        }
+        Ok(Self {
+            id,
+            prompt,
+            bad,
+            sampling,
+            arrived_ns,
+            cancelled,
+        })
+    }
+
+    /// When its timeout is over.
+    pub(super) fn deadline_ns(&self) -> Option<u64> {
+        let timeout = self.sampling.timeout_us.saturating_mul(1000);
+        (timeout > 0).then(|| self.arrived_ns.saturating_add(timeout))
+    }
+}
 
 /// A request that so many younger ones went before goes next; as rows do in drex.
 const PASSES: u32 = 8;
@@ -79,7 +152,6 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampling::Sampling;
 
     fn job(id: u64, priority: i32) -> Job {
         Job {
