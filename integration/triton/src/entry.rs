@@ -55,6 +55,29 @@ pub unsafe extern "C" fn TRITONBACKEND_Initialize(backend: *mut abi::Backend) ->
     })
 }
 
+/// Where models run whose configuration does not say it: without this, Triton puts one instance on each GPU.
+///
+/// # Safety
+/// Called by Triton, after `TRITONBACKEND_Initialize`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn TRITONBACKEND_GetBackendAttribute(
+    _: *mut abi::Backend,
+    attribute: *mut abi::BackendAttribute,
+) -> *mut abi::Error {
+    // SAFETY: live during the call; no devices are named.
+    entry(|| unsafe {
+        check(
+            abi::TRITONBACKEND_BackendAttributeAddPreferredInstanceGroup(
+                attribute,
+                abi::KIND_CPU,
+                1,
+                null(),
+                0,
+            ),
+        )
+    })
+}
+
 /// # Safety
 /// Called by Triton, after the last model is gone.
 #[unsafe(no_mangle)]
@@ -111,7 +134,14 @@ pub unsafe extern "C" fn TRITONBACKEND_ModelInstanceInitialize(
         let mut name = null();
         check(abi::TRITONBACKEND_ModelInstanceName(instance, &mut name))?;
         let name = CStr::from_ptr(name).to_string_lossy();
-        let started = Instance::start(&*state.cast::<Model>(), instance, &name)?;
+        let (mut kind, mut device) = (0, 0);
+        check(abi::TRITONBACKEND_ModelInstanceKind(instance, &mut kind))?;
+        check(abi::TRITONBACKEND_ModelInstanceDeviceId(
+            instance,
+            &mut device,
+        ))?;
+        let gpu = (kind == abi::KIND_GPU).then_some(device);
+        let started = Instance::start(&*state.cast::<Model>(), instance, &name, gpu)?;
         let state = Box::into_raw(Box::new(started));
         check(abi::TRITONBACKEND_ModelInstanceSetState(
             instance,

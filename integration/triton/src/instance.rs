@@ -21,24 +21,24 @@ use crate::triton::reply::Reply;
 use crate::triton::statistics::Executions;
 use crate::triton::{abi, log};
 
+const UNLOADED: &str = "the model is being unloaded";
 /// How often /metrics gets new values while requests run.
 const METRICS_EVERY: Duration = Duration::from_millis(250);
 
-#[derive(Default)]
-struct Queue {
-    jobs: Vec<Job>,
+struct Queue<J> {
+    jobs: Vec<J>,
     stop: bool,
 }
 
-#[derive(Default)]
-struct Shared {
-    queue: Mutex<Queue>,
+struct Shared<J> {
+    queue: Mutex<Queue<J>>,
     wake: Condvar,
 }
 
 /// What the engine's thread runs; in tests it is not an engine.
 trait Work {
-    fn push(&mut self, job: Job);
+    type Job;
+    fn push(&mut self, job: Self::Job);
     fn is_idle(&self) -> bool;
     fn step(&mut self) -> Result<(), Failure>;
     fn fail_all(&mut self, failure: &Failure);
@@ -46,6 +46,8 @@ trait Work {
 }
 
 impl Work for Engine {
+    type Job = Job;
+
     fn push(&mut self, job: Job) {
         self.push(job);
     }
@@ -81,16 +83,50 @@ fn unavailable(text: &str) -> Failure {
     }
 }
 
-impl Shared {
-    fn change(&self, f: impl FnOnce(&mut Queue)) {
+impl<J> Shared<J> {
+    fn new() -> Arc<Self> {
+        let (jobs, stop) = (Vec::new(), false);
+        Arc::new(Self {
+            queue: Mutex::new(Queue { jobs, stop }),
+            wake: Condvar::new(),
+        })
+    }
+
+    fn change(&self, f: impl FnOnce(&mut Queue<J>)) {
         f(&mut self.queue.lock().unwrap_or_else(PoisonError::into_inner));
         self.wake.notify_one();
     }
 }
 
+/// Where requests come in: the engine gets the job, the sender all the rest.
+struct Inbox<J> {
+    shared: Arc<Shared<J>>,
+    sender: Sender<Message>,
+}
+
+impl<J> Inbox<J> {
+    /// `message` adds the job's request to the sender.
+    fn put(&self, message: Message, job: J) {
+        if let Err(mpsc::SendError(message)) = self.sender.send(message) {
+            if let Message::Add { reply, .. } = message {
+                reply.fail(unavailable(
+                    "the model's thread that sends has ended by a panic; load the model again",
+                ));
+            }
+            return;
+        }
+        self.shared.change(|queue| {
+            // After that nobody takes jobs, and the sender refuses the request.
+            if !queue.stop {
+                queue.jobs.push(job);
+            }
+        });
+    }
+}
+
 pub struct Instance {
-    shared: Arc<Shared>,
-    sender: Option<Sender<Message>>,
+    /// None: the model is being unloaded.
+    inbox: Option<Inbox<Job>>,
     threads: Vec<JoinHandle<()>>,
     next_id: AtomicU64,
     decoupled: bool,
@@ -105,16 +141,32 @@ impl Instance {
         model: &Model,
         instance: *mut abi::Instance,
         name: &str,
+        gpu: Option<i32>,
     ) -> Result<Self, Failure> {
+        if let Some(device) = gpu {
+            return Err(Failure::unsupported(format!(
+                "instance_group: {name} is KIND_GPU, on GPU {device}; must be KIND_CPU"
+            )));
+        }
         let settings = model.settings.clone();
+        let file = model.file()?;
         let llama = Llama::open(
-            &model.file()?,
+            &file,
             &settings.kv_type,
             settings.slots * settings.context,
             settings.slots,
             settings.batch,
             settings.threads,
         )?;
+        let loaded = format!(
+            "{name} has loaded {}, {} layers; policy {}, {} slots of {} tokens, {} threads",
+            file.display(),
+            llama.n_layer,
+            settings.policy,
+            settings.slots,
+            settings.context,
+            settings.threads
+        );
         let (sender, messages) = mpsc::channel();
         let (events, last) = (sender.clone(), sender.clone());
         let engine = Engine::new(
@@ -126,10 +178,11 @@ impl Instance {
                 let _ = events.send(Message::Event { id, event, at });
             }),
         )?;
-        let mut metrics = Metrics::new(&model.name, model.version, name, &engine.ramps);
+        let ramps = engine.ramps.clone();
+        let mut metrics = Metrics::new(&model.name, model.version, name, &ramps);
         // SAFETY: by the caller; the thread is joined before this is gone.
         let executions = unsafe { Executions::of(instance) };
-        let shared = Arc::new(Shared::default());
+        let shared = Shared::new();
         let (for_engine, for_sender) = (shared.clone(), shared.clone());
         let spawn = |name: &str, f: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
@@ -138,8 +191,7 @@ impl Instance {
                 .map_err(|error| Failure::internal(format!("cannot start a thread: {error}")))
         };
         let mut this = Self {
-            shared,
-            sender: Some(sender),
+            inbox: Some(Inbox { shared, sender }),
             threads: Vec::new(),
             next_id: AtomicU64::new(1),
             decoupled: model.decoupled,
@@ -164,6 +216,7 @@ impl Instance {
                 }
             }),
         )?);
+        log::info(&format!("{loaded}; exit layers {ramps:?}"));
         Ok(this)
     }
 
@@ -176,42 +229,31 @@ impl Instance {
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let cancelled = Arc::new(AtomicBool::new(false));
-        let Some(sender) = &self.sender else {
-            return reply.fail(Failure::internal("the model is being unloaded"));
+        let Some(inbox) = &self.inbox else {
+            return reply.fail(unavailable(UNLOADED));
         };
-        let sent = sender.send(Message::Add {
+        let message = Message::Add {
             id,
             reply: Box::new(reply),
             stream: asked.stream,
             want: asked.want,
             cancelled: cancelled.clone(),
-        });
-        if let Err(mpsc::SendError(message)) = sent {
-            if let Message::Add { reply, .. } = message {
-                reply.fail(unavailable(
-                    "the model's thread that sends has ended by a panic; load the model again",
-                ));
-            }
-            return;
-        }
-        self.shared.change(|queue| {
-            // After that nobody takes jobs, and the sender refuses the request.
-            if !queue.stop {
-                queue.jobs.push(Job {
-                    id,
-                    prompt: asked.prompt,
-                    sampling: asked.sampling,
-                    cancelled,
-                });
-            }
-        });
+        };
+        let job = Job {
+            id,
+            prompt: asked.prompt,
+            sampling: asked.sampling,
+            cancelled,
+        };
+        inbox.put(message, job);
     }
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        self.shared.change(|queue| queue.stop = true);
-        self.sender = None;
+        if let Some(inbox) = self.inbox.take() {
+            inbox.shared.change(|queue| queue.stop = true);
+        }
         for thread in self.threads.drain(..) {
             // Neither ends with a panic.
             let _ = thread.join();
@@ -221,16 +263,16 @@ impl Drop for Instance {
 
 /// Runs the engine until the instance stops or the engine panics where it must not. Then the sender is told: whatever
 /// happened, nobody waits for an answer that cannot come.
-fn engine_thread(
-    engine: impl Work,
+fn engine_thread<W: Work>(
+    engine: W,
     publish: impl FnMut(&Snapshot),
     executions: &Executions,
-    shared: &Shared,
+    shared: &Shared<W::Job>,
     sender: &Sender<Message>,
 ) {
     let run = || run(engine, publish, executions, shared);
     let failure = match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(()) => unavailable("the model is being unloaded"),
+        Ok(()) => unavailable(UNLOADED),
         Err(panic) => {
             let text = log::panic_text(&*panic);
             log::error(&format!("the engine has ended by a panic: {text}"));
@@ -244,11 +286,11 @@ fn engine_thread(
     let _ = sender.send(Message::EngineGone(failure));
 }
 
-fn run(
-    mut engine: impl Work,
+fn run<W: Work>(
+    mut engine: W,
     mut publish: impl FnMut(&Snapshot),
     executions: &Executions,
-    shared: &Shared,
+    shared: &Shared<W::Job>,
 ) {
     let mut published = Instant::now();
     let mut before = engine.snapshot();
@@ -296,7 +338,7 @@ fn run(
         }
         before = now;
     }
-    engine.fail_all(&unavailable("the model is being unloaded"));
+    engine.fail_all(&unavailable(UNLOADED));
     publish(&engine.snapshot());
 }
 
@@ -305,19 +347,19 @@ mod tests {
     use super::*;
     use crate::engine::{Event, Out};
     use crate::request::Want;
-    use crate::sampling::Sampling;
     use crate::triton::fake_host as host;
 
     /// Answers each job in its second step; "push" and "step" in a prompt are where it panics.
     struct Fake {
-        jobs: Vec<Job>,
+        jobs: Vec<(u64, String)>,
         steps: u64,
         out: Out,
     }
 
     impl Work for Fake {
-        fn push(&mut self, job: Job) {
-            assert!(!job.prompt.contains("push"), "injected");
+        type Job = (u64, String);
+        fn push(&mut self, job: (u64, String)) {
+            assert!(!job.1.contains("push"), "injected");
             self.jobs.push(job);
         }
         fn is_idle(&self) -> bool {
@@ -325,20 +367,20 @@ mod tests {
         }
         fn step(&mut self) -> Result<(), Failure> {
             assert!(
-                !self.jobs.iter().any(|job| job.prompt.contains("step")),
+                !self.jobs.iter().any(|job| job.1.contains("step")),
                 "injected"
             );
             self.steps += 1;
             if self.steps.is_multiple_of(2) {
-                for job in self.jobs.drain(..) {
-                    (self.out)(job.id, Event::Failed(Failure::invalid(job.prompt)));
+                for (id, prompt) in self.jobs.drain(..) {
+                    (self.out)(id, Event::Failed(Failure::invalid(prompt)));
                 }
             }
             Ok(())
         }
         fn fail_all(&mut self, failure: &Failure) {
-            for job in self.jobs.drain(..) {
-                (self.out)(job.id, Event::Failed(failure.clone()));
+            for (id, _) in self.jobs.drain(..) {
+                (self.out)(id, Event::Failed(failure.clone()));
             }
         }
         fn snapshot(&self) -> Snapshot {
@@ -358,24 +400,24 @@ mod tests {
     /// What the clients of these prompts are told, all of which are there before the engine starts, and `late` after.
     fn serve(prompts: &[&str], late: &str, publish: impl FnMut(&Snapshot)) -> Vec<String> {
         let (sender, messages) = mpsc::channel();
-        let shared = Arc::new(Shared::default());
-        let instance = Instance {
+        let shared = Shared::new();
+        let inbox = Inbox {
             shared: shared.clone(),
-            sender: Some(sender.clone()),
-            threads: Vec::new(),
-            next_id: AtomicU64::new(1),
-            decoupled: true,
+            sender: sender.clone(),
         };
-        let submit = |prompt: &str| {
-            let asked = Asked {
-                prompt: prompt.into(),
+        let submit = |id: u64, prompt: &str| {
+            let message = Message::Add {
+                id,
+                reply: Box::new(host::reply()),
                 stream: true,
-                sampling: Sampling::default(),
                 want: Want::default(),
+                cancelled: Arc::new(AtomicBool::new(false)),
             };
-            instance.submit(host::reply(), asked);
+            inbox.put(message, (id, prompt.to_owned()));
         };
-        prompts.iter().for_each(|prompt| submit(prompt));
+        for (id, prompt) in prompts.iter().enumerate() {
+            submit(id as u64, prompt);
+        }
         let stop = shared.clone();
         let events = sender.clone();
         let engine = Fake {
@@ -389,8 +431,8 @@ mod tests {
         // SAFETY: the fake host does not look at it.
         let executions = unsafe { Executions::of(std::ptr::null_mut()) };
         engine_thread(engine, publish, &executions, &shared, &sender);
-        submit(late);
-        drop((sender, instance));
+        submit(100, late);
+        drop((sender, inbox));
         sender::run(&messages, || ());
         host::take_responses();
         assert_eq!(host::live(), 0);
