@@ -12,28 +12,28 @@ static MINOR: AtomicU32 = AtomicU32::new(0);
 struct Error(u32, CString);
 
 #[unsafe(no_mangle)]
-pub extern "C" fn TRITONSERVER_ErrorNew(code: u32, text: *const c_char) -> *mut c_void {
+extern "C" fn TRITONSERVER_ErrorNew(code: u32, text: *const c_char) -> *mut c_void {
     // SAFETY: a text that ends with a 0 byte.
     let text = unsafe { CStr::from_ptr(text) }.to_owned();
     Box::into_raw(Box::new(Error(code, text))).cast()
 }
 #[unsafe(no_mangle)]
-pub extern "C" fn TRITONSERVER_ErrorDelete(error: *mut c_void) {
+extern "C" fn TRITONSERVER_ErrorDelete(error: *mut c_void) {
     // SAFETY: made above.
     drop(unsafe { Box::from_raw(error.cast::<Error>()) });
 }
 #[unsafe(no_mangle)]
-pub extern "C" fn TRITONSERVER_ErrorCode(error: *mut c_void) -> u32 {
+extern "C" fn TRITONSERVER_ErrorCode(error: *mut c_void) -> u32 {
     // SAFETY: made above.
     unsafe { (*error.cast::<Error>()).0 }
 }
 #[unsafe(no_mangle)]
-pub extern "C" fn TRITONSERVER_ErrorMessage(error: *mut c_void) -> *const c_char {
+extern "C" fn TRITONSERVER_ErrorMessage(error: *mut c_void) -> *const c_char {
     // SAFETY: made above.
     unsafe { (*error.cast::<Error>()).1.as_ptr() }
 }
 #[unsafe(no_mangle)]
-pub extern "C" fn TRITONBACKEND_ApiVersion(major: *mut u32, minor: *mut u32) -> *mut c_void {
+extern "C" fn TRITONBACKEND_ApiVersion(major: *mut u32, minor: *mut u32) -> *mut c_void {
     // SAFETY: two places to write to.
     unsafe { (*major, *minor) = (1, MINOR.load(Ordering::Relaxed)) };
     null_mut()
