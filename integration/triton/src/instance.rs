@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::clock::now_ns;
 use crate::engine::{Engine, Job};
 use crate::families::Snapshot;
-use crate::llama::Llama;
+use crate::llama::{Llama, Vocab};
 use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::request::Asked;
@@ -129,6 +129,8 @@ pub struct Instance {
     inbox: Option<Inbox<Job>>,
     threads: Vec<JoinHandle<()>>,
     next_id: AtomicU64,
+    vocab: Vocab,
+    context: u32,
     decoupled: bool,
 }
 
@@ -143,29 +145,35 @@ impl Instance {
         name: &str,
         gpu: Option<i32>,
     ) -> Result<Self, Failure> {
+        let mut settings = model.settings.clone();
         if let Some(device) = gpu {
-            return Err(Failure::unsupported(format!(
-                "instance_group: {name} is KIND_GPU, on GPU {device}; must be KIND_CPU"
-            )));
+            settings.on_gpu(device);
         }
-        let settings = model.settings.clone();
         let file = model.file()?;
-        let llama = Llama::open(
-            &file,
-            &settings.kv_type,
-            settings.slots * settings.context,
-            settings.slots,
-            settings.batch,
-            settings.threads,
-        )?;
+        let llama = Llama::open(&file, &settings).map_err(|failure| match gpu {
+            Some(device) => Failure {
+                text: format!(
+                    "instance_group: {name} is KIND_GPU, on GPU {device}: {}",
+                    failure.text
+                ),
+                ..failure
+            },
+            None => failure,
+        })?;
+        let vocab = llama.vocab();
         let loaded = format!(
-            "{name} has loaded {}, {} layers; policy {}, {} slots of {} tokens, {} threads",
+            "{name} has loaded {}, {} layers; policy {}, {} slots of {} tokens, {} threads, {}",
             file.display(),
             llama.n_layer,
             settings.policy,
             settings.slots,
-            settings.context,
-            settings.threads
+            llama.n_context,
+            settings.threads,
+            if settings.gpu_layers > 0 {
+                format!("on GPU {}", settings.main_gpu)
+            } else {
+                "on the CPU".into()
+            }
         );
         let (sender, messages) = mpsc::channel();
         let (events, last) = (sender.clone(), sender.clone());
@@ -194,6 +202,8 @@ impl Instance {
             inbox: Some(Inbox { shared, sender }),
             threads: Vec::new(),
             next_id: AtomicU64::new(1),
+            vocab,
+            context: engine.context(),
             decoupled: model.decoupled,
         };
         this.threads.push(spawn(
@@ -232,17 +242,23 @@ impl Instance {
         let Some(inbox) = &self.inbox else {
             return reply.fail(unavailable(UNLOADED));
         };
+        // Here and not on the engine's thread, which others wait for.
+        let job = match Job::new(
+            &self.vocab,
+            self.context,
+            id,
+            &asked.prompt,
+            asked.sampling,
+            cancelled.clone(),
+        ) {
+            Ok(job) => job,
+            Err(failure) => return reply.fail(failure),
+        };
         let message = Message::Add {
             id,
             reply: Box::new(reply),
             stream: asked.stream,
             want: asked.want,
-            cancelled: cancelled.clone(),
-        };
-        let job = Job {
-            id,
-            prompt: asked.prompt,
-            sampling: asked.sampling,
             cancelled,
         };
         inbox.put(message, job);

@@ -7,6 +7,7 @@ use std::ptr::{null, null_mut};
 use serde_json::{Map, Value, json};
 
 use crate::sampling::Sampling;
+use crate::settings::INPUTS;
 use crate::triton::error::{Failure, check};
 use crate::triton::{abi, memory, tensor};
 
@@ -41,12 +42,12 @@ struct Input {
 pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
     let mut prompt = None;
     let mut stream = false;
-    let mut fields = Map::new();
+    let (mut fields, mut json) = (Map::new(), Map::new());
     let mut exclude = None;
     let (mut reason, mut n_in, mut n_out, mut ids) = (false, false, false, false);
     // SAFETY: by the caller.
     unsafe {
-        // Request parameters first: the JSON of sampling_parameters says it more clearly, and wins.
+        // Request parameters first, which tensors overrule: the JSON of sampling_parameters says it more clearly, and wins.
         for (name, value) in parameters(request)? {
             fields.insert(name, value);
         }
@@ -57,8 +58,7 @@ pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
             match input.name.as_str() {
                 "text_input" => prompt = Some(text(&input)?),
                 "sampling_parameters" => {
-                    let json = text(&input)?;
-                    let value: Value = serde_json::from_str(&json).map_err(|error| {
+                    let value: Value = serde_json::from_str(&text(&input)?).map_err(|error| {
                         Failure::invalid(format!("sampling_parameters: not JSON: {error}"))
                     })?;
                     let Value::Object(object) = value else {
@@ -66,7 +66,7 @@ pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
                             "sampling_parameters: not a JSON object: {value}"
                         )));
                     };
-                    fields.extend(object);
+                    json.extend(object);
                 }
                 "stream" => stream = flag(&input)?,
                 "exclude_input_in_output" => exclude = Some(flag(&input)?),
@@ -74,15 +74,20 @@ pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
                 "return_num_input_tokens" => n_in = flag(&input)?,
                 "return_num_output_tokens" => n_out = flag(&input)?,
                 "return_token_ids" => ids = flag(&input)?,
+                name if INPUTS.iter().any(|(known, ..)| *known == name) => {
+                    let value = tensor::value(name, input.datatype, &input.shape, &input.bytes)?;
+                    fields.insert(name.to_owned(), value);
+                }
                 name => return Err(Failure::invalid(format!("unknown input {name}"))),
             }
         }
+        fields.extend(json);
         let prompt = prompt.ok_or_else(|| Failure::invalid("text_input is missing"))?;
         let mut sampling = Sampling::from_value(&Value::Object(fields))?;
         if let Some(microseconds) = timeout(request)
-            && sampling.drex_request_deadline_ms == 0.0
+            && sampling.timeout_us == 0
         {
-            sampling.drex_request_deadline_ms = microseconds as f32 / 1000.0;
+            sampling.timeout_us = microseconds;
         }
         let prepend = !exclude.unwrap_or(stream);
         if prepend && stream {

@@ -259,6 +259,8 @@ impl Entry {
                 ("drex_involuntary_stays", figures.involuntary_stays),
                 ("drex_held_us", figures.held_ns / 1000),
                 ("drex_deadline_misses", figures.deadline_misses),
+                ("drex_drafts", figures.drafts),
+                ("drex_drafts_accepted", figures.drafts_accepted),
             ] {
                 parameters.push((text(name), Parameter::Int(value as i64)));
             }

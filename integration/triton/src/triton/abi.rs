@@ -47,7 +47,9 @@ pub const CONFIG_VERSION: u32 = 1;
 
 pub const TYPE_BOOL: u32 = 1;
 pub const TYPE_UINT32: u32 = 4;
+pub const TYPE_UINT64: u32 = 5;
 pub const TYPE_INT32: u32 = 8;
+pub const TYPE_FP32: u32 = 11;
 pub const TYPE_BYTES: u32 = 13;
 
 pub const MEMORY_CPU: u32 = 0;
