@@ -310,7 +310,7 @@ mod tests {
         for asked in [gpu, cpu] {
             assert_eq!(asked.prompt, "hello");
             assert!(asked.stream && asked.want.text);
-            assert_eq!(asked.sampling.drex_request_deadline_ms, 250.0);
+            assert_eq!(asked.sampling.timeout_us, 250_000);
         }
     }
 }
