@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::sampling::Sampling;
 use crate::settings::INPUTS;
 use crate::triton::error::{Failure, check};
-use crate::triton::{abi, tensor};
+use crate::triton::{abi, memory, tensor};
 
 pub struct Asked {
     pub prompt: String,
@@ -152,17 +152,7 @@ unsafe fn input(request: *mut abi::Request, index: u32) -> Result<Input, Failure
                 &mut kind,
                 &mut id,
             ))?;
-            if kind != abi::MEMORY_CPU && kind != abi::MEMORY_CPU_PINNED {
-                return Err(Failure::unsupported(format!(
-                    "{name}: lies in memory of type {kind}, only host memory (0, 1) is read"
-                )));
-            }
-            if length > 0 {
-                bytes.extend_from_slice(std::slice::from_raw_parts(
-                    buffer.cast::<u8>(),
-                    length as usize,
-                ));
-            }
+            memory::read(&name, (kind, id), buffer, length as usize, &mut bytes)?;
         }
         Ok(Input {
             name,
@@ -270,15 +260,57 @@ unsafe fn parameters(request: *mut abi::Request) -> Result<Vec<(String, Value)>,
 /// # Safety
 /// As `read`.
 unsafe fn timeout(request: *mut abi::Request) -> Option<u64> {
-    type Ask = unsafe extern "C" fn(*mut abi::Request, *mut u64) -> *mut abi::Error;
-    let process = libloading::os::unix::Library::this();
-    // SAFETY: the function has this type since it exists.
-    unsafe {
-        let ask = process
-            .get::<Ask>(b"TRITONBACKEND_InferenceRequestTimeoutMicroseconds\0")
-            .ok()?;
-        let mut microseconds = 0;
-        check(ask(request, &mut microseconds)).ok()?;
-        (microseconds > 0).then_some(microseconds)
+    let ask = abi::TRITONBACKEND_InferenceRequestTimeoutMicroseconds()?;
+    let mut microseconds = 0;
+    // SAFETY: by the caller.
+    unsafe { check(ask(request, &mut microseconds)).ok()? };
+    (microseconds > 0).then_some(microseconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::triton::fake_host::{self as host, FakeInput};
+
+    #[test]
+    fn inputs_are_read_wherever_they_lie() {
+        let of = |memory| {
+            vec![
+                FakeInput {
+                    name: c"text_input".into(),
+                    datatype: abi::TYPE_BYTES,
+                    bytes: tensor::element("hello").unwrap(),
+                    memory,
+                },
+                FakeInput {
+                    name: c"stream".into(),
+                    datatype: abi::TYPE_BOOL,
+                    bytes: vec![1],
+                    memory: abi::MEMORY_CPU_PINNED,
+                },
+            ]
+        };
+        let mut inputs = of(abi::MEMORY_GPU);
+        // SAFETY: the fake host's request.
+        let asked = |inputs: &mut Vec<FakeInput>| unsafe { read(host::request(inputs)) };
+        let failure = asked(&mut inputs).err().unwrap();
+        assert!(
+            failure.text.starts_with("text_input: ") && failure.text.contains("GPU 2"),
+            "{}",
+            failure.text
+        );
+        memory::fake::set_driver(true);
+        let gpu = asked(&mut inputs).unwrap();
+        memory::fake::set_driver(false);
+        assert_eq!(
+            memory::fake::take_log(),
+            ["retain 102", "push 102", "to host 9", "pop", "release 102"]
+        );
+        let cpu = asked(&mut of(abi::MEMORY_CPU)).unwrap();
+        for asked in [gpu, cpu] {
+            assert_eq!(asked.prompt, "hello");
+            assert!(asked.stream && asked.want.text);
+            assert_eq!(asked.sampling.timeout_us, 250_000);
+        }
     }
 }

@@ -166,6 +166,14 @@ impl Settings {
         }
         Ok(out)
     }
+
+    /// For an instance that config.pbtxt wants on this GPU: all layers, if it does not say how many.
+    pub fn on_gpu(&mut self, device: i32) {
+        if self.gpu_layers == 0 {
+            self.gpu_layers = ALL_LAYERS;
+        }
+        self.main_gpu = device.unsigned_abs();
+    }
 }
 
 fn wrong(name: &str, text: &str, wanted: &str) -> Failure {
@@ -351,6 +359,17 @@ mod tests {
             Settings::parse(&json!({})).unwrap().policy,
             Settings::default().policy
         );
+    }
+
+    #[test]
+    fn the_gpu_of_an_instance_is_used() {
+        let mut settings = Settings::default();
+        assert_eq!(settings.gpu_layers, 0);
+        settings.on_gpu(3);
+        assert_eq!((settings.gpu_layers, settings.main_gpu), (ALL_LAYERS, 3));
+        let mut named = parse("gpu_layers", "24").unwrap();
+        named.on_gpu(1);
+        assert_eq!((named.gpu_layers, named.main_gpu), (24, 1));
     }
 
     #[test]
