@@ -203,6 +203,10 @@
  *   errors   Every call on a handle can also return DREX_ERROR_NULL_ARGUMENT,
  *            DREX_ERROR_INVALID_HANDLE, DREX_ERROR_HANDLE_BUSY and
  *            DREX_ERROR_PANIC. "Errors:" names the others, without DREX_ERROR_.
+ *   memory   Where a call's errors have DREX_ERROR_MEMORY, what grows with its
+ *            arguments is asked for, and may be refused. What else allocates
+ *            (chapter 3) needs little, and ends the process when there is not
+ *            even that. CUDA's memory is DREX_ERROR_DEVICE.
  *   threads  Chapter 3.
  *   since    Items say in which version they came, constants where they are
  *            younger than the type or the items that they belong to, fields
@@ -365,11 +369,20 @@
 // Since 0.1.
 #define DREX_NO_SLOT UINT32_MAX
 
+// Length of drex_stats.flushes, more than there are DREX_FLUSH_*.
+// Since 0.1.
+#define DREX_MAX_FLUSH_REASONS 16
+
+// Length of drex_stats.misses, more than there are DREX_MISS_*.
+// Since 0.1.
+#define DREX_MAX_MISS_REASONS 8
+
 // Length of drex_stats.wait_us_buckets.
 // Since 0.1.
 #define DREX_WAIT_BUCKETS 32
 
-// How many reasons there are.
+// How many reasons there are; a later version may have more, up to
+// DREX_MAX_MISS_REASONS.
 // Since 0.1.
 #define DREX_MISS_REASONS 4
 
@@ -426,6 +439,9 @@ typedef int32_t drex_status;
 // A bug in drex was caught. The engine is poisoned: every call on it but
 // drex_destroy() returns this again.
 #define DREX_ERROR_PANIC 13
+// There is not as much memory as the call asked for. Only calls that name it
+// return this: see chapter 5.
+#define DREX_ERROR_MEMORY 14
 
 // Who leaves at a ramp: DREX_POLICY_*. A row is *confident* when its
 // confidence is at least its threshold. Under every policy, a row whose
@@ -722,7 +738,8 @@ typedef struct drex_row {
 // Since 0.1.
 typedef uint32_t drex_flush_reason;
 
-// How many reasons there are.
+// How many reasons there are; a later version may have more, up to
+// DREX_MAX_FLUSH_REASONS.
 #define DREX_FLUSH_REASONS 6
 // It is no flush: ready rows run through the first window.
 #define DREX_FLUSH_NONE 0
@@ -874,8 +891,9 @@ typedef struct drex_stats {
   uint64_t involuntary_exits;
   uint64_t involuntary_stays;
   // Completed steps by reason; DREX_FLUSH_NONE counts those that were no
-  // flush, so that all sum to `steps`.
-  uint64_t flushes[DREX_FLUSH_REASONS];
+  // flush, so that all sum to `steps`. From DREX_FLUSH_REASONS on 0, as
+  // far as this version goes; so are `misses` from DREX_MISS_REASONS on.
+  uint64_t flushes[DREX_MAX_FLUSH_REASONS];
   // Rows in the rebatching buffer now, without those of the planned step.
   uint64_t held_rows;
   uint64_t held_rows_at[DREX_MAX_RAMPS];
@@ -904,7 +922,7 @@ typedef struct drex_stats {
   // measured; NaN when unknown.
   double art_ratio;
   // Deadline misses by where most of the token's time went: DREX_MISS_*.
-  uint64_t misses[DREX_MISS_REASONS];
+  uint64_t misses[DREX_MAX_MISS_REASONS];
   // AUTO: searches for a better rule so far.
   uint64_t searches;
   // AUTO: the ramps that the present rule looks at, bit r for ramp r; 0:
@@ -1118,8 +1136,8 @@ drex_status drex_metric_from_name(const char *name, drex_metric *out);
 // out     receives the engine; the caller owns it and ends it with
 //         drex_destroy()
 //
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; CAPACITY
-// when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; MEMORY;
+// CAPACITY when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
 // UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
 // current, and DEVICE.
 // Since 0.1.
@@ -1146,9 +1164,9 @@ drex_status drex_destroy(drex_engine *engine);
 // K rows of one size and V rows of one size and layout, and tensors of their
 // own.
 //
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED, with
-// the layers named, where state-copy cannot work; CALL_ORDER while a step is
-// planned.
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; UNSUPPORTED,
+// with the layers named, where state-copy cannot work; CALL_ORDER while a step
+// is planned.
 // Since 0.1.
 drex_status drex_bind_kv(drex_engine *engine,
                          const drex_kv_layer *layers,
@@ -1495,7 +1513,7 @@ drex_status drex_fill_plan(drex_engine *engine);
 // out     the handle; to be destroyed with drex_pages_destroy()
 //
 // Allocates 8 bytes a page; nothing else here does. Errors: NULL_ARGUMENT,
-// STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY for more than 256 pools.
+// STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; CAPACITY for more than 256 pools.
 // Since 0.1.
 drex_status drex_pages_create(const drex_pages_config *config,
                               drex_pages **out);
@@ -1637,7 +1655,7 @@ drex_status drex_metrics_text(const drex_engine *engine,
 //             counters, and one for each row that exits, and for each that
 //             was held.
 //
-// Errors: INVALID_ARGUMENT, also when there is no memory for so many.
+// Errors: INVALID_ARGUMENT; MEMORY, and then the trace before goes on.
 // Since 0.1.
 drex_status drex_trace_start(drex_engine *engine, uint32_t max_events);
 

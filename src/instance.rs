@@ -8,6 +8,7 @@ use std::ffi::c_void;
 use crate::core::config::Config;
 use crate::core::engine::{Engine, Step, StepRow};
 use crate::core::error::{Error, Result};
+use crate::core::memory;
 use crate::core::metric::{Metric, Score};
 use crate::device::cuda::Cuda;
 use crate::device::host::Host;
@@ -64,7 +65,7 @@ impl Instance {
             ..limits
         };
         let device: Box<dyn Device> = match place {
-            Place::Host => Box::new(Host::new(limits)),
+            Place::Host => Box::new(Host::new(limits)?),
             Place::Cuda => Box::new(Cuda::new(limits)?),
         };
         let mut watch = Watch::default();
@@ -76,10 +77,10 @@ impl Instance {
             n_top: 0,
             device,
             kv: None,
-            metrics: Vec::with_capacity(batch),
-            scores: Vec::with_capacity(batch),
-            cells: Vec::with_capacity(batch),
-            holes: Vec::with_capacity(batch),
+            metrics: memory::room(batch)?,
+            scores: memory::room(batch)?,
+            cells: memory::room(batch)?,
+            holes: memory::room(batch)?,
             filled: false,
         })
     }

@@ -5,7 +5,9 @@
 //!
 //! tests/abi/VERSION.txt has the symbols, struct layouts and numbers of a
 //! release. On a release, add the new version's file:
-//! `DREX_ABI_RECORD=1 cargo test --test abi_baseline`.
+//! `DREX_ABI_RECORD=1 cargo test --test abi_baseline`. It adds to what the file
+//! has of this version, and takes nothing back. Until a version is out,
+//! `DREX_ABI_RECORD=force` may.
 
 #![cfg(target_os = "linux")]
 
@@ -14,6 +16,7 @@ mod headers;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use drex::ffi::entry::FIRST;
 use headers::{Abi, Header};
 
 fn root() -> &'static Path {
@@ -31,18 +34,37 @@ fn scratch(name: &str) -> PathBuf {
     dir
 }
 
-/// The newest of the recorded releases.
-fn baseline() -> (String, Abi) {
+/// The recorded releases, the oldest first.
+fn releases() -> Vec<(PathBuf, Abi)> {
     let number = |p: &Path| -> Vec<u32> {
         let stem = p.file_stem().unwrap().to_str().unwrap();
         stem.split('.').map(|n| n.parse().unwrap()).collect()
     };
     let dir = std::fs::read_dir(root().join("tests/abi")).unwrap();
     let all = dir.map(|e| e.unwrap().path());
-    let texts = all.filter(|p| p.extension().is_some_and(|e| e == "txt"));
-    let path = texts.max_by_key(|p| number(p)).expect("no baseline");
-    let text = std::fs::read_to_string(&path).unwrap();
-    (path.display().to_string(), Abi::parse(&text))
+    let mut paths: Vec<PathBuf> = all
+        .filter(|p| p.extension().is_some_and(|e| e == "txt"))
+        .collect();
+    paths.sort_by_key(|p| number(p));
+    assert!(!paths.is_empty(), "no baseline");
+    let read = |p: PathBuf| {
+        let text = std::fs::read_to_string(&p).unwrap();
+        (p, Abi::parse(&text))
+    };
+    paths.into_iter().map(read).collect()
+}
+
+/// Writes a version's file, unless that would change what it says already.
+fn record(path: &Path, now: &Abi, force: bool) {
+    let then = std::fs::read_to_string(path).unwrap_or_default();
+    let wrong = Abi::parse(&then).broken_by(now);
+    assert!(
+        wrong.is_empty() || force,
+        "{} says otherwise:\n{}\nIf this version is not out yet, DREX_ABI_RECORD=force overwrites it.",
+        path.display(),
+        wrong.join("\n")
+    );
+    std::fs::write(path, now.to_string()).unwrap();
 }
 
 fn abi_of(header: &str, name: &str) -> Abi {
@@ -52,11 +74,12 @@ fn abi_of(header: &str, name: &str) -> Abi {
 #[test]
 fn nothing_of_the_last_release_is_gone_or_changed() {
     let now = abi_of(&header(), "abi-now");
-    if std::env::var_os("DREX_ABI_RECORD").is_some() {
+    if let Some(how) = std::env::var_os("DREX_ABI_RECORD") {
         let file = format!("tests/abi/{}.txt", env!("CARGO_PKG_VERSION"));
-        std::fs::write(root().join(file), now.to_string()).unwrap();
+        record(&root().join(file), &now, how == "force");
     }
-    let (path, then) = baseline();
+    let (path, then) = releases().pop().unwrap();
+    let path = path.display();
     assert!(then.0.len() > 250, "{path} has {} lines", then.0.len());
     let wrong = then.broken_by(&now);
     assert!(
@@ -172,8 +195,8 @@ fn additions_are_no_breaking_changes() {
     let then = abi_of(&original, "abi-before");
     let more = original
         .replace(
-            "#define DREX_ERROR_PANIC 13",
-            "#define DREX_ERROR_PANIC 13\n#define DREX_ERROR_MORE 14",
+            "#define DREX_ERROR_MEMORY 14",
+            "#define DREX_ERROR_MEMORY 14\n#define DREX_ERROR_MORE 15",
         )
         .replace(
             "drex_status drex_abandon(drex_engine *engine);",
@@ -235,37 +258,86 @@ fn works(out: &std::process::Output) {
     );
 }
 
-/// Sizes of the first version, where structs have grown since.
-const FIRST: [(&str, usize); 3] = [
-    ("drex_config", 96),
-    ("drex_request_config", 40),
-    ("drex_stats", 688),
-];
-
 #[test]
-fn a_program_with_smaller_structs_works() {
-    let mut old = header();
-    let mut asserts = "#include <string.h>\n".to_owned();
-    for (name, size) in FIRST {
-        old = Header::parse(&old).cut(&old, name, size, &scratch("abi-cut"));
-        asserts += &format!("typedef char old_{name}[sizeof({name}) == {size} ? 1 : -1];\n");
-    }
-    assert!(!old.contains("max_pending;"), "nothing was cut");
-    works(&client("abi-old-client", &old, &asserts));
+fn recording_takes_nothing_back() {
+    let path = scratch("abi-record").join("1.2.3.txt");
+    let parse = |text: &str| Abi::parse(text);
+    let read = || std::fs::read_to_string(&path).unwrap();
+    record(&path, &parse("number A = 1\n"), false);
+    record(&path, &parse("number A = 1\nnumber B = 2\n"), false);
+    assert_eq!(read(), "number A = 1\nnumber B = 2\n");
+    let changed = parse("number A = 7\nnumber B = 2\n");
+    let refused = std::panic::catch_unwind(|| record(&path, &changed, false));
+    assert!(refused.is_err());
+    assert_eq!(read(), "number A = 1\nnumber B = 2\n");
+    record(&path, &changed, true);
+    assert_eq!(read(), "number A = 7\nnumber B = 2\n");
 }
 
+/// What the library takes for a struct's first size is what the first release
+/// that has it says; a program may have been built with that.
 #[test]
-fn a_program_with_larger_structs_works_until_it_uses_what_is_unknown_here() {
-    let original = header();
-    let parsed = Header::parse(&original);
+fn the_library_knows_the_first_size_of_every_struct() {
+    let header = header();
+    let parsed = Header::parse(&header);
+    let mut sized: Vec<&str> = parsed.sized().collect();
+    let releases = releases();
+    for &(name, first) in FIRST {
+        let size = releases.iter().find_map(|r| r.1.size(name));
+        assert_eq!(size, Some((first as u64, true)), "{name}");
+        sized.retain(|s| *s != name);
+    }
+    assert!(sized.is_empty(), "entry.rs does not have {sized:?}");
+}
+
+/// The header as the first program saw it: every struct with its first size.
+#[test]
+fn a_program_of_the_first_release_works() {
+    let now = header();
+    let measured = abi_of(&now, "abi-first");
+    let mut old = now.clone();
+    let mut lines = "#include <string.h>\n".to_owned();
+    for &(name, first) in FIRST {
+        if measured.size(name).unwrap().0 > first as u64 {
+            old = Header::parse(&old).cut(&old, name, first, &scratch("abi-cut"));
+        }
+        lines += &format!("typedef char first_{name}[sizeof({name}) == {first} ? 1 : -1];\n");
+    }
+    works(&client("abi-old-client", &old, &lines));
+}
+
+/// Adds fields to every struct that may grow.
+fn grown(original: &str) -> String {
+    let mut new = original.to_owned();
+    let parsed = Header::parse(original);
     let sized: Vec<&str> = parsed.sized().collect();
     assert!(sized.len() >= 12, "{sized:?}");
-    let mut new = original.clone();
     for name in sized {
         let end = format!("}} {name};");
         assert_eq!(new.matches(&end).count(), 1);
         new = new.replace(&end, &format!("  uint64_t later[3];\n{end}"));
     }
+    new
+}
+
+/// So that the program of the first release above is one when structs have
+/// grown.
+#[test]
+fn a_struct_that_grew_is_cut_to_what_it_was() {
+    let original = header();
+    let mut text = grown(&original);
+    let measured = abi_of(&text, "abi-grown");
+    for &(name, _) in FIRST {
+        let (size, _) = measured.size(name).unwrap();
+        text = Header::parse(&text).cut(&text, name, size as usize - 24, &scratch("abi-cut"));
+    }
+    let (cut, then) = (abi_of(&text, "abi-cut"), abi_of(&original, "abi-uncut"));
+    assert_eq!(cut.to_string(), then.to_string());
+}
+
+#[test]
+fn a_program_with_larger_structs_works_until_it_uses_what_is_unknown_here() {
+    let new = grown(&header());
     let lines = "#include <string.h>\n";
     works(&client("abi-new-client", &new, lines));
 

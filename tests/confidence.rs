@@ -170,7 +170,7 @@ proptest! {
             let row = bytes(&noise(n, seed, scale), dtype);
             memory[i * stride..][..row.len()].copy_from_slice(&row);
         }
-        let mut host = Host::new(Limits::default());
+        let mut host = Host::new(Limits::default()).unwrap();
         let mut run = |data: *const u8, count: usize| {
             let logits = Logits {
                 data,
@@ -199,7 +199,7 @@ proptest! {
 }
 
 fn host_isa() -> Isa {
-    Host::new(Limits::default()).isa()
+    Host::new(Limits::default()).unwrap().isa()
 }
 
 #[test]
@@ -215,6 +215,11 @@ fn rows_left_out_are_not_read() {
     };
     let mut out = [Score::NONE; 3];
     // SAFETY: no row is scored.
-    unsafe { Host::new(Limits::default()).score(&logits, &[None; 3], &mut out) }.unwrap();
+    unsafe {
+        Host::new(Limits::default())
+            .unwrap()
+            .score(&logits, &[None; 3], &mut out)
+    }
+    .unwrap();
     assert!(out.iter().all(|s| s.confidence.is_nan() && s.token == -1));
 }

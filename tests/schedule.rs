@@ -107,7 +107,7 @@ fn hold_flushes_at_flush_rows() {
     // They are three at the second ramp now: due again, and deeper than all.
     assert_eq!(h.window(0), (8, 12, DREX_FLUSH_FILL, vec![6, 7, 5]));
     assert_eq!(h.window(9), (0, 4, DREX_FLUSH_NONE, (0..5).collect()));
-    assert_eq!(h.e.stats().flushes, [3, 2, 0, 0, 0, 0]);
+    assert_eq!(h.e.stats().flushes[..6], [3, 2, 0, 0, 0, 0]);
 }
 
 #[test]

@@ -9,8 +9,9 @@
 //! stay in the arena until their holes are computed, one request owns
 //! several.
 
-use super::NONE;
+use super::error::Result;
 use super::queue::{Entry, Node, Queues};
+use super::{NONE, memory};
 
 /// The queue of new tokens.
 pub const READY: usize = 0;
@@ -33,16 +34,16 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    pub fn new(n_slots: usize, max_requests: usize, ramps: usize) -> Self {
-        Buffer {
-            requests: vec![NONE; n_slots],
+    pub fn new(n_slots: usize, max_requests: usize, ramps: usize) -> Result<Self> {
+        Ok(Buffer {
+            requests: memory::filled(NONE, n_slots)?,
             // The lowest slot first: a lightly loaded engine stays within
             // the arena's first rows.
-            free: (0..n_slots as u32).rev().collect(),
-            queues: Queues::new(n_slots + max_requests, 1 + 2 * ramps),
+            free: memory::free_list(n_slots as u32)?,
+            queues: Queues::new(n_slots + max_requests, 1 + 2 * ramps)?,
             ramps,
             held: 0,
-        }
+        })
     }
 
     pub fn free_slots(&self) -> usize {

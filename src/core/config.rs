@@ -5,8 +5,7 @@ use super::error::{Error, Result};
 use super::metric::Metric;
 use super::policy::Policy;
 
-/// Sizes beyond this are mistakes, and would fail in the allocator, where
-/// nothing can be reported any more.
+/// Sizes beyond this are mistakes.
 pub const MAX_ROWS: u32 = 1 << 20;
 pub const MAX_LAYERS: u32 = 1 << 16;
 

@@ -20,7 +20,7 @@ use super::profile::Profile;
 use super::queue::Entry;
 use super::request::{Request, RequestConfig, Requests, State};
 use super::routing::{Routing, Stop, best_stop};
-use super::{MAX_RAMPS, NONE};
+use super::{MAX_RAMPS, NONE, memory};
 
 /// What the host is to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,11 +142,11 @@ impl Engine {
         let requests = config.max_requests as usize;
         let pass = config.pass_rows();
         Ok(Engine {
-            requests: Requests::new(requests),
-            buffer: Buffer::new(config.n_slots as usize, requests, config.n_ramps()),
+            requests: Requests::new(requests)?,
+            buffer: Buffer::new(config.n_slots as usize, requests, config.n_ramps())?,
             cost: CostModel::new(config.n_layers, &config.ramp_layers),
             counters: Counters::default(),
-            planner: Planner::new(&config),
+            planner: Planner::new(&config)?,
             exits: Exits::new(config.n_ramps()),
             auto: Auto::new(&config),
             routing: Routing::default(),
@@ -158,13 +158,13 @@ impl Engine {
             acceptance: Acceptance::default(),
             may_exit: [0; MAX_RAMPS],
             step: None,
-            rows: Vec::with_capacity(pass),
+            rows: memory::room(pass)?,
             ramped: false,
             verified: false,
-            pending: Pending::new(config.n_slots, config.max_requests),
+            pending: Pending::new(config.n_slots, config.max_requests)?,
             last_rows: 0,
-            ramp_rows: Vec::with_capacity(pass),
-            scratch: Vec::with_capacity(pass),
+            ramp_rows: memory::room(pass)?,
+            scratch: memory::room(pass)?,
             seq: 0,
             clock_ns: 0,
             config,

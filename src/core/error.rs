@@ -31,6 +31,7 @@ pub enum Kind {
     Capacity,
     Unsupported,
     Device,
+    Memory,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -87,6 +88,10 @@ pub enum Error {
         why: &'static str,
     },
     Device(&'static str),
+    /// The allocator refused this.
+    Memory {
+        bytes: u64,
+    },
     /// A device's driver refused a call.
     Driver {
         call: &'static str,
@@ -142,6 +147,7 @@ impl Error {
             Error::Capacity { .. } => Kind::Capacity,
             Error::Unsupported { .. } | Error::KvLayers { .. } => Kind::Unsupported,
             Error::Device(_) | Error::Driver { .. } => Kind::Device,
+            Error::Memory { .. } => Kind::Memory,
         }
     }
 }
@@ -208,6 +214,7 @@ impl fmt::Display for Error {
                  {source_value}: {why}"
             ),
             Error::Device(text) => f.write_str(text),
+            Error::Memory { bytes } => write!(f, "{bytes} bytes of memory were refused"),
             Error::Driver {
                 call,
                 code,

@@ -14,6 +14,7 @@ pub mod engine;
 pub mod error;
 pub mod exits;
 pub mod gaps;
+pub mod memory;
 pub mod metric;
 pub mod pages;
 pub mod pending;

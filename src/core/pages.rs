@@ -14,6 +14,7 @@
 //! token, none is.
 
 use super::error::{Error, Result};
+use super::memory;
 
 /// A block table entry without a page.
 pub const NO_PAGE: u32 = u32::MAX;
@@ -63,14 +64,14 @@ impl Pages {
         Ok(Pages {
             layers: layers as usize,
             page_tokens,
-            refs: vec![0; n_pages as usize],
-            free: (0..n_pages).rev().collect(),
+            refs: memory::filled(0, n_pages as usize)?,
+            free: memory::free_list(n_pages)?,
             entries: 0,
             copied: 0,
             aliased: 0,
-            column: Vec::with_capacity(layers as usize),
-            sorted: Vec::with_capacity(layers as usize),
-            copies: Vec::with_capacity(2 * layers as usize),
+            column: memory::room(layers as usize)?,
+            sorted: memory::room(layers as usize)?,
+            copies: memory::room(2 * layers as usize)?,
         })
     }
 

@@ -9,7 +9,8 @@
 //! what a token attends to is always there. Hence the rows that a window takes
 //! along are the newest ones, and at the last layer they are all of them.
 
-use super::NONE;
+use super::error::Result;
+use super::{NONE, memory};
 
 /// The pending rows of one request.
 #[derive(Debug, Clone, Copy)]
@@ -60,17 +61,17 @@ pub struct Pending {
 }
 
 impl Pending {
-    pub fn new(n_slots: u32, max_requests: u32) -> Self {
+    pub fn new(n_slots: u32, max_requests: u32) -> Result<Self> {
         let node = Node {
             newer: NONE,
             ramp: NONE,
             left: NONE,
         };
-        Pending {
-            nodes: vec![node; n_slots as usize],
+        Ok(Pending {
+            nodes: memory::filled(node, n_slots as usize)?,
             total: 0,
             most: n_slots - max_requests,
-        }
+        })
     }
 
     pub fn total(&self) -> u32 {
@@ -157,7 +158,7 @@ mod tests {
 
     #[test]
     fn a_chain_is_first_in_first_out() {
-        let mut p = Pending::new(8, 4);
+        let mut p = Pending::new(8, 4).unwrap();
         let (mut a, mut b) = (Chain::EMPTY, Chain::EMPTY);
         p.push(&mut a, 5, 2);
         p.push(&mut a, 3, 1);

@@ -8,9 +8,10 @@ use super::buffer::{Buffer, READY, held_queue, stay_queue};
 use super::config::Config;
 use super::cost::CostModel;
 use super::counters::Reason;
+use super::error::Result;
 use super::policy::Policy;
 use super::rollout::{self, Rule};
-use super::{MAX_RAMPS, NONE};
+use super::{MAX_RAMPS, NONE, memory};
 
 /// A row passed over by this many plans of its queue is taken before urgency
 /// and priority. See [`Planner::pick`] for the bound that follows.
@@ -102,11 +103,11 @@ fn six_tenths(n: usize) -> usize {
 }
 
 impl Planner {
-    pub fn new(config: &Config) -> Self {
-        Planner {
+    pub fn new(config: &Config) -> Result<Self> {
+        Ok(Planner {
             plans: 0,
-            picked: Vec::with_capacity(config.batch()),
-        }
+            picked: memory::room(config.batch())?,
+        })
     }
 
     /// Rows that go on at once come first, then what is due by its deadline

@@ -4,7 +4,8 @@
 //! and of deadline. Adding, taking and removing a row cost the same however
 //! many wait.
 
-use super::NONE;
+use super::error::Result;
+use super::{NONE, memory};
 
 /// Different priorities that a queue tells apart at one time; a row with yet
 /// another one counts as the nearest lower one's, or the lowest's.
@@ -95,7 +96,7 @@ pub struct Entry {
 impl Queues {
     /// Rows are named by handles below `handles`; a row is in one queue at
     /// most.
-    pub fn new(handles: usize, queues: usize) -> Self {
+    pub fn new(handles: usize, queues: usize) -> Result<Self> {
         let none = Link {
             before: NONE,
             after: NONE,
@@ -112,19 +113,20 @@ impl Queues {
             all: none,
             same: none,
         };
-        Queues {
-            nodes: vec![vacant; handles],
-            queues: (0..queues)
-                .map(|_| Queue {
-                    len: 0,
-                    taken: 0,
-                    all: EMPTY,
-                    levels: Vec::with_capacity(LEVELS),
-                    dues: Vec::with_capacity(2 * handles + 64),
-                    with_due: 0,
-                })
-                .collect(),
-        }
+        let queue = |_| {
+            Ok(Queue {
+                len: 0,
+                taken: 0,
+                all: EMPTY,
+                levels: memory::room(LEVELS)?,
+                dues: memory::room(2 * handles + 64)?,
+                with_due: 0,
+            })
+        };
+        Ok(Queues {
+            nodes: memory::filled(vacant, handles)?,
+            queues: (0..queues).map(queue).collect::<Result<_>>()?,
+        })
     }
 
     pub fn len(&self, q: usize) -> usize {
@@ -401,7 +403,7 @@ mod tests {
     #[test]
     fn every_order_agrees_with_a_list() {
         let handles = 40;
-        let mut queues = Queues::new(handles, 2);
+        let mut queues = Queues::new(handles, 2).unwrap();
         let mut list: Vec<(usize, u32, Entry)> = Vec::new();
         let mut x = 11u64;
         let mut draw = |n: u64| {
@@ -485,7 +487,7 @@ mod tests {
 
     #[test]
     fn more_priorities_than_levels() {
-        let mut queues = Queues::new(200, 1);
+        let mut queues = Queues::new(200, 1).unwrap();
         for i in 0..200u32 {
             let e = Entry {
                 seq: u64::from(i),

@@ -9,7 +9,7 @@ use super::exits::Kind;
 use super::metric::Metric;
 use super::pending::Chain;
 use super::routing::{self, Recent};
-use super::{MAX_RAMPS, NONE};
+use super::{MAX_RAMPS, NONE, memory};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -159,14 +159,14 @@ const VACANT: Request = Request {
 };
 
 impl Requests {
-    pub fn new(max: usize) -> Self {
+    pub fn new(max: usize) -> Result<Self> {
         let cells = (max * 2).next_power_of_two();
-        Requests {
-            items: vec![VACANT; max],
-            free: (0..max as u32).rev().collect(),
-            table: vec![0; cells],
+        Ok(Requests {
+            items: memory::filled(VACANT, max)?,
+            free: memory::free_list(max as u32)?,
+            table: memory::filled(0, cells)?,
             mask: cells - 1,
-        }
+        })
     }
 
     /// Those alive, in no order.
@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn the_table_agrees_with_a_map() {
-        let mut table = Requests::new(13);
+        let mut table = Requests::new(13).unwrap();
         let mut map: HashMap<u64, u32> = HashMap::new();
         let mut x = 7u64;
         for _ in 0..100_000 {

@@ -95,32 +95,37 @@ fn message(payload: &(dyn Any + Send)) -> &str {
 /// # Safety
 /// `repr(C)`, first field `size: u32`, and every bit pattern is a value.
 pub unsafe trait Sized32: Copy {
-    /// Its size in the first version: no program passes less. What it does
-    /// not pass of later fields is 0, which is what the initializers give.
+    /// Its size in the release that it came with: no program passes less. What
+    /// it does not pass of later fields is 0, which is what the initializers
+    /// give.
     const FIRST: usize;
 }
 
 macro_rules! sized {
-    ($($t:ty = $first:expr),* $(,)?) => { $(
-        // SAFETY: as the trait asks; see types.rs.
-        unsafe impl Sized32 for $t {
-            const FIRST: usize = $first;
-        }
-        const _: () = assert!($first <= size_of::<$t>());
-    )* };
+    ($($t:ident = $first:expr),* $(,)?) => {
+        $(
+            // SAFETY: as the trait asks; see types.rs.
+            unsafe impl Sized32 for $t {
+                const FIRST: usize = $first;
+            }
+            const _: () = assert!($first <= size_of::<$t>());
+        )*
+        /// All of them, for the test that holds them against the releases.
+        pub const FIRST: &[(&str, usize)] = &[$((stringify!($t), $first)),*];
+    };
 }
 sized!(
-    drex_config = 96,
+    drex_config = 120,
     drex_kv_layer = 72,
-    drex_request_config = 40,
+    drex_request_config = 56,
     drex_request_info = 192,
     drex_plan_input = 16,
     drex_step = 24,
-    drex_logits = 40,
+    drex_logits = 48,
     drex_arena = 56,
     drex_completion = 32,
     drex_observation = 32,
-    drex_stats = 688,
+    drex_stats = 1040,
     drex_pages_config = 16,
     drex_pages_stats = 56,
 );
@@ -252,6 +257,63 @@ mod tests {
             DREX_ERROR_INVALID_HANDLE
         );
         handle::ENGINES.remove(good).unwrap();
+    }
+
+    /// What a struct may become: 8 bytes more than programs have that know
+    /// drex_plan_input.
+    #[repr(C)]
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    struct Grown {
+        size: u32,
+        n_prompt_rows: u32,
+        now_ns: u64,
+        later: u64,
+    }
+
+    // SAFETY: numbers, the size first.
+    unsafe impl Sized32 for Grown {
+        const FIRST: usize = size_of::<drex_plan_input>();
+    }
+
+    #[test]
+    fn a_program_from_before_a_struct_grew_is_understood() {
+        let old = drex_plan_input {
+            size: 16,
+            n_prompt_rows: 2,
+            now_ns: 3,
+        };
+        // What lies behind the program's struct is not ours.
+        let mut memory = [old, old];
+        let p = memory.as_mut_ptr().cast::<Grown>();
+        // SAFETY: as many bytes as `size` says.
+        let read = unsafe { read("input", p) }.unwrap();
+        let expect = Grown {
+            size: 16,
+            n_prompt_rows: 2,
+            now_ns: 3,
+            later: 0,
+        };
+        assert_eq!(read, expect);
+        let new = Grown {
+            size: 24,
+            n_prompt_rows: 5,
+            now_ns: 6,
+            later: 7,
+        };
+        // SAFETY: as above.
+        unsafe {
+            assert_eq!(writable("out", p).unwrap(), 16);
+            write(p, &new);
+        }
+        let got = memory.map(|m| (m.size, m.n_prompt_rows, m.now_ns));
+        assert_eq!(got, [(16, 5, 6), (16, 2, 3)]);
+        memory[0].size = 15;
+        let p = memory.as_mut_ptr().cast::<Grown>();
+        // SAFETY: only the size is looked at.
+        unsafe {
+            assert!(matches!(writable("out", p), Err(Fault::Small { .. })));
+            assert!(matches!(super::read("input", p), Err(Fault::Small { .. })));
+        }
     }
 
     #[test]

@@ -61,6 +61,7 @@ impl Fault {
                 Kind::Capacity => DREX_ERROR_CAPACITY,
                 Kind::Unsupported => DREX_ERROR_UNSUPPORTED,
                 Kind::Device => DREX_ERROR_DEVICE,
+                Kind::Memory => DREX_ERROR_MEMORY,
             },
             Fault::Null(_) => DREX_ERROR_NULL_ARGUMENT,
             Fault::Small { .. } | Fault::Newer { .. } => DREX_ERROR_STRUCT_SIZE,

@@ -15,6 +15,7 @@ use super::types::*;
 use crate::core::config::{Config, Fill};
 use crate::core::engine::Agrees;
 use crate::core::error::Error;
+use crate::core::memory;
 use crate::core::metric::Metric;
 use crate::core::policy::{Decision, Policy};
 use crate::core::request::{RequestConfig, State};
@@ -40,7 +41,7 @@ const METRICS: [(&CStr, Metric); 3] = [
     (c"entropy", Metric::Entropy),
 ];
 
-const STATUS_NAMES: [&CStr; 14] = [
+const STATUS_NAMES: [&CStr; 15] = [
     c"DREX_OK",
     c"DREX_ERROR_NULL_ARGUMENT",
     c"DREX_ERROR_INVALID_ARGUMENT",
@@ -55,9 +56,10 @@ const STATUS_NAMES: [&CStr; 14] = [
     c"DREX_ERROR_UNSUPPORTED",
     c"DREX_ERROR_DEVICE",
     c"DREX_ERROR_PANIC",
+    c"DREX_ERROR_MEMORY",
 ];
 
-const STATUS_TEXTS: [&CStr; 14] = [
+const STATUS_TEXTS: [&CStr; 15] = [
     c"success",
     c"a pointer that may not be NULL is NULL",
     c"a value is out of range, or clashes with another one",
@@ -72,6 +74,7 @@ const STATUS_TEXTS: [&CStr; 14] = [
     c"the value is known, and this version cannot serve it",
     c"the device failed",
     c"a bug in drex was caught; destroy the handle",
+    c"there is not as much memory as the call asked for",
 ];
 
 /// The library's version, such as "0.1.0". Static; never NULL.
@@ -238,8 +241,8 @@ fn reserved(value: u32) -> Result<(), Error> {
 /// out     receives the engine; the caller owns it and ends it with
 ///         drex_destroy()
 ///
-/// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; CAPACITY
-/// when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; MEMORY;
+/// CAPACITY when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
 /// UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
 /// current, and DEVICE.
 #[unsafe(no_mangle)]
@@ -348,9 +351,9 @@ pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
 /// K rows of one size and V rows of one size and layout, and tensors of their
 /// own.
 ///
-/// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; UNSUPPORTED, with
-/// the layers named, where state-copy cannot work; CALL_ORDER while a step is
-/// planned.
+/// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; UNSUPPORTED,
+/// with the layers named, where state-copy cannot work; CALL_ORDER while a step
+/// is planned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_bind_kv(
     engine: *mut drex_engine,
@@ -378,7 +381,7 @@ pub unsafe extern "C" fn drex_bind_kv(
         }
         // SAFETY: there is at least one element, which begins with its size.
         let stride = unsafe { entry::read("layers[0]", layers)? }.size as usize;
-        let mut converted = Vec::with_capacity(n_layers as usize);
+        let mut converted = memory::room(n_layers as usize)?;
         for i in 0..n_layers as usize {
             // SAFETY: `n_layers` elements, `stride` bytes apart.
             let layer = unsafe { entry::read("layers[i]", layers.byte_add(i * stride))? };
@@ -1073,6 +1076,9 @@ pub unsafe extern "C" fn drex_stats_get(
                 *share = chance.p;
             }
         }
+        let (mut flushes, mut misses) = ([0; DREX_MAX_FLUSH_REASONS], [0; DREX_MAX_MISS_REASONS]);
+        flushes[..c.flushes.len()].copy_from_slice(&c.flushes);
+        misses[..c.misses.len()].copy_from_slice(&c.misses);
         let stats = drex_stats {
             size,
             n_ramps: engine.config().n_ramps() as u32,
@@ -1080,7 +1086,7 @@ pub unsafe extern "C" fn drex_stats_get(
             exits: c.exits,
             involuntary_exits: c.involuntary_exits,
             involuntary_stays: c.involuntary_stays,
-            flushes: c.flushes,
+            flushes,
             held_rows: engine.buffer().held().into(),
             held_rows_at: engine.held_rows_at(),
             held_rows_max: c.held_rows_max,
@@ -1095,7 +1101,7 @@ pub unsafe extern "C" fn drex_stats_get(
             wait_us_buckets: c.wait_us_buckets,
             wait_us_sum: c.wait_us_sum,
             art_ratio: engine.art_ratio().unwrap_or(f64::NAN),
-            misses: c.misses,
+            misses,
             searches: auto.searches(),
             rule_ramps: marks.ramps,
             rule_hold_rows: marks.hold_rows,

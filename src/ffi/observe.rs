@@ -141,17 +141,19 @@ pub type drex_trace_sink =
 ///             counters, and one for each row that exits, and for each that
 ///             was held.
 ///
-/// Errors: INVALID_ARGUMENT, also when there is no memory for so many.
+/// Errors: INVALID_ARGUMENT; MEMORY, and then the trace before goes on.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_trace_start(
     engine: *mut drex_engine,
     max_events: u32,
 ) -> drex_status {
     with("drex_trace_start", engine, |instance| {
-        let trace = (max_events > 0).then(|| Trace::new(max_events as usize));
-        let Some(trace) = trace.flatten() else {
-            let expected = "at least 1, and 64 bytes of memory for each";
-            return Err(Error::int("max_events", max_events, expected).into());
+        if max_events == 0 {
+            return Err(Error::int("max_events", max_events, "at least 1").into());
+        }
+        let Some(trace) = Trace::new(max_events as usize) else {
+            let bytes = u64::from(max_events) * 64;
+            return Err(Error::Memory { bytes }.into());
         };
         instance.watch.set_trace(Some(Box::new(trace)));
         Ok(())

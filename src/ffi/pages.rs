@@ -69,7 +69,7 @@ fn room(copies: *mut drex_page_copy, max_copies: u32, n_copies: *mut u32) -> Res
 /// out     the handle; to be destroyed with drex_pages_destroy()
 ///
 /// Allocates 8 bytes a page; nothing else here does. Errors: NULL_ARGUMENT,
-/// STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY for more than 256 pools.
+/// STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; CAPACITY for more than 256 pools.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_pages_create(
     config: *const drex_pages_config,

@@ -25,6 +25,12 @@ pub const DREX_MAX_TOP: usize = 64;
 /// In place of an arena row: none.
 pub const DREX_NO_SLOT: u32 = u32::MAX;
 
+/// Length of drex_stats.flushes, more than there are DREX_FLUSH_*.
+pub const DREX_MAX_FLUSH_REASONS: usize = 16;
+
+/// Length of drex_stats.misses, more than there are DREX_MISS_*.
+pub const DREX_MAX_MISS_REASONS: usize = 8;
+
 /// Length of drex_stats.wait_us_buckets.
 pub const DREX_WAIT_BUCKETS: usize = 32;
 
@@ -65,6 +71,9 @@ pub const DREX_ERROR_DEVICE: drex_status = 12;
 /// A bug in drex was caught. The engine is poisoned: every call on it but
 /// drex_destroy() returns this again.
 pub const DREX_ERROR_PANIC: drex_status = 13;
+/// There is not as much memory as the call asked for. Only calls that name it
+/// return this: see chapter 5.
+pub const DREX_ERROR_MEMORY: drex_status = 14;
 
 /// Who leaves at a ramp: DREX_POLICY_*. A row is *confident* when its
 /// confidence is at least its threshold. Under every policy, a row whose
@@ -197,7 +206,8 @@ pub const DREX_FLUSH_DEADLINE: drex_flush_reason = 3;
 pub const DREX_FLUSH_IDLE: drex_flush_reason = 4;
 /// Rows that a ramp told to go on at once.
 pub const DREX_FLUSH_STAY: drex_flush_reason = 5;
-/// How many reasons there are.
+/// How many reasons there are; a later version may have more, up to
+/// DREX_MAX_FLUSH_REASONS.
 pub const DREX_FLUSH_REASONS: usize = 6;
 
 /// Where most of the time went of a token that missed its deadline:
@@ -212,7 +222,8 @@ pub const DREX_MISS_QUEUE: drex_miss_reason = 1;
 pub const DREX_MISS_HELD: drex_miss_reason = 2;
 /// In layer windows, its own or others' while it was to go on at once.
 pub const DREX_MISS_RUN: drex_miss_reason = 3;
-/// How many reasons there are.
+/// How many reasons there are; a later version may have more, up to
+/// DREX_MAX_MISS_REASONS.
 pub const DREX_MISS_REASONS: usize = 4;
 
 /// What becomes of a row at a ramp: DREX_DECISION_*.
@@ -571,8 +582,9 @@ pub struct drex_stats {
     pub involuntary_exits: u64,
     pub involuntary_stays: u64,
     /// Completed steps by reason; DREX_FLUSH_NONE counts those that were no
-    /// flush, so that all sum to `steps`.
-    pub flushes: [u64; DREX_FLUSH_REASONS],
+    /// flush, so that all sum to `steps`. From DREX_FLUSH_REASONS on 0, as
+    /// far as this version goes; so are `misses` from DREX_MISS_REASONS on.
+    pub flushes: [u64; DREX_MAX_FLUSH_REASONS],
     /// Rows in the rebatching buffer now, without those of the planned step.
     pub held_rows: u64,
     pub held_rows_at: [u64; DREX_MAX_RAMPS],
@@ -601,7 +613,7 @@ pub struct drex_stats {
     /// measured; NaN when unknown.
     pub art_ratio: f64,
     /// Deadline misses by where most of the token's time went: DREX_MISS_*.
-    pub misses: [u64; DREX_MISS_REASONS],
+    pub misses: [u64; DREX_MAX_MISS_REASONS],
     /// AUTO: searches for a better rule so far.
     pub searches: u64,
     /// AUTO: the ramps that the present rule looks at, bit r for ramp r; 0:
@@ -690,7 +702,7 @@ const _: () = {
     assert!(DREX_NO_PAGE == crate::core::pages::NO_PAGE);
     assert!(DREX_MAX_RAMPS == crate::core::MAX_RAMPS);
     assert!(DREX_WAIT_BUCKETS == WAIT_BUCKETS);
-    assert!(DREX_FLUSH_REASONS == REASONS);
-    assert!(DREX_MISS_REASONS == MISSES);
+    assert!(DREX_FLUSH_REASONS == REASONS && REASONS <= DREX_MAX_FLUSH_REASONS);
+    assert!(DREX_MISS_REASONS == MISSES && MISSES <= DREX_MAX_MISS_REASONS);
     assert!(DREX_NO_RAMP == crate::core::NONE && DREX_NO_SLOT == crate::core::NONE);
 };

@@ -25,7 +25,8 @@ impl Abi {
         Abi(lines.map(|(n, v)| (n.to_owned(), v.to_owned())).collect())
     }
 
-    fn size(&self, name: &str) -> Option<(u64, bool)> {
+    /// A struct's size, and whether it begins with it.
+    pub fn size(&self, name: &str) -> Option<(u64, bool)> {
         let value = self.0.get(&format!("struct {name}"))?;
         let size = value.split([' ', ',']).nth(1)?.parse().ok()?;
         Some((size, value.ends_with("sized")))
@@ -262,6 +263,8 @@ impl Header {
             }
             at += 1;
         }
+        // Values that are left out are 0: it may end before.
+        let ends = if depth > 0 { " }" } else { "" };
         let mut close = at;
         while depth > 0 {
             match text.as_bytes()[close] {
@@ -274,7 +277,7 @@ impl Header {
         // The initializers come before the structs.
         assert!(close < start);
         format!(
-            "{} }}{}{head}{body}{}",
+            "{}{ends}{}{head}{body}{}",
             &text[..at],
             &text[close..start],
             &text[end..]

@@ -18,11 +18,13 @@ DREX_NO_SLOT = UINT32_MAX
 DREX_NO_PAGE = UINT32_MAX
 DREX_WAIT_BUCKETS = 32
 DREX_MISS_REASONS = 4
+DREX_MAX_MISS_REASONS = 8
 DREX_FLUSH_REASONS = 6
+DREX_MAX_FLUSH_REASONS = 16
 
 STATUSES = (
     "OK NULL_ARGUMENT INVALID_ARGUMENT ABI_MISMATCH STRUCT_SIZE INVALID_HANDLE HANDLE_BUSY UNKNOWN_REQUEST "
-    "DUPLICATE_REQUEST CALL_ORDER CAPACITY UNSUPPORTED DEVICE PANIC"
+    "DUPLICATE_REQUEST CALL_ORDER CAPACITY UNSUPPORTED DEVICE PANIC MEMORY"
 ).split()
 POLICIES = "off eager lazy median mean latency hold art auto".split()
 METRICS = "gap maxprob entropy".split()
@@ -149,11 +151,11 @@ class drex_observation(Struct):
 class drex_stats(Struct):
     _fields_ = [
         ("size", u32), ("n_ramps", u32), ("tokens", u64), ("exits", u64 * DREX_MAX_RAMPS), ("involuntary_exits", u64),
-        ("involuntary_stays", u64), ("flushes", u64 * DREX_FLUSH_REASONS), ("held_rows", u64),
+        ("involuntary_stays", u64), ("flushes", u64 * DREX_MAX_FLUSH_REASONS), ("held_rows", u64),
         ("held_rows_at", u64 * DREX_MAX_RAMPS), ("held_rows_max", u64), ("requests", u64), ("slots_free", u64),
         ("cells_filled", u64), ("bytes_filled", u64), ("deadline_misses", u64), ("nonfinite_rows", u64), ("steps", u64),
         ("step_rows", u64), ("wait_us_buckets", u64 * DREX_WAIT_BUCKETS), ("wait_us_sum", u64), ("art_ratio", f64),
-        ("misses", u64 * DREX_MISS_REASONS), ("searches", u64), ("rule_ramps", u32), ("rule_hold_rows", u32),
+        ("misses", u64 * DREX_MAX_MISS_REASONS), ("searches", u64), ("rule_ramps", u32), ("rule_hold_rows", u32),
         ("rule_ready_rows", u32), ("reserved", u32), ("predicted_tokens_per_s", f64),
         ("predicted_off_tokens_per_s", f64), ("exit_share", f64 * DREX_MAX_RAMPS), ("pending_rows", u64),
         ("rows_filled", u64), ("drafts", u64), ("drafts_accepted", u64), ("rows_dropped", u64),

@@ -7,6 +7,7 @@ use std::ffi::c_void;
 use super::kv::Kv;
 use super::{Arena, Device, Hole, Limits, Logits, Top};
 use crate::core::error::{Error, Result};
+use crate::core::memory;
 use crate::core::metric::{Metric, Score};
 
 pub mod kv;
@@ -21,11 +22,11 @@ pub struct Host {
 }
 
 impl Host {
-    pub fn new(limits: Limits) -> Self {
-        Host {
+    pub fn new(limits: Limits) -> Result<Self> {
+        Ok(Host {
             isa: ramp::Isa::best(),
-            tops: vec![Top::NONE; limits.rows * limits.n_top as usize],
-        }
+            tops: memory::filled(Top::NONE, limits.rows * limits.n_top as usize)?,
+        })
     }
 
     pub fn isa(&self) -> ramp::Isa {
