@@ -154,7 +154,7 @@ fn check(status: drex_status) -> Result<(), Failure> {
     let code = match status {
         DREX_ERROR_INVALID_ARGUMENT => abi::ERROR_INVALID_ARG,
         DREX_ERROR_UNSUPPORTED => abi::ERROR_UNSUPPORTED,
-        DREX_ERROR_CAPACITY => abi::ERROR_UNAVAILABLE,
+        DREX_ERROR_CAPACITY | DREX_ERROR_MEMORY => abi::ERROR_UNAVAILABLE,
         // not the request's fault
         _ => abi::ERROR_INTERNAL,
     };
