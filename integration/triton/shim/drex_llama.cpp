@@ -10,14 +10,15 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 namespace {
 
-std::mutex  log_mutex;
-std::string log_errors; // what llama.cpp said while a model was loaded
+// What llama.cpp said while a model was loaded; each thread loads its own.
+thread_local std::string log_errors;
 
 void log_line(ggml_log_level level, const char * text, void *) {
     static thread_local bool show = false;
@@ -28,7 +29,6 @@ void log_line(ggml_log_level level, const char * text, void *) {
         return;
     }
     fputs(text, stderr);
-    const std::lock_guard<std::mutex> lock(log_mutex);
     if (level >= GGML_LOG_LEVEL_ERROR && log_errors.size() < 1000) {
         log_errors += text;
     }
@@ -84,6 +84,8 @@ struct drex_llama {
     llama_batch_ext * batch = nullptr;
     const llama_vocab * vocab = nullptr;
     metadata          meta;
+    uint32_t          n_context = 0;
+    void            * stream    = nullptr; // of the GPU, on a CPU there is none
 
     ~drex_llama() {
         if (batch) {
@@ -99,7 +101,14 @@ struct drex_llama {
 };
 
 struct drex_llama_sampler {
-    llama_sampler * chain;
+    llama_sampler * chain = nullptr;
+    std::vector<llama_token_data> candidates;
+
+    ~drex_llama_sampler() {
+        if (chain) {
+            llama_sampler_free(chain);
+        }
+    }
 };
 
 // false when a row is refused
@@ -145,27 +154,37 @@ drex_llama * drex_llama_open(const drex_llama_params * p, char * error, size_t n
         if (type < 0) {
             throw std::string("kv_type ") + p->kv_type + " is not known";
         }
-        {
-            const std::lock_guard<std::mutex> lock(log_mutex);
-            log_errors.clear();
-        }
+        log_errors.clear();
         const auto said = [](const char * what) {
-            const std::lock_guard<std::mutex> lock(log_mutex);
             return log_errors.empty() ? std::string(what) : what + (": " + log_errors);
         };
         l = new drex_llama;
         l->meta = read_metadata(p->model);
 
         llama_model_params mp = llama_model_default_params();
-        mp.n_gpu_layers = 0;
+        ggml_backend_dev_t no_devices[] = { nullptr };
+        if (p->n_gpu_layers > 0) {
+            if (!llama_supports_gpu_offload()) {
+                throw "gpu_layers is " + std::to_string(p->n_gpu_layers) +
+                    ", must be 0: this llama.cpp was built without a GPU backend, or finds no GPU";
+            }
+            // one GPU: drex works where the layers are
+            mp.n_gpu_layers = p->n_gpu_layers;
+            mp.split_mode   = LLAMA_SPLIT_MODE_NONE;
+            mp.main_gpu     = p->main_gpu;
+        } else {
+            mp.n_gpu_layers = 0;
+            mp.devices      = no_devices;
+        }
         l->model = llama_model_load_from_file(p->model, mp);
         if (!l->model) {
             throw said("llama.cpp cannot load it");
         }
         l->vocab = llama_model_get_vocab(l->model);
+        l->n_context = std::min<uint32_t>(p->n_ctx, llama_model_n_ctx_train(l->model));
 
         llama_context_params cp = llama_context_default_params();
-        cp.n_ctx           = p->n_ctx;
+        cp.n_ctx           = l->n_context*p->n_seq;
         cp.n_seq_max       = p->n_seq;
         cp.n_batch         = p->n_batch;
         cp.n_ubatch        = p->n_batch;
@@ -197,8 +216,8 @@ void drex_llama_close(drex_llama * l) { delete l; }
 
 int32_t  drex_llama_n_layer(const drex_llama * l)     { return llama_model_n_layer(l->model); }
 int32_t  drex_llama_n_vocab(const drex_llama * l)     { return llama_vocab_n_tokens(l->vocab); }
-uint32_t drex_llama_n_ctx_train(const drex_llama * l) { return llama_model_n_ctx_train(l->model); }
-uint32_t drex_llama_n_cells(const drex_llama * l)     { return llama_n_ctx(l->ctx); }
+uint32_t drex_llama_n_context(const drex_llama * l)   { return l->n_context; }
+int32_t  drex_llama_bos(const drex_llama * l)         { return std::max(llama_vocab_bos(l->vocab), 0); }
 
 size_t drex_llama_exit_layers(const drex_llama * l, uint32_t * layers, size_t n) {
     std::copy_n(l->meta.layers.begin(), std::min(n, l->meta.layers.size()), layers);
@@ -214,10 +233,36 @@ const char * drex_llama_windows(drex_llama * l, uint32_t n_slots, uint32_t n_gra
     }
 }
 
+const char * drex_llama_device(drex_llama * l, int32_t * cuda, void ** stream) {
+    *cuda   = 0;
+    *stream = nullptr;
+    try {
+        ggml_backend_t backend = llama_window_backend(l->ctx);
+        if (!backend) {
+            return "the layers, the KV cache and the output head are not all on one device, which early exit needs: "
+                   "gpu_layers must be 0 or all";
+        }
+        ggml_backend_dev_t dev = ggml_backend_get_device(backend);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+            return nullptr;
+        }
+        // the device's context is current on this thread from here on
+        l->stream = llama_window_stream(l->ctx);
+        if (!l->stream || strncmp(ggml_backend_dev_name(dev), "CUDA", 4) != 0) {
+            return "early exit works on CPUs and with CUDA, but the model is on another device: gpu_layers must be 0, or "
+                   "llama.cpp built with CUDA";
+        }
+        *cuda   = 1;
+        *stream = l->stream;
+        return nullptr;
+    } catch (...) {
+        return "the device's stream is not to be had";
+    }
+}
+
 int32_t drex_llama_layer(const drex_llama * l, int32_t layer, drex_llama_kv * out) {
     llama_window_kv kv;
-    if (!llama_window_get_kv(l->ctx, layer, &kv) ||
-        !ggml_backend_buffer_is_host(kv.k->buffer) || !ggml_backend_buffer_is_host(kv.v->buffer)) {
+    if (!llama_window_get_kv(l->ctx, layer, &kv)) {
         return 0;
     }
     *out = {};
@@ -236,15 +281,23 @@ int32_t drex_llama_layer(const drex_llama * l, int32_t layer, drex_llama_kv * ou
     return 1;
 }
 
-int32_t drex_llama_tokenize(const drex_llama * l, const char * text, int32_t length, int32_t * tokens, int32_t n) {
+int32_t drex_llama_tokenize(const drex_llama * l, const char * text, int32_t length, int32_t special, int32_t * tokens,
+                            int32_t n) {
     try {
-        return llama_tokenize(l->vocab, text, length, tokens, n, true, true);
+        return llama_tokenize(l->vocab, text, length, tokens, n, special != 0, special != 0);
     } catch (...) {
         return INT32_MIN;
     }
 }
-int32_t drex_llama_piece(const drex_llama * l, int32_t token, char * text, int32_t n) {
-    return llama_token_to_piece(l->vocab, token, text, n, 0, false);
+int32_t drex_llama_piece(const drex_llama * l, int32_t token, int32_t special, char * text, int32_t n) {
+    return llama_token_to_piece(l->vocab, token, text, n, 0, special != 0);
+}
+size_t drex_llama_longest(const drex_llama * l) {
+    size_t longest = 1;
+    for (llama_token token = 0; token < llama_vocab_n_tokens(l->vocab); ++token) {
+        longest = std::max(longest, strlen(llama_vocab_get_text(l->vocab, token)));
+    }
+    return longest;
 }
 int32_t drex_llama_is_end(const drex_llama * l, int32_t token) { return llama_vocab_is_eog(l->vocab, token); }
 
@@ -269,7 +322,8 @@ int32_t drex_llama_window(drex_llama * l, const int32_t * tokens, const int32_t 
             return -1;
         }
         const int32_t ret = llama_window_decode(l->ctx, l->batch, begin, end, slots);
-        if (ret == 0) {
+        // what drex scores on a device's stream needs no wait
+        if (ret == 0 && (!l->stream || end == llama_model_n_layer(l->model))) {
             llama_synchronize(l->ctx);
         }
         return ret;
@@ -287,18 +341,30 @@ int32_t drex_llama_project(drex_llama * l, const int32_t * positions, const int3
 }
 
 const uint32_t * drex_llama_cells(const drex_llama * l) { return llama_window_cells(l->ctx); }
-const float * drex_llama_logits(drex_llama * l, int32_t i) {
+static const ggml_tensor * plain_logits(const drex_llama * l) {
+    const ggml_tensor * t = llama_window_logits(l->ctx);
+    const bool plain = t && t->buffer && t->type == GGML_TYPE_F32 &&
+        t->nb[1] == sizeof(float)*llama_vocab_n_tokens(l->vocab) &&
+        (l->stream || ggml_backend_buffer_is_host(t->buffer));
+    return plain ? t : nullptr;
+}
+const float * drex_llama_logits(drex_llama * l, int32_t i, int32_t window) {
     try {
+        if (window && !l->stream) {
+            const ggml_tensor * t = plain_logits(l);
+            return t ? static_cast<const float *>(t->data) + size_t(i)*llama_vocab_n_tokens(l->vocab) : nullptr;
+        }
+        if (window && !llama_window_fetch_logits(l->ctx, i, 1)) {
+            return nullptr;
+        }
         return llama_get_logits_ith(l->ctx, i);
     } catch (...) {
         return nullptr;
     }
 }
 const float * drex_llama_window_logits(const drex_llama * l) {
-    const ggml_tensor * t = llama_window_logits(l->ctx);
-    const bool plain = t && t->buffer && ggml_backend_buffer_is_host(t->buffer) && t->type == GGML_TYPE_F32 &&
-        t->nb[1] == sizeof(float)*llama_vocab_n_tokens(l->vocab);
-    return plain ? static_cast<const float *>(t->data) : nullptr;
+    const ggml_tensor * t = plain_logits(l);
+    return t ? static_cast<const float *>(t->data) : nullptr;
 }
 void drex_llama_forget(drex_llama * l, int32_t sequence) {
     llama_memory_seq_rm(llama_get_memory(l->ctx), sequence, -1, -1);
@@ -307,55 +373,69 @@ void drex_llama_rollback(drex_llama * l, int32_t sequence, int32_t position) {
     llama_window_rollback(l->ctx, sequence, position);
 }
 
-drex_llama_sampler * drex_llama_sampler_new(const drex_llama * l, const drex_llama_sampling * p) {
+drex_llama_sampler * drex_llama_sampler_new(const drex_llama * l, const drex_llama_sampling * p, const int32_t * prompt,
+                                            int32_t n_prompt) {
     try {
         const int32_t n_vocab = llama_vocab_n_tokens(l->vocab);
-        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
-        if (p->ignore_eos) {
-            std::vector<llama_logit_bias> bans;
-            for (llama_token token = 0; token < n_vocab; ++token) {
-                if (llama_vocab_is_eog(l->vocab, token)) {
-                    bans.push_back({ token, -INFINITY });
-                }
-            }
-            llama_sampler_chain_add(chain, llama_sampler_init_logit_bias(n_vocab, bans.size(), bans.data()));
-        }
+        auto sampler = std::make_unique<drex_llama_sampler>();
+        sampler->candidates.resize(n_vocab);
+        sampler->chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+        const auto add = [&](llama_sampler * one) { llama_sampler_chain_add(sampler->chain, one); };
         if (p->repetition_penalty != 1.0f || p->frequency_penalty != 0.0f || p->presence_penalty != 0.0f) {
-            llama_sampler_chain_add(chain, llama_sampler_init_penalties(n_vocab, 64, p->repetition_penalty,
-                                                                        p->frequency_penalty, p->presence_penalty));
+            add(llama_sampler_init_penalties(n_vocab, 64, p->repetition_penalty, p->frequency_penalty, p->presence_penalty));
         }
         if (p->temperature <= 0.0f) {
-            llama_sampler_chain_add(chain, llama_sampler_init_greedy());
-            return new drex_llama_sampler { chain };
+            add(llama_sampler_init_greedy());
+        } else {
+            if (p->top_k > 0) {
+                add(llama_sampler_init_top_k(p->top_k));
+            }
+            if (p->top_p < 1.0f) {
+                add(llama_sampler_init_top_p(p->top_p, 1));
+            }
+            if (p->min_p > 0.0f) {
+                add(llama_sampler_init_min_p(p->min_p, 1));
+            }
+            add(llama_sampler_init_temp(p->temperature));
+            add(llama_sampler_init_dist(p->seed));
         }
-        if (p->top_k > 0) {
-            llama_sampler_chain_add(chain, llama_sampler_init_top_k(p->top_k));
+        for (int32_t i = 0; i < n_prompt; ++i) {
+            llama_sampler_accept(sampler->chain, prompt[i]);
         }
-        if (p->top_p < 1.0f) {
-            llama_sampler_chain_add(chain, llama_sampler_init_top_p(p->top_p, 1));
-        }
-        if (p->min_p > 0.0f) {
-            llama_sampler_chain_add(chain, llama_sampler_init_min_p(p->min_p, 1));
-        }
-        llama_sampler_chain_add(chain, llama_sampler_init_temp(p->temperature));
-        llama_sampler_chain_add(chain, llama_sampler_init_dist(p->seed));
-        return new drex_llama_sampler { chain };
+        return sampler.release();
     } catch (...) {
         return nullptr;
     }
 }
-void drex_llama_sampler_free(drex_llama_sampler * s) {
-    if (s) {
-        llama_sampler_free(s->chain);
-        delete s;
-    }
-}
-int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, int32_t window) {
+void drex_llama_sampler_free(drex_llama_sampler * s) { delete s; }
+
+int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, int32_t window, const int32_t * banned,
+                          int32_t n_banned) {
     return guarded([&] {
-        if (window && !llama_window_fetch_logits(l->ctx, i, 1)) {
+        const float * logits = drex_llama_logits(l, i, window);
+        if (!logits) {
             return -1;
         }
-        return llama_get_logits_ith(l->ctx, i) ? llama_sampler_sample(s->chain, l->ctx, i) : -1;
+        const int32_t n_vocab = int32_t(s->candidates.size());
+        for (llama_token token = 0; token < n_vocab; ++token) {
+            if (std::isnan(logits[token])) {
+                return -2;
+            }
+            s->candidates[token] = { token, logits[token], 0.0f };
+        }
+        for (int32_t k = 0; k < n_banned; ++k) {
+            if (banned[k] >= 0 && banned[k] < n_vocab) {
+                s->candidates[banned[k]].logit = -INFINITY;
+            }
+        }
+        llama_token_data_array all = { s->candidates.data(), s->candidates.size(), -1, false };
+        llama_sampler_apply(s->chain, &all);
+        if (all.selected < 0 || all.selected >= int64_t(all.size)) {
+            return -1;
+        }
+        const llama_token token = all.data[all.selected].id;
+        llama_sampler_accept(s->chain, token);
+        return token;
     });
 }
 

@@ -11,12 +11,16 @@ use crate::instance::Instance;
 use crate::model::Model;
 use crate::triton::error::{Failure, check};
 use crate::triton::reply::{Reply, Times};
-use crate::triton::{abi, version};
+use crate::triton::{abi, log, version};
 use crate::{llama, metrics, request};
 
 fn entry(f: impl FnOnce() -> Result<(), Failure>) -> *mut abi::Error {
-    let result = catch_unwind(AssertUnwindSafe(f))
-        .unwrap_or_else(|_| Err(Failure::internal("drex: a panic was caught")));
+    let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        Err(Failure::internal(format!(
+            "drex: a panic was caught: {}",
+            log::panic_text(&*panic)
+        )))
+    });
     match result {
         Ok(()) => null_mut(),
         Err(failure) => failure.into_raw(),
@@ -29,6 +33,7 @@ fn entry(f: impl FnOnce() -> Result<(), Failure>) -> *mut abi::Error {
 pub unsafe extern "C" fn TRITONBACKEND_Initialize(backend: *mut abi::Backend) -> *mut abi::Error {
     entry(|| {
         version::require()?;
+        abi::load()?;
         // SAFETY: texts of Triton live as long as the backend.
         let folder = unsafe {
             let (mut kind, mut location) = (0, null());
@@ -47,6 +52,29 @@ pub unsafe extern "C" fn TRITONBACKEND_Initialize(backend: *mut abi::Backend) ->
         llama::load(&folder)?;
         metrics::register();
         Ok(())
+    })
+}
+
+/// Where models run whose configuration does not say it: without this, Triton puts one instance on each GPU.
+///
+/// # Safety
+/// Called by Triton, after `TRITONBACKEND_Initialize`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn TRITONBACKEND_GetBackendAttribute(
+    _: *mut abi::Backend,
+    attribute: *mut abi::BackendAttribute,
+) -> *mut abi::Error {
+    // SAFETY: live during the call; no devices are named.
+    entry(|| unsafe {
+        check(
+            abi::TRITONBACKEND_BackendAttributeAddPreferredInstanceGroup(
+                attribute,
+                abi::KIND_CPU,
+                1,
+                null(),
+                0,
+            ),
+        )
     })
 }
 
@@ -106,7 +134,14 @@ pub unsafe extern "C" fn TRITONBACKEND_ModelInstanceInitialize(
         let mut name = null();
         check(abi::TRITONBACKEND_ModelInstanceName(instance, &mut name))?;
         let name = CStr::from_ptr(name).to_string_lossy();
-        let started = Instance::start(&*state.cast::<Model>(), &name)?;
+        let (mut kind, mut device) = (0, 0);
+        check(abi::TRITONBACKEND_ModelInstanceKind(instance, &mut kind))?;
+        check(abi::TRITONBACKEND_ModelInstanceDeviceId(
+            instance,
+            &mut device,
+        ))?;
+        let gpu = (kind == abi::KIND_GPU).then_some(device);
+        let started = Instance::start(&*state.cast::<Model>(), instance, &name, gpu)?;
         let state = Box::into_raw(Box::new(started));
         check(abi::TRITONBACKEND_ModelInstanceSetState(
             instance,
@@ -160,37 +195,24 @@ pub unsafe extern "C" fn TRITONBACKEND_ModelInstanceExecute(
         // SAFETY: Triton gives `count` live requests, which are ours now.
         let taken = catch_unwind(AssertUnwindSafe(|| unsafe {
             let request = *requests.add(i);
-            match Reply::new(instance, request) {
-                Ok(mut reply) => {
-                    reply.set_times(Times {
-                        exec_start: now_ns(),
-                        ..Times::default()
-                    });
-                    match request::read(request) {
-                        Ok(asked) => (*state.cast::<Instance>()).submit(reply, asked),
-                        Err(failure) => {
-                            let now = now_ns();
-                            reply.set_times(Times {
-                                compute_start: now,
-                                compute_end: now,
-                                exec_end: now,
-                                ..reply.times()
-                            });
-                            reply.fail(failure);
-                        }
-                    }
-                }
-                // Without a factory nothing can be sent; the request must not be kept all the same.
-                Err(_) => {
-                    let _ = check(abi::TRITONBACKEND_RequestRelease(
-                        request,
-                        abi::REQUEST_RELEASE_ALL,
-                    ));
+            let Some(mut reply) = Reply::new(instance, request) else {
+                return;
+            };
+            match request::read(request) {
+                Ok(asked) => (*state.cast::<Instance>()).submit(reply, asked),
+                Err(failure) => {
+                    reply.set_times(Times::at(now_ns()));
+                    reply.fail(failure);
                 }
             }
         }));
-        // A panic has dropped the reply, which ended the request.
-        drop(taken);
+        // The panic has dropped the reply, which ended the request.
+        if let Err(panic) = taken {
+            log::error(&format!(
+                "a request was given up by a panic: {}",
+                log::panic_text(&*panic)
+            ));
+        }
     }
     null_mut()
 }

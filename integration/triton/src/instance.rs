@@ -8,70 +8,189 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::clock::now_ns;
 use crate::engine::{Engine, Job};
-use crate::llama::Llama;
-use crate::metrics::{Metrics, Snapshot};
+use crate::families::Snapshot;
+use crate::llama::{Llama, Vocab};
+use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::request::Asked;
 use crate::sender::{self, Message};
 use crate::triton::error::Failure;
 use crate::triton::reply::Reply;
+use crate::triton::statistics::Executions;
+use crate::triton::{abi, log};
 
+const UNLOADED: &str = "the model is being unloaded";
 /// How often /metrics gets new values while requests run.
 const METRICS_EVERY: Duration = Duration::from_millis(250);
 
-#[derive(Default)]
-struct Queue {
-    jobs: Vec<Job>,
+struct Queue<J> {
+    jobs: Vec<J>,
     stop: bool,
-    woken: bool,
 }
 
-#[derive(Default)]
-struct Shared {
-    queue: Mutex<Queue>,
+struct Shared<J> {
+    queue: Mutex<Queue<J>>,
     wake: Condvar,
 }
 
-impl Shared {
-    fn change(&self, f: impl FnOnce(&mut Queue)) {
+/// What the engine's thread runs; in tests it is not an engine.
+trait Work {
+    type Job;
+    fn push(&mut self, job: Self::Job);
+    fn is_idle(&self) -> bool;
+    fn step(&mut self) -> Result<(), Failure>;
+    fn fail_all(&mut self, failure: &Failure);
+    fn snapshot(&self) -> Snapshot;
+}
+
+impl Work for Engine {
+    type Job = Job;
+
+    fn push(&mut self, job: Job) {
+        self.push(job);
+    }
+
+    fn is_idle(&self) -> bool {
+        self.is_idle()
+    }
+
+    fn step(&mut self) -> Result<(), Failure> {
+        self.step()
+    }
+
+    fn fail_all(&mut self, failure: &Failure) {
+        self.fail_all(failure);
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let (waiting, running) = self.load();
+        Snapshot {
+            stats: self.stats(),
+            window_ns: self.window_ns,
+            waiting,
+            running,
+            graphs: self.graphs(),
+        }
+    }
+}
+
+fn unavailable(text: &str) -> Failure {
+    Failure {
+        code: abi::ERROR_UNAVAILABLE,
+        text: text.into(),
+    }
+}
+
+impl<J> Shared<J> {
+    fn new() -> Arc<Self> {
+        let (jobs, stop) = (Vec::new(), false);
+        Arc::new(Self {
+            queue: Mutex::new(Queue { jobs, stop }),
+            wake: Condvar::new(),
+        })
+    }
+
+    fn change(&self, f: impl FnOnce(&mut Queue<J>)) {
         f(&mut self.queue.lock().unwrap_or_else(PoisonError::into_inner));
         self.wake.notify_one();
     }
 }
 
+/// Where requests come in: the engine gets the job, the sender all the rest.
+struct Inbox<J> {
+    shared: Arc<Shared<J>>,
+    sender: Sender<Message>,
+}
+
+impl<J> Inbox<J> {
+    /// `message` adds the job's request to the sender.
+    fn put(&self, message: Message, job: J) {
+        if let Err(mpsc::SendError(message)) = self.sender.send(message) {
+            if let Message::Add { reply, .. } = message {
+                reply.fail(unavailable(
+                    "the model's thread that sends has ended by a panic; load the model again",
+                ));
+            }
+            return;
+        }
+        self.shared.change(|queue| {
+            // After that nobody takes jobs, and the sender refuses the request.
+            if !queue.stop {
+                queue.jobs.push(job);
+            }
+        });
+    }
+}
+
 pub struct Instance {
-    shared: Arc<Shared>,
-    sender: Option<Sender<Message>>,
+    /// None: the model is being unloaded.
+    inbox: Option<Inbox<Job>>,
     threads: Vec<JoinHandle<()>>,
     next_id: AtomicU64,
+    vocab: Vocab,
+    context: u32,
     decoupled: bool,
 }
 
 impl Instance {
     /// Loads the model and starts the threads.
-    pub fn start(model: &Model, name: &str) -> Result<Self, Failure> {
-        let settings = model.settings.clone();
-        let llama = Llama::open(
-            &model.file()?,
-            &settings.kv_type,
-            settings.slots * settings.context,
+    ///
+    /// # Safety
+    /// Triton's instance outlives this.
+    pub unsafe fn start(
+        model: &Model,
+        instance: *mut abi::Instance,
+        name: &str,
+        gpu: Option<i32>,
+    ) -> Result<Self, Failure> {
+        let mut settings = model.settings.clone();
+        if let Some(device) = gpu {
+            settings.on_gpu(device);
+        }
+        let file = model.file()?;
+        let llama = Llama::open(&file, &settings).map_err(|failure| match gpu {
+            Some(device) => Failure {
+                text: format!(
+                    "instance_group: {name} is KIND_GPU, on GPU {device}: {}",
+                    failure.text
+                ),
+                ..failure
+            },
+            None => failure,
+        })?;
+        let vocab = llama.vocab();
+        let loaded = format!(
+            "{name} has loaded {}, {} layers; policy {}, {} slots of {} tokens, {} threads, {}",
+            file.display(),
+            llama.n_layer,
+            settings.policy,
             settings.slots,
-            settings.batch,
+            llama.n_context,
             settings.threads,
-        )?;
+            if settings.gpu_layers > 0 {
+                format!("on GPU {}", settings.main_gpu)
+            } else {
+                "on the CPU".into()
+            }
+        );
         let (sender, messages) = mpsc::channel();
-        let events = sender.clone();
+        let (events, last) = (sender.clone(), sender.clone());
         let engine = Engine::new(
             llama,
             settings,
             Box::new(move |id, event| {
-                // The sender outlives the engine.
-                let _ = events.send(Message::Event(id, event));
+                // A sender that is gone has answered all requests and cancelled them.
+                let at = now_ns();
+                let _ = events.send(Message::Event { id, event, at });
             }),
         )?;
-        let metrics = Metrics::new(&model.name, model.version, name, &engine.ramps);
-        let shared = Arc::new(Shared::default());
+        let ramps = engine.ramps.clone();
+        let mut metrics = Metrics::new(&model.name, model.version, name, &ramps);
+        // SAFETY: by the caller; the thread is joined before this is gone.
+        let executions = unsafe { Executions::of(instance) };
+        let shared = Shared::new();
         let (for_engine, for_sender) = (shared.clone(), shared.clone());
         let spawn = |name: &str, f: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
@@ -80,20 +199,34 @@ impl Instance {
                 .map_err(|error| Failure::internal(format!("cannot start a thread: {error}")))
         };
         let mut this = Self {
-            shared,
-            sender: Some(sender),
+            inbox: Some(Inbox { shared, sender }),
             threads: Vec::new(),
             next_id: AtomicU64::new(1),
+            vocab,
+            context: engine.context(),
             decoupled: model.decoupled,
         };
         this.threads.push(spawn(
             "drex-engine",
-            Box::new(move || run(engine, metrics, &for_engine)),
+            Box::new(move || {
+                let publish = move |now: &Snapshot| metrics.update(now);
+                engine_thread(engine, publish, &executions, &for_engine, &last);
+            }),
         )?);
         this.threads.push(spawn(
             "drex-sender",
-            Box::new(move || sender::run(&messages, || for_sender.change(|q| q.woken = true))),
+            Box::new(move || {
+                let wake = || for_sender.change(|_| ());
+                let run = || sender::run(&messages, wake);
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
+                    log::error(&format!(
+                        "the thread that sends has ended by a panic: {}",
+                        log::panic_text(&*panic)
+                    ));
+                }
+            }),
         )?);
+        log::info(&format!("{loaded}; exit layers {ramps:?}"));
         Ok(this)
     }
 
@@ -106,51 +239,78 @@ impl Instance {
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let cancelled = Arc::new(AtomicBool::new(false));
-        let Some(sender) = &self.sender else {
-            return reply.fail(Failure::internal("the model is being unloaded"));
+        let Some(inbox) = &self.inbox else {
+            return reply.fail(unavailable(UNLOADED));
         };
-        // If the sender is gone, the message that comes back ends the request as it is dropped.
-        let _ = sender.send(Message::Add {
+        // Here and not on the engine's thread, which others wait for.
+        let job = match Job::new(
+            &self.vocab,
+            self.context,
+            id,
+            &asked.prompt,
+            asked.sampling,
+            cancelled.clone(),
+        ) {
+            Ok(job) => job,
+            Err(failure) => return reply.fail(failure),
+        };
+        let message = Message::Add {
             id,
             reply: Box::new(reply),
             stream: asked.stream,
             want: asked.want,
-            cancelled: cancelled.clone(),
-        });
-        self.shared.change(|queue| {
-            queue.jobs.push(Job {
-                id,
-                prompt: asked.prompt,
-                sampling: asked.sampling,
-                cancelled,
-            });
-        });
+            cancelled,
+        };
+        inbox.put(message, job);
     }
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        self.shared.change(|queue| queue.stop = true);
-        self.sender = None;
+        if let Some(inbox) = self.inbox.take() {
+            inbox.shared.change(|queue| queue.stop = true);
+        }
         for thread in self.threads.drain(..) {
-            // A thread that panicked has dropped its replies, which ended their requests.
+            // Neither ends with a panic.
             let _ = thread.join();
         }
     }
 }
 
-fn run(mut engine: Engine, mut metrics: Metrics, shared: &Shared) {
-    let mut published = Instant::now();
-    let mut publish = |engine: &Engine| {
-        let (waiting, running) = engine.load();
-        metrics.update(&Snapshot {
-            stats: engine.stats(),
-            window_ns: engine.window_ns,
-            waiting,
-            running,
-        });
+/// Runs the engine until the instance stops or the engine panics where it must not. Then the sender is told: whatever
+/// happened, nobody waits for an answer that cannot come.
+fn engine_thread<W: Work>(
+    engine: W,
+    publish: impl FnMut(&Snapshot),
+    executions: &Executions,
+    shared: &Shared<W::Job>,
+    sender: &Sender<Message>,
+) {
+    let run = || run(engine, publish, executions, shared);
+    let failure = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(()) => unavailable(UNLOADED),
+        Err(panic) => {
+            let text = log::panic_text(&*panic);
+            log::error(&format!("the engine has ended by a panic: {text}"));
+            unavailable("the model's engine has ended by a panic; load the model again")
+        }
     };
-    publish(&engine);
+    shared.change(|queue| {
+        queue.stop = true;
+        queue.jobs.clear();
+    });
+    let _ = sender.send(Message::EngineGone(failure));
+}
+
+fn run<W: Work>(
+    mut engine: W,
+    mut publish: impl FnMut(&Snapshot),
+    executions: &Executions,
+    shared: &Shared<W::Job>,
+) {
+    let mut published = Instant::now();
+    let mut before = engine.snapshot();
+    publish(&before);
     loop {
         {
             let mut queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -160,7 +320,6 @@ fn run(mut engine: Engine, mut metrics: Metrics, shared: &Shared) {
                     .wait(queue)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-            queue.woken = false;
             for job in queue.jobs.drain(..) {
                 engine.push(job);
             }
@@ -170,26 +329,169 @@ fn run(mut engine: Engine, mut metrics: Metrics, shared: &Shared) {
         }
         let failure = match catch_unwind(AssertUnwindSafe(|| engine.step())) {
             Ok(Ok(())) => None,
-            Ok(Err(failure)) => Some(failure),
+            Ok(Err(failure)) => {
+                log::error(&format!("a step failed: {}", failure.text));
+                Some(failure)
+            }
             Err(panic) => {
-                let text = panic.downcast_ref::<String>().cloned();
-                let text = text
-                    .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
-                    .unwrap_or_default();
-                Some(Failure::internal(format!("a step panicked: {text}")))
+                let text = format!("a step panicked: {}", log::panic_text(&*panic));
+                log::error(&text);
+                Some(Failure::internal(text))
             }
         };
         if let Some(failure) = failure {
             engine.fail_all(&failure);
         }
+        let now = engine.snapshot();
+        if now.stats.steps > before.stats.steps {
+            let rows = now.stats.step_rows - before.stats.step_rows;
+            let end = now_ns();
+            executions.add(rows, end - (now.window_ns - before.window_ns), end);
+        }
         if engine.is_idle() || published.elapsed() >= METRICS_EVERY {
             published = Instant::now();
-            publish(&engine);
+            publish(&now);
+        }
+        before = now;
+    }
+    engine.fail_all(&unavailable(UNLOADED));
+    publish(&engine.snapshot());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{Event, Out};
+    use crate::request::Want;
+    use crate::triton::fake_host as host;
+
+    /// Answers each job in its second step; "push" and "step" in a prompt are where it panics.
+    struct Fake {
+        jobs: Vec<(u64, String)>,
+        steps: u64,
+        out: Out,
+    }
+
+    impl Work for Fake {
+        type Job = (u64, String);
+        fn push(&mut self, job: (u64, String)) {
+            assert!(!job.1.contains("push"), "injected");
+            self.jobs.push(job);
+        }
+        fn is_idle(&self) -> bool {
+            self.jobs.is_empty()
+        }
+        fn step(&mut self) -> Result<(), Failure> {
+            assert!(
+                !self.jobs.iter().any(|job| job.1.contains("step")),
+                "injected"
+            );
+            self.steps += 1;
+            if self.steps.is_multiple_of(2) {
+                for (id, prompt) in self.jobs.drain(..) {
+                    (self.out)(id, Event::Failed(Failure::invalid(prompt)));
+                }
+            }
+            Ok(())
+        }
+        fn fail_all(&mut self, failure: &Failure) {
+            for (id, _) in self.jobs.drain(..) {
+                (self.out)(id, Event::Failed(failure.clone()));
+            }
+        }
+        fn snapshot(&self) -> Snapshot {
+            // SAFETY: plain numbers.
+            let mut stats: drex::ffi::types::drex_stats = unsafe { std::mem::zeroed() };
+            (stats.steps, stats.step_rows) = (self.steps, self.steps * 3);
+            Snapshot {
+                stats,
+                window_ns: self.steps * 10,
+                waiting: 0,
+                running: self.jobs.len(),
+                graphs: (0, 0),
+            }
         }
     }
-    engine.fail_all(&Failure {
-        code: crate::triton::abi::ERROR_UNAVAILABLE,
-        text: "the model is being unloaded".into(),
-    });
-    publish(&engine);
+
+    /// What the clients of these prompts are told, all of which are there before the engine starts, and `late` after.
+    fn serve(prompts: &[&str], late: &str, publish: impl FnMut(&Snapshot)) -> Vec<String> {
+        let (sender, messages) = mpsc::channel();
+        let shared = Shared::new();
+        let inbox = Inbox {
+            shared: shared.clone(),
+            sender: sender.clone(),
+        };
+        let submit = |id: u64, prompt: &str| {
+            let message = Message::Add {
+                id,
+                reply: Box::new(host::reply()),
+                stream: true,
+                want: Want::default(),
+                cancelled: Arc::new(AtomicBool::new(false)),
+            };
+            inbox.put(message, (id, prompt.to_owned()));
+        };
+        for (id, prompt) in prompts.iter().enumerate() {
+            submit(id as u64, prompt);
+        }
+        let stop = shared.clone();
+        let events = sender.clone();
+        let engine = Fake {
+            jobs: Vec::new(),
+            steps: 0,
+            out: Box::new(move |id, event| {
+                let _ = events.send(Message::Event { id, event, at: 1 });
+                stop.change(|queue| queue.stop = true);
+            }),
+        };
+        // SAFETY: the fake host does not look at it.
+        let executions = unsafe { Executions::of(std::ptr::null_mut()) };
+        engine_thread(engine, publish, &executions, &shared, &sender);
+        submit(100, late);
+        drop((sender, inbox));
+        sender::run(&messages, || ());
+        host::take_responses();
+        assert_eq!(host::live(), 0);
+        let log = host::take_log();
+        let sent = log.iter().filter_map(|line| line.strip_prefix("send 1 "));
+        sent.map(str::to_owned).collect()
+    }
+
+    const GONE: &str = "error the model's engine has ended by a panic; load the model again";
+
+    #[test]
+    fn each_window_is_an_execution_of_its_rows() {
+        let told = serve(&["a", "b"], "c", |_| ());
+        let unloaded = "error the model is being unloaded";
+        assert_eq!(told, ["error a", "error b", unloaded]);
+        assert_eq!(host::take_executions(), [3, 3]);
+        assert!(host::take_messages().is_empty());
+    }
+
+    #[test]
+    fn a_step_that_panics_fails_those_who_run() {
+        let told = serve(&["a", "step"], "b", |_| ());
+        let unloaded = "error the model is being unloaded";
+        let failed = "error a step panicked: injected";
+        assert_eq!(told, [failed, failed, unloaded]);
+        assert_eq!(host::take_messages(), ["2 drex: a step panicked: injected"]);
+    }
+
+    #[test]
+    fn a_panic_outside_of_a_step_leaves_no_request_unanswered() {
+        assert_eq!(serve(&["a", "push", "b"], "c", |_| ()), [GONE; 4]);
+        let mut published = 0;
+        let told = serve(&["a", "b"], "c", |_| {
+            published += 1;
+            assert_eq!(published, 1, "injected too");
+        });
+        // Those who ended before the panic have their own answers.
+        assert_eq!(told, ["error a", "error b", GONE]);
+        let messages = host::take_messages();
+        assert_eq!(messages.len(), 2);
+        assert!(
+            messages[0].starts_with("2 drex: the engine has ended by a panic: injected"),
+            "{messages:?}"
+        );
+    }
 }

@@ -3,12 +3,14 @@
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
+use crate::engine::decoder::{Decoder, Device};
+use crate::settings::Settings;
 use crate::triton::error::Failure;
 
 /// `DREX_LLAMA_VERSION` of the header that is declared here.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const LIBRARY: &str = "libdrex_llama.so";
 
 #[repr(C)]
@@ -19,6 +21,8 @@ pub struct Params {
     n_seq: u32,
     n_batch: u32,
     n_threads: i32,
+    n_gpu_layers: i32,
+    main_gpu: i32,
 }
 
 #[repr(C)]
@@ -46,7 +50,6 @@ pub struct SamplerParams {
     pub frequency_penalty: f32,
     pub presence_penalty: f32,
     pub seed: u32,
-    pub ignore_eos: i32,
 }
 
 type Handle = *mut c_void;
@@ -74,24 +77,28 @@ functions! {
     close: fn(Handle);
     n_layer: fn(Handle) -> i32;
     n_vocab: fn(Handle) -> i32;
-    n_ctx_train: fn(Handle) -> u32;
+    n_context: fn(Handle) -> u32;
+    bos: fn(Handle) -> i32;
     exit_layers: fn(Handle, *mut u32, usize) -> usize;
     exit_head: fn(Handle) -> *const c_char;
     windows: fn(Handle, u32, u32) -> *const c_char;
+    device: fn(Handle, *mut i32, *mut *mut c_void) -> *const c_char;
     layer: fn(Handle, i32, *mut LayerKv) -> i32;
-    tokenize: fn(Handle, *const c_char, i32, *mut i32, i32) -> i32;
-    piece: fn(Handle, i32, *mut c_char, i32) -> i32;
+    tokenize: fn(Handle, *const c_char, i32, i32, *mut i32, i32) -> i32;
+    piece: fn(Handle, i32, i32, *mut c_char, i32) -> i32;
+    longest: fn(Handle) -> usize;
     is_end: fn(Handle, i32) -> i32;
     decode: fn(Handle, *const i32, *const i32, *const i32, *const u8, i32) -> i32;
     window: fn(Handle, *const i32, *const i32, *const i32, *const i32, i32, i32, i32) -> i32;
     project: fn(Handle, *const i32, *const i32, *const i32, i32, i32) -> i32;
     cells: fn(Handle) -> *const u32;
-    logits: fn(Handle, i32) -> *const f32;
+    logits: fn(Handle, i32, i32) -> *const f32;
     window_logits: fn(Handle) -> *const f32;
     forget: fn(Handle, i32);
-    sampler_new: fn(Handle, *const SamplerParams) -> Handle;
+    rollback: fn(Handle, i32, i32);
+    sampler_new: fn(Handle, *const SamplerParams, *const i32, i32) -> Handle;
     sampler_free: fn(Handle);
-    sample: fn(Handle, Handle, i32, i32) -> i32;
+    sample: fn(Handle, Handle, i32, i32, *const i32, i32) -> i32;
     perf: fn(Handle, *mut u64, *mut u64);
 }
 
@@ -129,13 +136,39 @@ pub struct Row {
     pub sequence: i32,
 }
 
+/// The model in the library, closed when the last one lets go of it.
+struct Model {
+    f: &'static Functions,
+    handle: Handle,
+}
+// SAFETY: what is used by several threads at a time is its vocabulary, which never changes; see `Vocab`.
+unsafe impl Send for Model {}
+// SAFETY: as above.
+unsafe impl Sync for Model {}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        // SAFETY: made by open, closed once.
+        unsafe { (self.f.close)(self.handle) }
+    }
+}
+
+/// From text to tokens and back, on any thread.
+#[derive(Clone)]
+pub struct Vocab {
+    model: Arc<Model>,
+    longest: usize,
+}
+
 /// A model with its context. One thread at a time.
 pub struct Llama {
     f: &'static Functions,
     handle: Handle,
+    model: Arc<Model>,
     pub n_layer: u32,
     pub n_vocab: u32,
-    pub n_ctx_train: u32,
+    /// Tokens of a sequence: what was asked for, or what the model was trained with if that is less.
+    pub n_context: u32,
 }
 
 // SAFETY: llama.cpp does not care which thread calls, as long as it is one at a time.
@@ -155,99 +188,25 @@ impl Drop for Sampler {
     }
 }
 
-impl Llama {
-    pub fn open(
-        model: &Path,
-        kv_type: &str,
-        n_ctx: u32,
-        n_seq: u32,
-        n_batch: u32,
-        n_threads: i32,
-    ) -> Result<Self, Failure> {
-        let f = FUNCTIONS
-            .get()
-            .ok_or_else(|| Failure::internal("llama.cpp is not loaded"))?;
-        let text = |s: &str| CString::new(s).map_err(|_| Failure::invalid("a name with a 0 byte"));
-        let (path, kv) = (text(&model.to_string_lossy())?, text(kv_type)?);
-        let params = Params {
-            model: path.as_ptr(),
-            kv_type: kv.as_ptr(),
-            n_ctx,
-            n_seq,
-            n_batch,
-            n_threads,
-        };
-        let mut error = vec![0 as c_char; 1024];
-        // SAFETY: the structs live during the call.
-        let handle = unsafe { (f.open)(&params, error.as_mut_ptr(), error.len()) };
-        if handle.is_null() {
-            // SAFETY: ended with a 0 byte by snprintf.
-            let why = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy();
-            return Err(Failure::invalid(format!(
-                "{}: {}",
-                model.display(),
-                why.trim()
-            )));
-        }
-        // SAFETY: the handle is good.
-        unsafe {
-            Ok(Self {
-                f,
-                handle,
-                n_layer: (f.n_layer)(handle) as u32,
-                n_vocab: (f.n_vocab)(handle) as u32,
-                n_ctx_train: (f.n_ctx_train)(handle),
-            })
-        }
+impl Vocab {
+    /// No token stands for more bytes of text.
+    pub fn longest(&self) -> usize {
+        self.longest
     }
 
-    pub fn exit_layers(&self) -> Vec<u32> {
-        let mut layers = vec![0; 64];
-        // SAFETY: writes at most so many.
-        let n = unsafe { (self.f.exit_layers)(self.handle, layers.as_mut_ptr(), layers.len()) };
-        layers.truncate(n);
-        layers
-    }
-
-    pub fn exit_head(&self) -> String {
-        // SAFETY: a text that lives as long as the handle.
-        unsafe { CStr::from_ptr((self.f.exit_head)(self.handle)) }
-            .to_string_lossy()
-            .into_owned()
-    }
-
-    pub fn windows(&mut self, n_slots: u32, n_graphs: u32) -> Result<(), Failure> {
-        // SAFETY: NULL or a static text.
-        unsafe {
-            let why = (self.f.windows)(self.handle, n_slots, n_graphs);
-            if why.is_null() {
-                return Ok(());
-            }
-            Err(Failure::unsupported(
-                CStr::from_ptr(why).to_string_lossy().into_owned(),
-            ))
-        }
-    }
-
-    pub fn layer(&self, layer: u32) -> Option<LayerKv> {
-        // SAFETY: plain data, written when the answer is not 0.
-        unsafe {
-            let mut kv: LayerKv = std::mem::zeroed();
-            ((self.f.layer)(self.handle, layer as i32, &mut kv) != 0).then_some(kv)
-        }
-    }
-
-    pub fn tokenize(&self, text: &str) -> Result<Vec<i32>, Failure> {
+    /// `special`: special tokens are read, and those added that a text begins with.
+    pub fn tokenize(&self, text: &str, special: bool) -> Result<Vec<i32>, Failure> {
         let length = i32::try_from(text.len())
             .map_err(|_| Failure::invalid(format!("text_input has {} bytes", text.len())))?;
         let mut tokens = vec![0; text.len() + 16];
         loop {
             // SAFETY: reads the text's bytes, writes at most the vector's length.
             let n = unsafe {
-                (self.f.tokenize)(
-                    self.handle,
+                (self.model.f.tokenize)(
+                    self.model.handle,
                     text.as_ptr().cast(),
                     length,
+                    i32::from(special),
                     tokens.as_mut_ptr(),
                     tokens.len() as i32,
                 )
@@ -262,9 +221,136 @@ impl Llama {
             tokens.resize(n.unsigned_abs() as usize, 0);
         }
     }
+}
 
-    /// The bytes of a token; none for special ones.
-    pub fn piece(&self, token: i32) -> Vec<u8> {
+impl Llama {
+    /// On the GPU `main_gpu` if the settings want layers there.
+    pub fn open(model: &Path, settings: &Settings) -> Result<Self, Failure> {
+        let f = FUNCTIONS
+            .get()
+            .ok_or_else(|| Failure::internal("llama.cpp is not loaded"))?;
+        let text = |s: &str| CString::new(s).map_err(|_| Failure::invalid("a name with a 0 byte"));
+        let (path, kv) = (
+            text(&model.to_string_lossy())?,
+            text(settings.kv_type.as_str())?,
+        );
+        let params = Params {
+            model: path.as_ptr(),
+            kv_type: kv.as_ptr(),
+            n_ctx: settings.context,
+            n_seq: settings.slots,
+            n_batch: settings.batch,
+            n_threads: settings.threads,
+            n_gpu_layers: settings.gpu_layers as i32,
+            main_gpu: settings.main_gpu as i32,
+        };
+        let mut error = vec![0 as c_char; 1024];
+        // SAFETY: the structs live during the call.
+        let handle = unsafe { (f.open)(&params, error.as_mut_ptr(), error.len()) };
+        if handle.is_null() {
+            // SAFETY: ended with a 0 byte by snprintf.
+            let why = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy();
+            return Err(Failure::invalid(format!(
+                "{}: {}",
+                model.display(),
+                why.trim()
+            )));
+        }
+        let model = Arc::new(Model { f, handle });
+        // SAFETY: the handle is good.
+        unsafe {
+            Ok(Self {
+                f,
+                handle,
+                model,
+                n_layer: (f.n_layer)(handle) as u32,
+                n_vocab: (f.n_vocab)(handle) as u32,
+                n_context: (f.n_context)(handle),
+            })
+        }
+    }
+
+    pub fn vocab(&self) -> Vocab {
+        Vocab {
+            model: self.model.clone(),
+            // SAFETY: only asks.
+            longest: unsafe { (self.f.longest)(self.handle) },
+        }
+    }
+}
+
+impl Decoder for Llama {
+    type Sampler = Sampler;
+
+    fn n_layer(&self) -> u32 {
+        self.n_layer
+    }
+
+    fn n_vocab(&self) -> u32 {
+        self.n_vocab
+    }
+
+    fn n_context(&self) -> u32 {
+        self.n_context
+    }
+
+    fn bos(&self) -> i32 {
+        // SAFETY: only asks.
+        unsafe { (self.f.bos)(self.handle) }
+    }
+
+    fn device(&mut self) -> Result<Device, Failure> {
+        let (mut cuda, mut stream) = (0, std::ptr::null_mut());
+        // SAFETY: two places to write to; NULL or a static text comes back.
+        let why = unsafe { (self.f.device)(self.handle, &mut cuda, &mut stream) };
+        if !why.is_null() {
+            // SAFETY: a static text.
+            let why = unsafe { CStr::from_ptr(why) }.to_string_lossy();
+            return Err(Failure::unsupported(why.into_owned()));
+        }
+        Ok(Device {
+            cuda: cuda != 0,
+            stream,
+        })
+    }
+
+    fn exit_layers(&self) -> Vec<u32> {
+        let mut layers = vec![0; 64];
+        // SAFETY: writes at most so many.
+        let n = unsafe { (self.f.exit_layers)(self.handle, layers.as_mut_ptr(), layers.len()) };
+        layers.truncate(n);
+        layers
+    }
+
+    fn exit_head(&self) -> String {
+        // SAFETY: a text that lives as long as the handle.
+        unsafe { CStr::from_ptr((self.f.exit_head)(self.handle)) }
+            .to_string_lossy()
+            .into_owned()
+    }
+
+    fn windows(&mut self, n_slots: u32, n_graphs: u32) -> Result<(), Failure> {
+        // SAFETY: NULL or a static text.
+        unsafe {
+            let why = (self.f.windows)(self.handle, n_slots, n_graphs);
+            if why.is_null() {
+                return Ok(());
+            }
+            Err(Failure::unsupported(
+                CStr::from_ptr(why).to_string_lossy().into_owned(),
+            ))
+        }
+    }
+
+    fn layer(&self, layer: u32) -> Option<LayerKv> {
+        // SAFETY: plain data, written when the answer is not 0.
+        unsafe {
+            let mut kv: LayerKv = std::mem::zeroed();
+            ((self.f.layer)(self.handle, layer as i32, &mut kv) != 0).then_some(kv)
+        }
+    }
+
+    fn piece(&self, token: i32, special: bool) -> Vec<u8> {
         let mut bytes = vec![0u8; 64];
         loop {
             // SAFETY: writes at most the vector's length.
@@ -272,6 +358,7 @@ impl Llama {
                 (self.f.piece)(
                     self.handle,
                     token,
+                    i32::from(special),
                     bytes.as_mut_ptr().cast(),
                     bytes.len() as i32,
                 )
@@ -284,13 +371,12 @@ impl Llama {
         }
     }
 
-    pub fn is_end(&self, token: i32) -> bool {
+    fn is_end(&self, token: i32) -> bool {
         // SAFETY: any number is fine.
         unsafe { (self.f.is_end)(self.handle, token) != 0 }
     }
 
-    /// All layers; the logits of the rows with `outputs` are wanted.
-    pub fn decode(&mut self, rows: &[Row], outputs: &[bool]) -> i32 {
+    fn decode(&mut self, rows: &[Row], outputs: &[bool]) -> i32 {
         let (tokens, positions, sequences) = columns(rows);
         let outputs: Vec<u8> = outputs.iter().map(|&o| u8::from(o)).collect();
         // SAFETY: four arrays of the same length.
@@ -306,8 +392,7 @@ impl Llama {
         }
     }
 
-    /// Layers [begin, end); `arena[i]` is the arena row of row i.
-    pub fn window(&mut self, rows: &[Row], arena: &[i32], begin: u32, end: u32) -> i32 {
+    fn window(&mut self, rows: &[Row], arena: &[i32], begin: u32, end: u32) -> i32 {
         let (tokens, positions, sequences) = columns(rows);
         // SAFETY: four arrays of the same length.
         unsafe {
@@ -324,7 +409,7 @@ impl Llama {
         }
     }
 
-    pub fn project(&mut self, rows: &[Row], arena: &[i32], begin: u32) -> i32 {
+    fn project(&mut self, rows: &[Row], arena: &[i32], begin: u32) -> i32 {
         let (_, positions, sequences) = columns(rows);
         // SAFETY: three arrays of the same length.
         unsafe {
@@ -339,68 +424,79 @@ impl Llama {
         }
     }
 
-    /// The KV cells of the last window's rows.
-    pub fn cells(&self) -> *const u32 {
+    fn cells(&self) -> *const u32 {
         // SAFETY: only asks.
         unsafe { (self.f.cells)(self.handle) }
     }
 
-    /// The logits of all rows of the last window.
-    pub fn window_logits(&self) -> Option<*const f32> {
+    fn window_logits(&self) -> Option<*const f32> {
         // SAFETY: only asks.
         let data = unsafe { (self.f.window_logits)(self.handle) };
         (!data.is_null()).then_some(data)
     }
 
-    /// The logits of row i, of the last window or of the last pass through all layers.
-    pub fn logits(&mut self, i: usize, window: bool) -> Option<&[f32]> {
+    fn logits(&mut self, i: usize, window: bool) -> Option<&[f32]> {
         let n = self.n_vocab as usize;
         // SAFETY: n numbers that stay until the next pass, which needs `&mut self`; i is one of the window's rows.
         unsafe {
-            let data = if window {
-                self.window_logits()?.add(i * n)
-            } else {
-                (self.f.logits)(self.handle, i as i32)
-            };
+            let data = (self.f.logits)(self.handle, i as i32, i32::from(window));
             (!data.is_null()).then(|| std::slice::from_raw_parts(data, n))
         }
     }
 
-    pub fn forget(&mut self, sequence: i32) {
-        // SAFETY: any number below n_seq is fine.
-        unsafe { (self.f.forget)(self.handle, sequence) }
+    fn forget(&mut self, sequence: Option<i32>) {
+        // SAFETY: any number below n_seq is fine, and -1.
+        unsafe { (self.f.forget)(self.handle, sequence.unwrap_or(-1)) }
     }
 
-    pub fn sampler(&self, params: &SamplerParams) -> Result<Sampler, Failure> {
-        // SAFETY: the struct lives during the call.
-        let handle = unsafe { (self.f.sampler_new)(self.handle, params) };
+    fn rollback(&mut self, sequence: i32, position: u32) {
+        // SAFETY: any numbers are fine.
+        unsafe { (self.f.rollback)(self.handle, sequence, position as i32) }
+    }
+
+    fn sampler(&self, params: &SamplerParams, prompt: &[i32]) -> Result<Sampler, Failure> {
+        // SAFETY: the struct and the tokens live during the call.
+        let handle = unsafe {
+            (self.f.sampler_new)(self.handle, params, prompt.as_ptr(), prompt.len() as i32)
+        };
         if handle.is_null() {
             return Err(Failure::internal("no memory for a sampler"));
         }
         Ok(Sampler { f: self.f, handle })
     }
 
-    /// A token from row i's logits; None when there are none.
-    pub fn sample(&mut self, sampler: &mut Sampler, i: usize, window: bool) -> Option<i32> {
-        let (row, window) = (i as i32, i32::from(window));
-        // SAFETY: both handles are good.
-        let token = unsafe { (self.f.sample)(self.handle, sampler.handle, row, window) };
-        (token >= 0).then_some(token)
+    fn sample(
+        &mut self,
+        sampler: &mut Sampler,
+        i: usize,
+        window: bool,
+        banned: &[i32],
+    ) -> Result<i32, Failure> {
+        // SAFETY: both handles are good, and as many tokens are banned as it says.
+        let token = unsafe {
+            (self.f.sample)(
+                self.handle,
+                sampler.handle,
+                i as i32,
+                i32::from(window),
+                banned.as_ptr(),
+                banned.len() as i32,
+            )
+        };
+        match token {
+            0.. => Ok(token),
+            -2 => Err(Failure::internal("a logit is NaN")),
+            _ => Err(Failure::internal(format!(
+                "llama.cpp chose no token ({token})"
+            ))),
+        }
     }
 
-    /// Graphs built, graphs used again.
-    pub fn perf(&self) -> (u64, u64) {
+    fn perf(&self) -> (u64, u64) {
         let (mut built, mut reused) = (0, 0);
         // SAFETY: two places to write to.
         unsafe { (self.f.perf)(self.handle, &mut built, &mut reused) };
         (built, reused)
-    }
-}
-
-impl Drop for Llama {
-    fn drop(&mut self) {
-        // SAFETY: made by open.
-        unsafe { (self.f.close)(self.handle) }
     }
 }
 

@@ -7,8 +7,9 @@ use std::ptr::{null, null_mut};
 use serde_json::{Map, Value, json};
 
 use crate::sampling::Sampling;
+use crate::settings::INPUTS;
 use crate::triton::error::{Failure, check};
-use crate::triton::{abi, tensor};
+use crate::triton::{abi, memory, tensor};
 
 pub struct Asked {
     pub prompt: String,
@@ -41,12 +42,12 @@ struct Input {
 pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
     let mut prompt = None;
     let mut stream = false;
-    let mut fields = Map::new();
+    let (mut fields, mut json) = (Map::new(), Map::new());
     let mut exclude = None;
     let (mut reason, mut n_in, mut n_out, mut ids) = (false, false, false, false);
     // SAFETY: by the caller.
     unsafe {
-        // Request parameters first: the JSON of sampling_parameters says it more clearly, and wins.
+        // Request parameters first, which tensors overrule: the JSON of sampling_parameters says it more clearly, and wins.
         for (name, value) in parameters(request)? {
             fields.insert(name, value);
         }
@@ -57,8 +58,7 @@ pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
             match input.name.as_str() {
                 "text_input" => prompt = Some(text(&input)?),
                 "sampling_parameters" => {
-                    let json = text(&input)?;
-                    let value: Value = serde_json::from_str(&json).map_err(|error| {
+                    let value: Value = serde_json::from_str(&text(&input)?).map_err(|error| {
                         Failure::invalid(format!("sampling_parameters: not JSON: {error}"))
                     })?;
                     let Value::Object(object) = value else {
@@ -66,7 +66,7 @@ pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
                             "sampling_parameters: not a JSON object: {value}"
                         )));
                     };
-                    fields.extend(object);
+                    json.extend(object);
                 }
                 "stream" => stream = flag(&input)?,
                 "exclude_input_in_output" => exclude = Some(flag(&input)?),
@@ -74,15 +74,20 @@ pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
                 "return_num_input_tokens" => n_in = flag(&input)?,
                 "return_num_output_tokens" => n_out = flag(&input)?,
                 "return_token_ids" => ids = flag(&input)?,
+                name if INPUTS.iter().any(|(known, ..)| *known == name) => {
+                    let value = tensor::value(name, input.datatype, &input.shape, &input.bytes)?;
+                    fields.insert(name.to_owned(), value);
+                }
                 name => return Err(Failure::invalid(format!("unknown input {name}"))),
             }
         }
+        fields.extend(json);
         let prompt = prompt.ok_or_else(|| Failure::invalid("text_input is missing"))?;
         let mut sampling = Sampling::from_value(&Value::Object(fields))?;
         if let Some(microseconds) = timeout(request)
-            && sampling.drex_request_deadline_ms == 0.0
+            && sampling.timeout_us == 0
         {
-            sampling.drex_request_deadline_ms = microseconds as f32 / 1000.0;
+            sampling.timeout_us = microseconds;
         }
         let prepend = !exclude.unwrap_or(stream);
         if prepend && stream {
@@ -147,17 +152,7 @@ unsafe fn input(request: *mut abi::Request, index: u32) -> Result<Input, Failure
                 &mut kind,
                 &mut id,
             ))?;
-            if kind != abi::MEMORY_CPU && kind != abi::MEMORY_CPU_PINNED {
-                return Err(Failure::unsupported(format!(
-                    "{name}: lies in memory of type {kind}, only host memory (0, 1) is read"
-                )));
-            }
-            if length > 0 {
-                bytes.extend_from_slice(std::slice::from_raw_parts(
-                    buffer.cast::<u8>(),
-                    length as usize,
-                ));
-            }
+            memory::read(&name, (kind, id), buffer, length as usize, &mut bytes)?;
         }
         Ok(Input {
             name,
@@ -265,15 +260,57 @@ unsafe fn parameters(request: *mut abi::Request) -> Result<Vec<(String, Value)>,
 /// # Safety
 /// As `read`.
 unsafe fn timeout(request: *mut abi::Request) -> Option<u64> {
-    type Ask = unsafe extern "C" fn(*mut abi::Request, *mut u64) -> *mut abi::Error;
-    let process = libloading::os::unix::Library::this();
-    // SAFETY: the function has this type since it exists.
-    unsafe {
-        let ask = process
-            .get::<Ask>(b"TRITONBACKEND_InferenceRequestTimeoutMicroseconds\0")
-            .ok()?;
-        let mut microseconds = 0;
-        check(ask(request, &mut microseconds)).ok()?;
-        (microseconds > 0).then_some(microseconds)
+    let ask = abi::TRITONBACKEND_InferenceRequestTimeoutMicroseconds()?;
+    let mut microseconds = 0;
+    // SAFETY: by the caller.
+    unsafe { check(ask(request, &mut microseconds)).ok()? };
+    (microseconds > 0).then_some(microseconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::triton::fake_host::{self as host, FakeInput};
+
+    #[test]
+    fn inputs_are_read_wherever_they_lie() {
+        let of = |memory| {
+            vec![
+                FakeInput {
+                    name: c"text_input".into(),
+                    datatype: abi::TYPE_BYTES,
+                    bytes: tensor::element("hello").unwrap(),
+                    memory,
+                },
+                FakeInput {
+                    name: c"stream".into(),
+                    datatype: abi::TYPE_BOOL,
+                    bytes: vec![1],
+                    memory: abi::MEMORY_CPU_PINNED,
+                },
+            ]
+        };
+        let mut inputs = of(abi::MEMORY_GPU);
+        // SAFETY: the fake host's request.
+        let asked = |inputs: &mut Vec<FakeInput>| unsafe { read(host::request(inputs)) };
+        let failure = asked(&mut inputs).err().unwrap();
+        assert!(
+            failure.text.starts_with("text_input: ") && failure.text.contains("GPU 2"),
+            "{}",
+            failure.text
+        );
+        memory::fake::set_driver(true);
+        let gpu = asked(&mut inputs).unwrap();
+        memory::fake::set_driver(false);
+        assert_eq!(
+            memory::fake::take_log(),
+            ["retain 102", "push 102", "to host 9", "pop", "release 102"]
+        );
+        let cpu = asked(&mut of(abi::MEMORY_CPU)).unwrap();
+        for asked in [gpu, cpu] {
+            assert_eq!(asked.prompt, "hello");
+            assert!(asked.stream && asked.want.text);
+            assert_eq!(asked.sampling.timeout_us, 250_000);
+        }
     }
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The input `sampling_parameters`: JSON with the names that Triton's vLLM backend uses, and drex's own.
+//! The input `sampling_parameters`: JSON with the names that Triton's vLLM backend uses, those of the TensorRT-LLM backend,
+//! and drex's own.
 
+use drex::ffi::types::{DREX_METRIC_ENTROPY, DREX_METRIC_GAP, DREX_METRIC_MAXPROB};
 use serde_json::Value;
 
 use crate::triton::error::Failure;
@@ -16,13 +18,23 @@ pub struct Sampling {
     /// None: a new one each time
     pub seed: Option<u32>,
     pub max_tokens: u32,
+    /// No end before so many tokens
+    pub min_tokens: u32,
     pub stop: Vec<String>,
+    pub stop_token_ids: Vec<i32>,
+    pub include_stop: bool,
+    pub bad_words: Vec<String>,
+    pub skip_special: bool,
     pub ignore_eos: bool,
     pub repetition_penalty: f32,
     pub frequency_penalty: f32,
     pub presence_penalty: f32,
+    /// Microseconds from the arrival; 0: none
+    pub timeout_us: u64,
     /// None: the model's
     pub drex_threshold: Option<f32>,
+    /// None: the model's; `DREX_METRIC_*`
+    pub drex_metric: Option<u32>,
     /// None: the model's; one of `FILLS`
     pub drex_fill: Option<u32>,
     /// Milliseconds between two tokens; 0: the model's
@@ -35,6 +47,36 @@ pub struct Sampling {
 
 /// Fill modes by the numbers of drex.h.
 pub const FILLS: [&str; 4] = ["copy", "postfill", "verify", "propagate"];
+const FILLS_TEXT: &str = "copy, postfill, verify or propagate";
+
+const METRICS: [(&str, u32); 3] = [
+    ("gap", DREX_METRIC_GAP),
+    ("maxprob", DREX_METRIC_MAXPROB),
+    ("entropy", DREX_METRIC_ENTROPY),
+];
+
+/// What asks for nothing that is done here, and the one number that it may have then. Any of them may also be null, false,
+/// "", [] or {}.
+const NEUTRAL: [(&str, Option<f64>); 18] = [
+    ("n", Some(1.0)),
+    ("best_of", Some(1.0)),
+    ("beam_width", Some(1.0)),
+    ("num_return_sequences", Some(1.0)),
+    ("length_penalty", Some(1.0)),
+    ("use_beam_search", None),
+    ("early_stopping", None),
+    ("logprobs", None),
+    ("prompt_logprobs", None),
+    ("truncate_prompt_tokens", None),
+    ("logit_bias", None),
+    ("guided_decoding", None),
+    ("return_log_probs", None),
+    ("return_logprobs", None),
+    ("return_cumulative_logprob", None),
+    ("return_context_logits", None),
+    ("return_generation_logits", None),
+    ("allowed_token_ids", None),
+];
 
 impl Default for Sampling {
     fn default() -> Self {
@@ -45,12 +87,19 @@ impl Default for Sampling {
             min_p: 0.0,
             seed: None,
             max_tokens: 16,
+            min_tokens: 0,
             stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            include_stop: false,
+            bad_words: Vec::new(),
+            skip_special: true,
             ignore_eos: false,
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            timeout_us: 0,
             drex_threshold: None,
+            drex_metric: None,
             drex_fill: None,
             drex_deadline_ms: 0.0,
             drex_request_deadline_ms: 0.0,
@@ -75,57 +124,129 @@ impl Sampling {
         };
         let mut out = Self::default();
         for (name, value) in fields {
-            match name.as_str() {
-                "temperature" => out.temperature = number(name, value, 0.0, f64::from(f32::MAX))?,
-                "top_k" => out.top_k = integer(name, value, -1, i64::from(i32::MAX))?.max(0) as i32,
-                "top_p" => out.top_p = number(name, value, 0.0, 1.0)?,
-                "min_p" => out.min_p = number(name, value, 0.0, 1.0)?,
-                "seed" => out.seed = Some(integer(name, value, 0, i64::from(u32::MAX))? as u32),
-                "max_tokens" => {
-                    out.max_tokens = integer(name, value, 1, i64::from(i32::MAX))? as u32
-                }
-                "ignore_eos" => {
-                    out.ignore_eos = value
-                        .as_bool()
-                        .ok_or_else(|| wrong(name, value, "true or false"))?
-                }
-                "stop" => out.stop = strings(name, value)?,
-                "drex_threshold" => {
-                    out.drex_threshold = Some(number(name, value, 0.0, f64::from(f32::MAX))?)
-                }
-                "repetition_penalty" => out.repetition_penalty = number(name, value, 1e-3, 1e3)?,
-                "frequency_penalty" => out.frequency_penalty = number(name, value, -1e3, 1e3)?,
-                "presence_penalty" => out.presence_penalty = number(name, value, -1e3, 1e3)?,
-                "drex_fill" => {
-                    let known = value
-                        .as_str()
-                        .and_then(|text| FILLS.iter().position(|name| *name == text));
-                    let wanted = "copy, postfill or propagate";
-                    // verify takes tokens back, which this backend does not do yet
-                    out.drex_fill = Some(
-                        known
-                            .filter(|&mode| mode != 2)
-                            .ok_or_else(|| wrong(name, value, wanted))?
-                            as u32,
-                    )
-                }
-                "drex_deadline_ms" => out.drex_deadline_ms = number(name, value, 0.0, 1e9)?,
-                "drex_request_deadline_ms" => {
-                    out.drex_request_deadline_ms = number(name, value, 0.0, 1e9)?
-                }
-                "drex_priority" => {
-                    out.drex_priority =
-                        integer(name, value, i64::from(i32::MIN), i64::from(i32::MAX))? as i32
-                }
-                _ => {
-                    return Err(Failure::invalid(format!(
-                        "sampling_parameters: unknown name {name}"
-                    )));
-                }
+            let known = if value.is_null() {
+                // As if it were not there, but for a name that nobody knows.
+                Self::default()
+                    .set(name, &Value::Bool(false))
+                    .unwrap_or(true)
+            } else {
+                out.set(name, value)?
+            };
+            if !known {
+                return Err(Failure::invalid(format!(
+                    "sampling_parameters: unknown name {name}"
+                )));
             }
+        }
+        if out.min_tokens > out.max_tokens {
+            return Err(Failure::invalid(format!(
+                "sampling_parameters: min_tokens is {}, above max_tokens, which is {}",
+                out.min_tokens, out.max_tokens
+            )));
         }
         Ok(out)
     }
+
+    /// Whether the name is known.
+    fn set(&mut self, name: &str, value: &Value) -> Result<bool, Failure> {
+        let int = i64::from(i32::MAX);
+        match name {
+            "temperature" => self.temperature = number(name, value, 0.0, f64::from(f32::MAX))?,
+            "top_k" => self.top_k = integer(name, value, -1, int)?.max(0) as i32,
+            "top_p" => self.top_p = number(name, value, 0.0, 1.0)?,
+            "min_p" => self.min_p = number(name, value, 0.0, 1.0)?,
+            "seed" | "random_seed" => self.seed = Some(seed(name, value)?),
+            "max_tokens" => self.max_tokens = integer(name, value, 1, int)? as u32,
+            "min_tokens" | "min_length" => {
+                self.min_tokens = integer(name, value, 0, int)? as u32;
+            }
+            "ignore_eos" => self.ignore_eos = boolean(name, value)?,
+            "stop" | "stop_words" => self.stop = strings(name, value)?,
+            "stop_token_ids" => self.stop_token_ids.extend(tokens(name, value)?),
+            "end_id" => {
+                let token = integer(name, value, -1, int)? as i32;
+                self.stop_token_ids.extend((token >= 0).then_some(token));
+            }
+            // Nothing is padded here.
+            "pad_id" => {
+                integer(name, value, -1, int)?;
+            }
+            "include_stop_str_in_output" => self.include_stop = boolean(name, value)?,
+            "bad_words" => {
+                self.bad_words = strings(name, value)?;
+                self.bad_words.retain(|word| !word.is_empty());
+            }
+            "skip_special_tokens" => self.skip_special = boolean(name, value)?,
+            "spaces_between_special_tokens" => {
+                boolean(name, value)?;
+            }
+            "detokenize" => {
+                if !boolean(name, value)? {
+                    return Err(wrong(name, value, "true"));
+                }
+            }
+            "repetition_penalty" => self.repetition_penalty = number(name, value, 1e-3, 1e3)?,
+            "frequency_penalty" => self.frequency_penalty = number(name, value, -1e3, 1e3)?,
+            "presence_penalty" => self.presence_penalty = number(name, value, -1e3, 1e3)?,
+            "timeout" => self.timeout_us = integer(name, value, 0, i64::MAX)? as u64,
+            // Triton's and vLLM's way round: 1 goes before 2. 0 is what a request has that names none.
+            "priority" => self.drex_priority = -integer(name, value, 0, int)? as i32,
+            "drex_threshold" => {
+                self.drex_threshold = Some(number(name, value, 0.0, f64::from(f32::MAX))?);
+            }
+            "drex_metric" => {
+                let known = value
+                    .as_str()
+                    .and_then(|text| METRICS.iter().find(|(name, _)| *name == text));
+                let (_, metric) =
+                    known.ok_or_else(|| wrong(name, value, "gap, maxprob or entropy"))?;
+                self.drex_metric = Some(*metric);
+            }
+            "drex_fill" => {
+                let known = value
+                    .as_str()
+                    .and_then(|text| FILLS.iter().position(|name| *name == text));
+                let fill = known.ok_or_else(|| wrong(name, value, FILLS_TEXT))?;
+                self.drex_fill = Some(fill as u32);
+            }
+            "drex_deadline_ms" => self.drex_deadline_ms = number(name, value, 0.0, 1e9)?,
+            "drex_request_deadline_ms" => {
+                self.drex_request_deadline_ms = number(name, value, 0.0, 1e9)?;
+            }
+            "drex_priority" => {
+                self.drex_priority =
+                    integer(name, value, i64::from(i32::MIN), i64::from(i32::MAX))? as i32;
+            }
+            _ => {
+                let Some((_, neutral)) = NEUTRAL.iter().find(|(known, _)| *known == name) else {
+                    return Ok(false);
+                };
+                refuse(name, value, *neutral)?;
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Anything but what asks for nothing.
+fn refuse(name: &str, value: &Value, neutral: Option<f64>) -> Result<(), Failure> {
+    let nothing = match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::String(text) => text.is_empty() || text.parse().ok() == neutral && neutral.is_some(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        Value::Number(number) => number.as_f64() == neutral,
+    };
+    if nothing {
+        return Ok(());
+    }
+    let wanted = neutral.map_or("left out".to_owned(), |one| format!("{one} or left out"));
+    Err(wrong(
+        name,
+        value,
+        &format!("{wanted}: it is not served here"),
+    ))
 }
 
 fn wrong(name: &str, value: &Value, wanted: &str) -> Failure {
@@ -153,6 +274,31 @@ fn integer(name: &str, value: &Value, low: i64, high: i64) -> Result<i64, Failur
     found
         .filter(|x| (low..=high).contains(x))
         .ok_or_else(|| wrong(name, value, &format!("a whole number from {low} to {high}")))
+}
+
+fn boolean(name: &str, value: &Value) -> Result<bool, Failure> {
+    value
+        .as_bool()
+        .ok_or_else(|| wrong(name, value, "true or false"))
+}
+
+/// Of up to 64 bits, which are folded: the samplers take 32.
+fn seed(name: &str, value: &Value) -> Result<u32, Failure> {
+    let found = value.as_u64().or_else(|| value.as_str()?.parse().ok());
+    // Signed ones by their bits, as they would arrive in a tensor.
+    let found = found.or_else(|| Some(value.as_i64()? as u64));
+    let seed = found.ok_or_else(|| wrong(name, value, "a whole number of at most 64 bits"))?;
+    // The greatest means "any" to llama.cpp.
+    Ok(((seed ^ (seed >> 32)) as u32).min(u32::MAX - 1))
+}
+
+fn tokens(name: &str, value: &Value) -> Result<Vec<i32>, Failure> {
+    let one = |value: &Value| i32::try_from(value.as_i64()?).ok().filter(|&t| t >= 0);
+    let all = match value {
+        Value::Array(items) => items.iter().map(one).collect(),
+        other => one(other).map(|token| vec![token]),
+    };
+    all.ok_or_else(|| wrong(name, value, "a list of token numbers"))
 }
 
 fn strings(name: &str, value: &Value) -> Result<Vec<String>, Failure> {
@@ -190,6 +336,46 @@ mod tests {
     }
 
     #[test]
+    fn names_of_the_tensorrt_llm_backend() {
+        let got = Sampling::parse(
+            r#"{"max_tokens":20,"bad_words":"","stop_words":"","end_id":2,"pad_id":2,"random_seed":7,"min_length":3,
+            "top_k":1,"beam_width":1,"length_penalty":1.0,"return_log_probs":false}"#,
+        );
+        let want = Sampling {
+            max_tokens: 20,
+            stop: vec![String::new()],
+            stop_token_ids: vec![2],
+            seed: Some(7),
+            min_tokens: 3,
+            top_k: 1,
+            ..Sampling::default()
+        };
+        assert_eq!(got.unwrap(), want);
+    }
+
+    #[test]
+    fn what_asks_for_nothing_is_taken() {
+        let got = Sampling::parse(
+            r#"{"n":1,"best_of":1,"use_beam_search":false,"logprobs":null,"prompt_logprobs":null,"logit_bias":{},
+            "early_stopping":false,"temperature":null,"stop":null,"seed":null,"stop_token_ids":[],"drex_fill":null,
+            "skip_special_tokens":true,"spaces_between_special_tokens":true,"detokenize":true,"max_tokens":null}"#,
+        );
+        assert_eq!(got.unwrap(), Sampling::default());
+        let got = Sampling::parse(r#"{"timeout":1000,"priority":2,"bad_words":["a",""]}"#).unwrap();
+        assert_eq!((got.timeout_us, got.drex_priority), (1000, -2));
+        assert_eq!(got.bad_words, ["a"]);
+    }
+
+    #[test]
+    fn seeds_keep_their_low_bits_and_are_never_the_one_that_means_any() {
+        let seed = |text: &str| Sampling::parse(text).unwrap().seed;
+        assert_eq!(seed(r#"{"seed":4294967294}"#), Some(u32::MAX - 1));
+        assert_eq!(seed(r#"{"seed":4294967295}"#), Some(u32::MAX - 1));
+        assert_eq!(seed(r#"{"seed":4294967297}"#), Some(0));
+        assert_eq!(seed(r#"{"seed":-1}"#), Some(0));
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (text, part) in [
             ("{", "not JSON"),
@@ -201,7 +387,21 @@ mod tests {
             (r#"{"top_p":1.5}"#, "top_p is 1.5"),
             (r#"{"top_k":2.5}"#, "top_k is 2.5"),
             (r#"{"max_tokens":0}"#, "max_tokens is 0"),
-            (r#"{"seed":4294967296}"#, "seed is 4294967296"),
+            (r#"{"seed":1.5}"#, "seed is 1.5"),
+            (r#"{"n":2}"#, "n is 2, must be 1"),
+            (r#"{"beam_width":4}"#, "beam_width is 4"),
+            (r#"{"logprobs":1}"#, "logprobs is 1"),
+            (r#"{"return_log_probs":true}"#, "return_log_probs is true"),
+            (r#"{"logit_bias":{"5":1}}"#, "logit_bias is"),
+            (r#"{"stop_token_ids":[-1]}"#, "stop_token_ids is [-1]"),
+            (r#"{"min_tokens":17}"#, "max_tokens, which is 16"),
+            (r#"{"detokenize":false}"#, "detokenize is false"),
+            (
+                r#"{"drex_fill":"pour"}"#,
+                "copy, postfill, verify or propagate",
+            ),
+            (r#"{"drex_metric":"size"}"#, "gap, maxprob or entropy"),
+            (r#"{"tempreature":null}"#, "tempreature"),
             (r#"{"stop":[1]}"#, "stop is [1]"),
             (r#"{"ignore_eos":"yes"}"#, "ignore_eos"),
         ] {

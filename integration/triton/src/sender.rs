@@ -13,7 +13,8 @@ use crate::engine::{Event, Figures, Finish};
 use crate::request::Want;
 use crate::triton::abi;
 use crate::triton::error::Failure;
-use crate::triton::reply::{Parameter, Reply, Tensor, Times};
+use crate::triton::reply::{Parameter, Reply, Tensor};
+use crate::triton::statistics::Span;
 
 /// How often requests are asked whether they are cancelled.
 const POLL: Duration = Duration::from_millis(5);
@@ -26,42 +27,75 @@ pub enum Message {
         want: Want,
         cancelled: Arc<AtomicBool>,
     },
-    Event(u64, Event),
+    /// What happened to a request, and when: the engine does not wait for the sender.
+    Event { id: u64, event: Event, at: u64 },
+    /// The engine has ended: no request that is here or comes later will run.
+    EngineGone(Failure),
 }
 
 struct Entry {
     reply: Box<Reply>,
     stream: bool,
     want: Want,
-    cancelled: Arc<AtomicBool>,
+    cancelled: Cancelled,
     /// What was not sent yet.
     text: String,
     tokens: Vec<i32>,
     prompt_tokens: u32,
     output_tokens: u32,
+    /// Where the next response's time begins, where the last token was known.
+    since: u64,
+    known: u64,
+    /// Why a response could not be sent; the request is then cancelled, and this is what its client is told.
+    failure: Option<Failure>,
+}
+
+/// Set when the entry goes, whatever takes it: nobody waits for its tokens any more.
+struct Cancelled(Arc<AtomicBool>);
+
+impl Cancelled {
+    fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Cancelled {
+    fn drop(&mut self) {
+        self.set();
+    }
+}
+
+#[derive(Default)]
+struct Entries {
+    all: HashMap<u64, Entry>,
+    gone: Option<Failure>,
 }
 
 /// Until every sending end is gone. `wake` is called after a request was seen to be cancelled.
 pub fn run(messages: &Receiver<Message>, wake: impl Fn()) {
-    let mut entries: HashMap<u64, Entry> = HashMap::new();
+    let mut entries = Entries::default();
     let mut polled = Instant::now();
     loop {
-        let message = if entries.is_empty() {
+        let message = if entries.all.is_empty() {
             messages.recv().map_err(|_| RecvTimeoutError::Disconnected)
         } else {
             messages.recv_timeout(POLL)
         };
         match message {
-            Ok(message) => handle(&mut entries, message),
+            Ok(message) => entries.handle(message),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
         if polled.elapsed() >= POLL {
             polled = Instant::now();
             let mut seen = false;
-            for entry in entries.values() {
-                if !entry.cancelled.load(Ordering::Relaxed) && entry.reply.is_cancelled() {
-                    entry.cancelled.store(true, Ordering::Relaxed);
+            for entry in entries.all.values() {
+                if !entry.cancelled.get() && entry.reply.is_cancelled() {
+                    entry.cancelled.set();
                     seen = true;
                 }
             }
@@ -72,93 +106,119 @@ pub fn run(messages: &Receiver<Message>, wake: impl Fn()) {
     }
 }
 
-fn handle(entries: &mut HashMap<u64, Entry>, message: Message) {
-    match message {
-        Message::Add {
-            id,
-            reply,
-            stream,
-            want,
-            cancelled,
-        } => {
-            let text = want.prepend.clone().unwrap_or_default();
-            entries.insert(
+impl Entries {
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Add {
                 id,
-                Entry {
-                    reply,
-                    stream,
-                    want,
-                    cancelled,
-                    text,
-                    tokens: Vec::new(),
-                    prompt_tokens: 0,
-                    output_tokens: 0,
-                },
-            );
-        }
-        Message::Event(id, Event::Started { prompt_tokens }) => {
-            if let Some(entry) = entries.get_mut(&id) {
-                entry.prompt_tokens = prompt_tokens;
-                let times = entry.reply.times();
-                entry.reply.set_times(Times {
-                    compute_start: now_ns(),
-                    ..times
-                });
+                reply,
+                stream,
+                want,
+                cancelled,
+            } => {
+                if let Some(failure) = &self.gone {
+                    return reply.fail(failure.clone());
+                }
+                let text = want.prepend.clone().unwrap_or_default();
+                self.all.insert(
+                    id,
+                    Entry {
+                        reply,
+                        stream,
+                        want,
+                        cancelled: Cancelled(cancelled),
+                        text,
+                        tokens: Vec::new(),
+                        prompt_tokens: 0,
+                        output_tokens: 0,
+                        since: 0,
+                        known: 0,
+                        failure: None,
+                    },
+                );
             }
-        }
-        Message::Event(id, Event::Failed(failure)) => {
-            if let Some(entry) = entries.remove(&id) {
-                entry.end(Err(failure));
+            Message::EngineGone(failure) => {
+                for (_, entry) in self.all.drain() {
+                    entry.end(Err(failure.clone()), now_ns());
+                }
+                self.gone = Some(failure);
             }
+            Message::Event { id, event, at } => self.event(id, event, at),
         }
-        Message::Event(id, Event::Token { token, text, end }) => {
-            let Some(entry) = entries.get_mut(&id) else {
-                return;
-            };
-            entry.text += &text;
-            if let Some(token) = token {
-                entry.tokens.push(token);
-                entry.output_tokens += 1;
+    }
+
+    fn event(&mut self, id: u64, event: Event, at: u64) {
+        match event {
+            Event::Started { prompt_tokens } => {
+                if let Some(entry) = self.all.get_mut(&id) {
+                    entry.prompt_tokens = prompt_tokens;
+                    entry.since = at;
+                    // What came before is the wait for a slot; inputs were read long ago.
+                    let mut times = entry.reply.times();
+                    (times.exec_start, times.compute_start) = (at, at);
+                    entry.reply.set_times(times);
+                }
             }
-            match end {
-                Some(end) => {
-                    if let Some(entry) = entries.remove(&id) {
-                        entry.end(Ok(end));
+            Event::Failed(failure) => {
+                if let Some(entry) = self.all.remove(&id) {
+                    entry.end(Err(failure), at);
+                }
+            }
+            Event::Token { token, text, end } => {
+                let Some(entry) = self.all.get_mut(&id) else {
+                    return;
+                };
+                entry.text += &text;
+                entry.known = at;
+                if let Some(token) = token {
+                    entry.tokens.push(token);
+                    entry.output_tokens += 1;
+                }
+                match end {
+                    Some(end) => {
+                        if let Some(entry) = self.all.remove(&id) {
+                            entry.end(Ok(end), at);
+                        }
                     }
+                    None if entry.stream && entry.failure.is_none() => {
+                        // Where nobody can be told any more, the engine need not go on.
+                        if let Err(failure) = entry.send(None) {
+                            entry.failure = Some(failure);
+                            entry.cancelled.set();
+                        }
+                    }
+                    None => {}
                 }
-                // Where nobody can be told any more, the engine need not go on.
-                None if entry.stream && entry.send(None).is_err() => {
-                    entry.cancelled.store(true, Ordering::Relaxed);
-                }
-                None => {}
             }
         }
     }
 }
 
 impl Entry {
-    fn end(mut self, how: Result<(Finish, Figures), Failure>) {
+    /// `at`: when the engine was done with it.
+    fn end(mut self, how: Result<(Finish, Figures), Failure>, at: u64) {
         let mut times = self.reply.times();
-        times.compute_end = now_ns();
-        times.exec_end = times.compute_end;
-        times.compute_start = if times.compute_start == 0 {
-            times.compute_end
-        } else {
-            times.compute_start
-        };
+        times.compute_end = at;
         self.reply.set_times(times);
-        match how {
-            Ok((Finish::Cancelled, _)) => self.reply.fail(Failure {
+        self.reply.set_span(Span {
+            start: self.since,
+            computed: 0,
+        });
+        let failure = match (self.failure.take(), how) {
+            (Some(failure), _) | (None, Err(failure)) => failure,
+            (None, Ok((Finish::Cancelled, _))) => Failure {
                 code: abi::ERROR_CANCELLED,
                 text: "the request was cancelled".into(),
-            }),
-            Ok(end) => {
-                if let Err(failure) = self.send(Some(end)) {
-                    self.reply.fail(failure);
+            },
+            (None, Ok(end)) => match self.send(Some(end)) {
+                Ok(()) => {
+                    times.exec_end = now_ns();
+                    return self.reply.set_times(times);
                 }
-            }
-            Err(failure) => self.reply.fail(failure),
-        }
+                Err(failure) => failure,
+            },
+        };
+        self.reply.fail(failure);
     }
 
     /// Sends what was not sent yet, and the end if there is one.
@@ -199,13 +259,153 @@ impl Entry {
                 ("drex_involuntary_stays", figures.involuntary_stays),
                 ("drex_held_us", figures.held_ns / 1000),
                 ("drex_deadline_misses", figures.deadline_misses),
+                ("drex_drafts", figures.drafts),
+                ("drex_drafts_accepted", figures.drafts_accepted),
             ] {
                 parameters.push((text(name), Parameter::Int(value as i64)));
             }
         }
+        self.reply.set_span(Span {
+            start: self.since,
+            computed: self.known,
+        });
         self.reply.send(&outputs, &parameters, end.is_some())?;
+        self.since = self.known;
         self.text.clear();
         self.tokens.clear();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::triton::fake_host as host;
+    use std::sync::mpsc::{Sender, channel};
+
+    fn add(sender: &Sender<Message>, id: u64, stream: bool) -> Arc<AtomicBool> {
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let want = Want {
+            text: true,
+            ..Want::default()
+        };
+        let reply = Box::new(host::reply());
+        let cancel = cancelled.clone();
+        let message = Message::Add {
+            id,
+            reply,
+            stream,
+            want,
+            cancelled: cancel,
+        };
+        sender.send(message).unwrap();
+        cancelled
+    }
+
+    fn event(sender: &Sender<Message>, id: u64, at: u64, event: Event) {
+        sender.send(Message::Event { id, event, at }).unwrap();
+    }
+
+    fn token(text: &str, end: Option<Finish>) -> Event {
+        Event::Token {
+            token: Some(1),
+            text: text.into(),
+            end: end.map(|finish| (finish, Figures::default())),
+        }
+    }
+
+    fn sends(log: &[String]) -> Vec<&str> {
+        let sent = log.iter().filter(|line| line.starts_with("send "));
+        sent.map(String::as_str).collect()
+    }
+
+    #[test]
+    fn times_are_those_of_the_events() {
+        let (sender, messages) = channel();
+        add(&sender, 1, true);
+        event(&sender, 1, 100, Event::Started { prompt_tokens: 3 });
+        event(&sender, 1, 120, token("a", None));
+        event(&sender, 1, 150, token("b", Some(Finish::Length)));
+        drop(sender);
+        run(&messages, || {});
+        assert_eq!(sends(&host::take_log()), ["send 0 a", "send 1 b"]);
+        let [exec_start, compute_start, compute_end, exec_end] = host::times();
+        assert_eq!((exec_start, compute_start, compute_end), (100, 100, 150));
+        assert!(exec_end > 150);
+        let spans: Vec<_> = host::take_responses()
+            .iter()
+            .map(|r| (r.start, r.computed))
+            .collect();
+        assert_eq!(spans, [(100, 120), (120, 150)]);
+        assert_eq!(host::live(), 0);
+    }
+
+    #[test]
+    fn why_a_response_could_not_be_sent_is_what_the_client_is_told() {
+        let (sender, messages) = channel();
+        let cancelled = add(&sender, 1, true);
+        event(&sender, 1, 100, Event::Started { prompt_tokens: 3 });
+        event(&sender, 1, 120, token("a", None));
+        event(&sender, 1, 150, token("", Some(Finish::Cancelled)));
+        drop(sender);
+        host::set_memory(7);
+        run(&messages, || {});
+        host::set_memory(abi::MEMORY_CPU);
+        let log = host::take_log();
+        let [only] = sends(&log)[..] else {
+            panic!("{log:?}")
+        };
+        assert!(
+            only.starts_with("send 1 error text_output: ") && only.contains("type 7"),
+            "{only}"
+        );
+        assert!(cancelled.load(Ordering::Relaxed), "the engine goes on");
+        host::take_responses();
+        assert_eq!(host::live(), 0);
+    }
+
+    #[test]
+    fn without_an_engine_every_request_is_refused() {
+        let (sender, messages) = channel();
+        add(&sender, 1, true);
+        event(&sender, 1, 100, Event::Started { prompt_tokens: 3 });
+        add(&sender, 2, false);
+        let failure = Failure {
+            code: abi::ERROR_UNAVAILABLE,
+            text: "it is gone".into(),
+        };
+        sender.send(Message::EngineGone(failure)).unwrap();
+        add(&sender, 3, false);
+        event(&sender, 1, 120, token("late", None));
+        drop(sender);
+        run(&messages, || {});
+        assert_eq!(
+            sends(&host::take_log()),
+            ["send 1 error it is gone"; 3],
+            "one final response each"
+        );
+        let codes: Vec<_> = host::take_responses().iter().map(|r| r.error).collect();
+        assert_eq!(codes, [Some(abi::ERROR_UNAVAILABLE); 3]);
+        assert_eq!(host::live(), 0);
+    }
+
+    #[test]
+    fn a_sender_that_dies_answers_and_cancels_all() {
+        let (sender, messages) = channel();
+        let cancelled = add(&sender, 1, true);
+        host::cancel(true);
+        let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            run(&messages, || panic!("injected"));
+        }));
+        host::cancel(false);
+        assert!(died.is_err());
+        drop(sender);
+        assert_eq!(
+            sends(&host::take_log()),
+            ["send 1 error the request was given up"]
+        );
+        assert!(cancelled.load(Ordering::Relaxed));
+        host::take_responses();
+        assert_eq!(host::live(), 0);
     }
 }

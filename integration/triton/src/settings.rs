@@ -6,6 +6,17 @@ use serde_json::{Map, Value, json};
 use crate::sampling::FILLS;
 use crate::triton::error::Failure;
 
+/// As llama-server's: types that a K/V cache can have.
+const KV_TYPES: [&str; 9] = [
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
+];
+/// Sequences that llama.cpp can tell apart.
+const MAX_SLOTS: u32 = 256;
+/// Cells of a K/V cache, which are counted in 32 bits, the sign included.
+const MAX_CELLS: u32 = i32::MAX as u32;
+/// More than any model has.
+const ALL_LAYERS: u32 = 65536;
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// In the version folder; None: the only *.gguf there.
@@ -20,12 +31,19 @@ pub struct Settings {
     pub threshold: Vec<f32>,
     /// Requests that run at once.
     pub slots: u32,
-    /// Tokens of a request, prompt and answer together.
+    /// Tokens of a request, prompt and answer together; at most what the model was trained with.
     pub context: u32,
     /// Most tokens of one pass.
     pub batch: u32,
     pub threads: i32,
     pub kv_type: String,
+    /// 0: on the CPU; else all of them must fit there
+    pub gpu_layers: u32,
+    pub main_gpu: u32,
+    /// Most requests that wait for a slot
+    pub max_queue: u32,
+    /// Learned costs: a file that is read at the start and written at the end
+    pub profile: Option<String>,
     pub graphs: u32,
     /// Most rows of a window; 0: as many as there can be.
     pub max_batch: u32,
@@ -35,7 +53,7 @@ pub struct Settings {
     pub max_hold_ms: f64,
     pub deadline_ms: f64,
     pub request_deadline_ms: f64,
-    /// NaN: measured
+    /// NaN: measured, for policy art before the first request
     pub art_ratio: f32,
 }
 
@@ -54,6 +72,10 @@ impl Default for Settings {
             batch: 512,
             threads: threads as i32,
             kv_type: "f16".into(),
+            gpu_layers: 0,
+            main_gpu: 0,
+            max_queue: 1024,
+            profile: None,
             graphs: 128,
             max_batch: 0,
             max_pending: 8,
@@ -81,10 +103,8 @@ impl Settings {
                 "metric" => out.metric = text.to_owned(),
                 "fill" => {
                     let known = FILLS.iter().position(|fill| *fill == text);
-                    // verify takes tokens back, which this backend does not do yet
-                    let known = known.filter(|&mode| mode != 2);
                     out.fill = known
-                        .ok_or_else(|| wrong(name, text, "copy, postfill or propagate"))?
+                        .ok_or_else(|| wrong(name, text, "copy, postfill, verify or propagate"))?
                         as u32;
                 }
                 "exit_layers" => out.exit_layers = list(name, text, "layer numbers")?,
@@ -94,11 +114,21 @@ impl Settings {
                         return Err(wrong(name, text, "numbers, 0 or more"));
                     }
                 }
-                "slots" => out.slots = whole(name, text, 1, 1024)?,
+                "slots" => out.slots = whole(name, text, 1, MAX_SLOTS)?,
                 "context" => out.context = whole(name, text, 8, 1 << 24)?,
                 "batch" => out.batch = whole(name, text, 1, 1 << 16)?,
                 "threads" => out.threads = whole(name, text, 1, 1024)? as i32,
-                "kv_type" => out.kv_type = text.to_owned(),
+                "kv_type" => {
+                    if !KV_TYPES.contains(&text) {
+                        return Err(wrong(name, text, &KV_TYPES.join(", ")));
+                    }
+                    out.kv_type = text.to_owned();
+                }
+                "gpu_layers" if text == "all" => out.gpu_layers = ALL_LAYERS,
+                "gpu_layers" => out.gpu_layers = whole(name, text, 0, ALL_LAYERS)?,
+                "main_gpu" => out.main_gpu = whole(name, text, 0, 1023)?,
+                "max_queue" => out.max_queue = whole(name, text, 0, 1 << 20)?,
+                "profile" => out.profile = (!text.is_empty()).then(|| text.to_owned()),
                 "graphs" => out.graphs = whole(name, text, 1, 1 << 16)?,
                 "max_batch" => out.max_batch = whole(name, text, 0, 1 << 16)?,
                 "max_pending" => out.max_pending = whole(name, text, 1, 1024)?,
@@ -112,15 +142,21 @@ impl Settings {
                     return Err(Failure::invalid(format!(
                         "parameters: unknown name {name}; known are model_file, policy, metric, fill, exit_layers, \
                          threshold, slots, context, batch, threads, kv_type, graphs, max_batch, max_pending, \
-                         flush_rows, min_ready, max_hold_ms, deadline_ms, request_deadline_ms, art_ratio"
+                         flush_rows, min_ready, max_hold_ms, deadline_ms, request_deadline_ms, art_ratio, gpu_layers, \
+                         main_gpu, max_queue, profile"
                     )));
                 }
             }
         }
-        if out.policy == "art" && out.art_ratio.is_nan() {
-            return Err(Failure::invalid(
-                "parameters: policy art needs art_ratio here; it is not measured",
-            ));
+        if out
+            .slots
+            .checked_mul(out.context)
+            .is_none_or(|n| n > MAX_CELLS)
+        {
+            return Err(Failure::invalid(format!(
+                "parameters: slots is {} and context is {}, the KV cache can have at most {MAX_CELLS} cells for them",
+                out.slots, out.context
+            )));
         }
         if out.max_batch > out.batch {
             return Err(Failure::invalid(format!(
@@ -129,6 +165,14 @@ impl Settings {
             )));
         }
         Ok(out)
+    }
+
+    /// For an instance that config.pbtxt wants on this GPU: all layers, if it does not say how many.
+    pub fn on_gpu(&mut self, device: i32) {
+        if self.gpu_layers == 0 {
+            self.gpu_layers = ALL_LAYERS;
+        }
+        self.main_gpu = device.unsigned_abs();
     }
 }
 
@@ -159,16 +203,42 @@ fn list<T: std::str::FromStr>(name: &str, text: &str, what: &str) -> Result<Vec<
         .ok_or_else(|| wrong(name, text, &format!("{what} with commas between")))
 }
 
-/// Name, type, and whether a request may leave it out.
-pub const INPUTS: [(&str, &str, bool); 8] = [
-    ("text_input", "TYPE_STRING", false),
-    ("stream", "TYPE_BOOL", true),
-    ("sampling_parameters", "TYPE_STRING", true),
-    ("exclude_input_in_output", "TYPE_BOOL", true),
-    ("return_finish_reason", "TYPE_BOOL", true),
-    ("return_num_input_tokens", "TYPE_BOOL", true),
-    ("return_num_output_tokens", "TYPE_BOOL", true),
-    ("return_token_ids", "TYPE_BOOL", true),
+/// Name, type, and how many elements: -1 is any number. A request may leave all but the first out. Beside what steers an
+/// answer there are the names that clients of the TensorRT-LLM backend send.
+pub const INPUTS: [(&str, &str, i64); 32] = [
+    ("text_input", "TYPE_STRING", 1),
+    ("stream", "TYPE_BOOL", 1),
+    ("sampling_parameters", "TYPE_STRING", 1),
+    ("exclude_input_in_output", "TYPE_BOOL", 1),
+    ("return_finish_reason", "TYPE_BOOL", 1),
+    ("return_num_input_tokens", "TYPE_BOOL", 1),
+    ("return_num_output_tokens", "TYPE_BOOL", 1),
+    ("return_token_ids", "TYPE_BOOL", 1),
+    ("max_tokens", "TYPE_INT32", 1),
+    ("min_tokens", "TYPE_INT32", 1),
+    ("min_length", "TYPE_INT32", 1),
+    ("temperature", "TYPE_FP32", 1),
+    ("top_k", "TYPE_INT32", 1),
+    ("top_p", "TYPE_FP32", 1),
+    ("random_seed", "TYPE_UINT64", 1),
+    ("stop_words", "TYPE_STRING", -1),
+    ("bad_words", "TYPE_STRING", -1),
+    ("end_id", "TYPE_INT32", 1),
+    ("pad_id", "TYPE_INT32", 1),
+    ("repetition_penalty", "TYPE_FP32", 1),
+    ("presence_penalty", "TYPE_FP32", 1),
+    ("frequency_penalty", "TYPE_FP32", 1),
+    ("length_penalty", "TYPE_FP32", 1),
+    ("beam_width", "TYPE_INT32", 1),
+    ("num_return_sequences", "TYPE_INT32", 1),
+    ("return_log_probs", "TYPE_BOOL", 1),
+    ("return_logprobs", "TYPE_BOOL", 1),
+    ("return_cumulative_logprob", "TYPE_BOOL", 1),
+    ("return_context_logits", "TYPE_BOOL", 1),
+    ("return_generation_logits", "TYPE_BOOL", 1),
+    // as /generate may have them in its body
+    ("stop", "TYPE_STRING", -1),
+    ("stop_token_ids", "TYPE_INT32", -1),
 ];
 pub const OUTPUTS: [(&str, &str); 5] = [
     ("text_output", "TYPE_STRING"),
@@ -178,23 +248,44 @@ pub const OUTPUTS: [(&str, &str); 5] = [
     ("token_ids", "TYPE_INT32"),
 ];
 
+/// The lists of the configuration with what may be in them: name, type, elements, whether a request may leave it out.
+type Known = Vec<(&'static str, &'static str, i64, bool)>;
+
+fn known() -> [(&'static str, Known); 2] {
+    let inputs = INPUTS.iter().enumerate();
+    let outputs = OUTPUTS.iter();
+    [
+        (
+            "input",
+            inputs
+                .map(|(i, (name, kind, n))| (*name, *kind, *n, i > 0))
+                .collect(),
+        ),
+        (
+            "output",
+            outputs
+                .map(|(name, kind)| (*name, *kind, -1, false))
+                .collect(),
+        ),
+    ]
+}
+
 /// What Triton is to use in place of what config.pbtxt leaves out.
 pub fn complete(config: &Value) -> Value {
     let mut out = config.clone();
     let empty = |value: &Value| value.as_array().is_none_or(Vec::is_empty);
-    if empty(&out["input"]) {
-        out["input"] = INPUTS
-            .iter()
-            .map(|(name, kind, optional)| {
-                json!({"name": name, "data_type": kind, "dims": [1], "optional": optional})
-            })
-            .collect();
-    }
-    if empty(&out["output"]) {
-        out["output"] = OUTPUTS
-            .iter()
-            .map(|(name, kind)| json!({"name": name, "data_type": kind, "dims": [-1]}))
-            .collect();
+    for (list, known) in known() {
+        let mut items = out[list].as_array().cloned().unwrap_or_default();
+        for (name, kind, elements, optional) in known {
+            if items.iter().all(|item| item["name"] != name) {
+                let mut item = json!({"name": name, "data_type": kind, "dims": [elements]});
+                if list == "input" {
+                    item["optional"] = json!(optional);
+                }
+                items.push(item);
+            }
+        }
+        out[list] = Value::Array(items);
     }
     if out["model_transaction_policy"].is_null() {
         out["model_transaction_policy"] = json!({"decoupled": true});
@@ -213,21 +304,28 @@ pub fn check(config: &Value) -> Result<(), Failure> {
             config["max_batch_size"]
         )));
     }
-    for (list, known) in [
-        ("input", INPUTS.map(|(name, kind, _)| (name, kind)).to_vec()),
-        ("output", OUTPUTS.to_vec()),
-    ] {
+    for (list, known) in known() {
         for item in config[list].as_array().into_iter().flatten() {
             let name = item["name"].as_str().unwrap_or_default();
-            let kind = item["data_type"].as_str().unwrap_or_default();
-            match known.iter().find(|(known, _)| *known == name) {
-                None => return Err(Failure::invalid(format!("{list}: unknown name {name}"))),
-                Some((_, wanted)) if *wanted != kind => {
-                    return Err(Failure::invalid(format!(
-                        "{list} {name}: data_type is {kind}, must be {wanted}"
-                    )));
-                }
-                Some(_) => {}
+            let Some((_, kind, elements, _)) = known.iter().find(|(known, ..)| *known == name)
+            else {
+                return Err(Failure::invalid(format!("{list}: unknown name {name}")));
+            };
+            let given = item["data_type"].as_str().unwrap_or_default();
+            if given != *kind {
+                return Err(Failure::invalid(format!(
+                    "{list} {name}: data_type is {given}, must be {kind}"
+                )));
+            }
+            // Triton writes such numbers as strings, too.
+            let number = |dim: &Value| dim.as_i64().or_else(|| dim.as_str()?.parse().ok());
+            let dims = item["dims"].as_array();
+            let dims: Option<Vec<i64>> = dims.into_iter().flatten().map(number).collect();
+            if dims != Some(vec![*elements]) && dims != Some(vec![-1]) {
+                return Err(Failure::invalid(format!(
+                    "{list} {name}: dims is {}, must be [ {elements} ]",
+                    item["dims"]
+                )));
             }
         }
     }
@@ -247,11 +345,31 @@ mod tests {
         assert_eq!(parse("exit_layers", "4, 8").unwrap().exit_layers, [4, 8]);
         assert_eq!(parse("threshold", "0.5,2").unwrap().threshold, [0.5, 2.0]);
         assert_eq!(parse("fill", "postfill").unwrap().fill, 1);
+        assert_eq!(parse("fill", "verify").unwrap().fill, 2);
         assert_eq!(parse("slots", "64").unwrap().slots, 64);
+        assert_eq!(parse("gpu_layers", "all").unwrap().gpu_layers, ALL_LAYERS);
+        assert_eq!(
+            parse("profile", "a.json").unwrap().profile,
+            Some("a.json".into())
+        );
+        for kind in KV_TYPES {
+            assert_eq!(parse("kv_type", kind).unwrap().kv_type, kind);
+        }
         assert_eq!(
             Settings::parse(&json!({})).unwrap().policy,
             Settings::default().policy
         );
+    }
+
+    #[test]
+    fn the_gpu_of_an_instance_is_used() {
+        let mut settings = Settings::default();
+        assert_eq!(settings.gpu_layers, 0);
+        settings.on_gpu(3);
+        assert_eq!((settings.gpu_layers, settings.main_gpu), (ALL_LAYERS, 3));
+        let mut named = parse("gpu_layers", "24").unwrap();
+        named.on_gpu(1);
+        assert_eq!((named.gpu_layers, named.main_gpu), (24, 1));
     }
 
     #[test]
@@ -265,7 +383,12 @@ mod tests {
             ("threshold", "NaN"),
             ("threshold", "-1"),
             ("exit_layers", "4;8"),
-            ("fill", "verify"),
+            ("fill", "pour"),
+            ("kv_type", "i32"),
+            ("kv_type", "q8_1"),
+            ("slots", "257"),
+            ("gpu_layers", "some"),
+            ("max_queue", "-1"),
             ("max_hold_ms", "inf"),
             ("polizy", "hold"),
             ("max_batch", "513"),
@@ -277,7 +400,13 @@ mod tests {
                 failure.text
             );
         }
-        assert!(parse("policy", "art").unwrap_err().text.contains("art"));
+        let failure = Settings::parse(&json!({"parameters": {
+            "slots": {"string_value": "256"}, "context": {"string_value": "16777216"}}}));
+        let text = failure.unwrap_err().text;
+        assert!(
+            text.contains("slots is 256") && text.contains("context is 16777216"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -297,5 +426,34 @@ mod tests {
                 .text
                 .contains("is 8")
         );
+    }
+    #[test]
+    fn a_list_in_part_is_completed_and_its_own_entries_are_kept_and_checked() {
+        let with = |item: Value| complete(&json!({"input": [item]}));
+        let mine =
+            json!({"name": "stream", "data_type": "TYPE_BOOL", "dims": ["1"], "optional": true});
+        let full = with(mine.clone());
+        assert!(check(&full).is_ok());
+        let inputs = full["input"].as_array().unwrap();
+        assert_eq!(inputs.len(), INPUTS.len());
+        assert_eq!(inputs[0], mine);
+        let required: Vec<_> = inputs
+            .iter()
+            .filter(|input| input["optional"] != true)
+            .collect();
+        assert_eq!(required.len(), 1);
+        assert_eq!(required[0]["name"], "text_input");
+
+        let mut wrong = mine.clone();
+        wrong["data_type"] = json!("TYPE_INT32");
+        let text = check(&with(wrong)).unwrap_err().text;
+        assert_eq!(
+            text,
+            "input stream: data_type is TYPE_INT32, must be TYPE_BOOL"
+        );
+        let mut wrong = mine;
+        wrong["dims"] = json!([2, 1]);
+        let text = check(&with(wrong)).unwrap_err().text;
+        assert_eq!(text, "input stream: dims is [2,1], must be [ 1 ]");
     }
 }

@@ -4,13 +4,15 @@
 /// Holds back what may still become part of a character or of a stop string.
 pub struct Text {
     stops: Vec<Vec<u8>>,
+    /// What stopped it is part of the text.
+    include: bool,
     waiting: Vec<u8>,
     stopped: bool,
 }
 
 impl Text {
     /// Empty stop strings are ignored: they would end every answer before its start.
-    pub fn new(stops: &[String]) -> Self {
+    pub fn new(stops: &[String], include: bool) -> Self {
         let stops = stops
             .iter()
             .filter(|s| !s.is_empty())
@@ -18,6 +20,7 @@ impl Text {
             .collect();
         Self {
             stops,
+            include,
             waiting: Vec::new(),
             stopped: false,
         }
@@ -37,11 +40,15 @@ impl Text {
         let found = self
             .stops
             .iter()
-            .filter_map(|stop| self.waiting.windows(stop.len()).position(|w| w == stop))
+            .filter_map(|stop| {
+                let at = self.waiting.windows(stop.len()).position(|w| w == stop)?;
+                Some((at, stop.len()))
+            })
             .min();
-        if let Some(at) = found {
+        if let Some((at, length)) = found {
             self.stopped = true;
-            self.waiting.truncate(at);
+            self.waiting
+                .truncate(at + if self.include { length } else { 0 });
             return self.finish();
         }
         let held = self
@@ -88,7 +95,7 @@ mod tests {
 
     fn run(stops: &[&str], pieces: &[&[u8]]) -> (Vec<String>, bool) {
         let stops: Vec<String> = stops.iter().map(|s| s.to_string()).collect();
-        let mut text = Text::new(&stops);
+        let mut text = Text::new(&stops, false);
         let mut out: Vec<String> = pieces.iter().map(|piece| text.push(piece)).collect();
         out.push(text.finish());
         (out, text.stopped())
@@ -121,6 +128,13 @@ mod tests {
         );
         assert_eq!(run(&["cd", "b"], &[b"abcd"]).0[0], "a");
         assert_eq!(run(&[""], &[b"a"]), (vec!["a".into(), "".into()], false));
+    }
+
+    #[test]
+    fn a_stop_string_can_be_part_of_the_text() {
+        let mut text = Text::new(&["END".into(), "ENDING".into()], true);
+        assert_eq!(text.push(b"aEN") + &text.push(b"Db"), "aEND");
+        assert!(text.stopped());
     }
 
     #[test]

@@ -2,8 +2,14 @@
 //! The part of `tritonserver.h` and `tritonbackend.h` that is used, declared by hand.
 //!
 //! Enumerations are `u32` constants, since a newer server may send values that are not known here.
+//!
+//! Triton resolves all symbols of a backend before it calls it: a server that lacks one would end with the linker's words.
+//! So only what it takes to compare versions is linked, and the rest is looked up after that.
 
-use std::ffi::{c_char, c_void};
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::OnceLock;
+
+use super::error::Failure;
 
 macro_rules! opaque {
     ($($name:ident),*) => { $(
@@ -14,6 +20,7 @@ macro_rules! opaque {
 opaque!(
     Error,
     Backend,
+    BackendAttribute,
     Model,
     Request,
     Factory,
@@ -24,6 +31,8 @@ opaque!(
     Message,
     MetricFamily,
     Metric,
+    MetricArgs,
+    ResponseStatistics,
     Parameter
 );
 
@@ -38,7 +47,9 @@ pub const CONFIG_VERSION: u32 = 1;
 
 pub const TYPE_BOOL: u32 = 1;
 pub const TYPE_UINT32: u32 = 4;
+pub const TYPE_UINT64: u32 = 5;
 pub const TYPE_INT32: u32 = 8;
+pub const TYPE_FP32: u32 = 11;
 pub const TYPE_BYTES: u32 = 13;
 
 pub const MEMORY_CPU: u32 = 0;
@@ -52,198 +63,268 @@ pub const ARTIFACT_FILESYSTEM: u32 = 0;
 pub const PARAMETER_STRING: u32 = 0;
 pub const METRIC_COUNTER: u32 = 0;
 pub const METRIC_GAUGE: u32 = 1;
+pub const METRIC_HISTOGRAM: u32 = 2;
+
+pub const KIND_CPU: u32 = 1;
+pub const KIND_GPU: u32 = 2;
+
+pub const LOG_INFO: u32 = 0;
+pub const LOG_ERROR: u32 = 2;
 
 unsafe extern "C" {
     pub fn TRITONSERVER_ErrorNew(code: u32, message: *const c_char) -> *mut Error;
     pub fn TRITONSERVER_ErrorDelete(error: *mut Error);
     pub fn TRITONSERVER_ErrorCode(error: *mut Error) -> u32;
     pub fn TRITONSERVER_ErrorMessage(error: *mut Error) -> *const c_char;
-
     pub fn TRITONBACKEND_ApiVersion(major: *mut u32, minor: *mut u32) -> *mut Error;
+}
 
-    pub fn TRITONBACKEND_RequestRelease(request: *mut Request, flags: u32) -> *mut Error;
-    pub fn TRITONBACKEND_RequestInput(
-        request: *mut Request,
-        name: *const c_char,
-        input: *mut *mut Input,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_InputProperties(
-        input: *mut Input,
-        name: *mut *const c_char,
-        datatype: *mut u32,
-        shape: *mut *const i64,
-        dims: *mut u32,
-        byte_size: *mut u64,
-        buffers: *mut u32,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_InputBuffer(
-        input: *mut Input,
-        index: u32,
-        buffer: *mut *const c_void,
-        byte_size: *mut u64,
-        memory_type: *mut u32,
-        memory_id: *mut i64,
-    ) -> *mut Error;
+macro_rules! functions {
+    (
+        required { $(fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)?;)* }
+        optional { $(fn $maybe:ident($($maybe_arg:ident: $maybe_type:ty),* $(,)?) $(-> $maybe_out:ty)?;)* }
+    ) => {
+        #[allow(non_snake_case)]
+        pub struct Functions {
+            $($name: unsafe extern "C" fn($($type),*) $(-> $out)?,)*
+            $($maybe: Option<unsafe extern "C" fn($($maybe_type),*) $(-> $maybe_out)?>,)*
+        }
 
-    pub fn TRITONBACKEND_ResponseFactoryNew(
-        factory: *mut *mut Factory,
-        request: *mut Request,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ResponseFactoryDelete(factory: *mut Factory) -> *mut Error;
-    pub fn TRITONBACKEND_ResponseFactorySendFlags(factory: *mut Factory, flags: u32) -> *mut Error;
-    pub fn TRITONBACKEND_ResponseFactoryIsCancelled(
-        factory: *mut Factory,
-        cancelled: *mut bool,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ResponseNewFromFactory(
-        response: *mut *mut Response,
-        factory: *mut Factory,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ResponseDelete(response: *mut Response) -> *mut Error;
-    pub fn TRITONBACKEND_ResponseOutput(
-        response: *mut Response,
-        output: *mut *mut Output,
-        name: *const c_char,
-        datatype: u32,
-        shape: *const i64,
-        dims: u32,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_OutputBuffer(
-        output: *mut Output,
-        buffer: *mut *mut c_void,
-        byte_size: u64,
-        memory_type: *mut u32,
-        memory_id: *mut i64,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ResponseSend(
-        response: *mut Response,
-        flags: u32,
-        error: *mut Error,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelInstanceReportStatistics(
-        instance: *mut Instance,
-        request: *mut Request,
-        success: bool,
-        exec_start_ns: u64,
-        compute_start_ns: u64,
-        compute_end_ns: u64,
-        exec_end_ns: u64,
-    ) -> *mut Error;
+        impl Functions {
+            /// Looks all up. Err: the first that must be there and is not.
+            ///
+            /// # Safety
+            /// What `find` gives for a name is NULL or the function declared here.
+            unsafe fn find(find: impl Fn(&str) -> *mut c_void) -> Result<Self, &'static str> {
+                // SAFETY: by the caller; NULL is None.
+                unsafe {
+                    Ok(Self {
+                        $($name: std::mem::transmute::<
+                            *mut c_void,
+                            Option<unsafe extern "C" fn($($type),*) $(-> $out)?>,
+                        >(find(stringify!($name)))
+                        .ok_or(stringify!($name))?,)*
+                        $($maybe: std::mem::transmute::<
+                            *mut c_void,
+                            Option<unsafe extern "C" fn($($maybe_type),*) $(-> $maybe_out)?>,
+                        >(find(stringify!($maybe))),)*
+                    })
+                }
+            }
+        }
 
-    pub fn TRITONBACKEND_BackendArtifacts(
-        backend: *mut Backend,
-        kind: *mut u32,
-        location: *mut *const c_char,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelBackend(model: *mut Model, backend: *mut *mut Backend) -> *mut Error;
-    pub fn TRITONBACKEND_ModelName(model: *mut Model, name: *mut *const c_char) -> *mut Error;
-    pub fn TRITONBACKEND_ModelVersion(model: *mut Model, version: *mut u64) -> *mut Error;
-    pub fn TRITONBACKEND_ModelRepository(
-        model: *mut Model,
-        kind: *mut u32,
-        location: *mut *const c_char,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelConfig(
-        model: *mut Model,
-        version: u32,
-        config: *mut *mut Message,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelAutoCompleteConfig(
-        model: *mut Model,
-        wanted: *mut bool,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelSetConfig(
-        model: *mut Model,
-        version: u32,
-        config: *mut Message,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelState(model: *mut Model, state: *mut *mut c_void) -> *mut Error;
-    pub fn TRITONBACKEND_ModelSetState(model: *mut Model, state: *mut c_void) -> *mut Error;
-    pub fn TRITONBACKEND_ModelInstanceName(
-        instance: *mut Instance,
-        name: *mut *const c_char,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelInstanceModel(
-        instance: *mut Instance,
-        model: *mut *mut Model,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelInstanceState(
-        instance: *mut Instance,
-        state: *mut *mut c_void,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ModelInstanceSetState(
-        instance: *mut Instance,
-        state: *mut c_void,
-    ) -> *mut Error;
+        $(
+            /// # Safety
+            /// As Triton's function of this name.
+            #[allow(non_snake_case, clippy::too_many_arguments)]
+            pub unsafe fn $name($($arg: $type),*) $(-> $out)? {
+                // SAFETY: by the caller.
+                unsafe { (functions().$name)($($arg),*) }
+            }
+        )*
+        $(
+            /// None with a server that lacks it.
+            #[allow(non_snake_case, clippy::type_complexity)]
+            pub fn $maybe() -> Option<unsafe extern "C" fn($($maybe_type),*) $(-> $maybe_out)?> {
+                functions().$maybe
+            }
+        )*
+    };
+}
 
-    pub fn TRITONSERVER_MessageNewFromSerializedJson(
-        message: *mut *mut Message,
-        base: *const c_char,
-        byte_size: usize,
-    ) -> *mut Error;
-    pub fn TRITONSERVER_MessageSerializeToJson(
-        message: *mut Message,
-        base: *mut *const c_char,
-        byte_size: *mut usize,
-    ) -> *mut Error;
-    pub fn TRITONSERVER_MessageDelete(message: *mut Message) -> *mut Error;
+functions! {
+    required {
+        fn TRITONBACKEND_RequestRelease(request: *mut Request, flags: u32) -> *mut Error;
+        fn TRITONBACKEND_InputProperties(
+            input: *mut Input, name: *mut *const c_char, datatype: *mut u32, shape: *mut *const i64, dims: *mut u32,
+            byte_size: *mut u64, buffers: *mut u32,
+        ) -> *mut Error;
+        fn TRITONBACKEND_InputBuffer(
+            input: *mut Input, index: u32, buffer: *mut *const c_void, byte_size: *mut u64, memory_type: *mut u32,
+            memory_id: *mut i64,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ResponseFactoryNew(factory: *mut *mut Factory, request: *mut Request) -> *mut Error;
+        fn TRITONBACKEND_ResponseFactoryDelete(factory: *mut Factory) -> *mut Error;
+        fn TRITONBACKEND_ResponseFactorySendFlags(factory: *mut Factory, flags: u32) -> *mut Error;
+        fn TRITONBACKEND_ResponseFactoryIsCancelled(factory: *mut Factory, cancelled: *mut bool) -> *mut Error;
+        fn TRITONBACKEND_ResponseNewFromFactory(response: *mut *mut Response, factory: *mut Factory) -> *mut Error;
+        fn TRITONBACKEND_ResponseDelete(response: *mut Response) -> *mut Error;
+        fn TRITONBACKEND_ResponseOutput(
+            response: *mut Response, output: *mut *mut Output, name: *const c_char, datatype: u32, shape: *const i64,
+            dims: u32,
+        ) -> *mut Error;
+        fn TRITONBACKEND_OutputBuffer(
+            output: *mut Output, buffer: *mut *mut c_void, byte_size: u64, memory_type: *mut u32, memory_id: *mut i64,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ResponseSend(response: *mut Response, flags: u32, error: *mut Error) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceReportStatistics(
+            instance: *mut Instance, request: *mut Request, success: bool, exec_start_ns: u64, compute_start_ns: u64,
+            compute_end_ns: u64, exec_end_ns: u64,
+        ) -> *mut Error;
+        fn TRITONBACKEND_BackendArtifacts(
+            backend: *mut Backend, kind: *mut u32, location: *mut *const c_char,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelName(model: *mut Model, name: *mut *const c_char) -> *mut Error;
+        fn TRITONBACKEND_ModelVersion(model: *mut Model, version: *mut u64) -> *mut Error;
+        fn TRITONBACKEND_ModelRepository(
+            model: *mut Model, kind: *mut u32, location: *mut *const c_char,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelConfig(model: *mut Model, version: u32, config: *mut *mut Message) -> *mut Error;
+        fn TRITONBACKEND_ModelAutoCompleteConfig(model: *mut Model, wanted: *mut bool) -> *mut Error;
+        fn TRITONBACKEND_ModelSetConfig(model: *mut Model, version: u32, config: *mut Message) -> *mut Error;
+        fn TRITONBACKEND_ModelState(model: *mut Model, state: *mut *mut c_void) -> *mut Error;
+        fn TRITONBACKEND_ModelSetState(model: *mut Model, state: *mut c_void) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceName(instance: *mut Instance, name: *mut *const c_char) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceModel(instance: *mut Instance, model: *mut *mut Model) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceState(instance: *mut Instance, state: *mut *mut c_void) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceSetState(instance: *mut Instance, state: *mut c_void) -> *mut Error;
+        fn TRITONSERVER_MessageNewFromSerializedJson(
+            message: *mut *mut Message, base: *const c_char, byte_size: usize,
+        ) -> *mut Error;
+        fn TRITONSERVER_MessageSerializeToJson(
+            message: *mut Message, base: *mut *const c_char, byte_size: *mut usize,
+        ) -> *mut Error;
+        fn TRITONSERVER_MessageDelete(message: *mut Message) -> *mut Error;
+        fn TRITONBACKEND_RequestInputCount(request: *mut Request, count: *mut u32) -> *mut Error;
+        fn TRITONBACKEND_RequestInputByIndex(request: *mut Request, index: u32, input: *mut *mut Input) -> *mut Error;
+        fn TRITONBACKEND_RequestOutputCount(request: *mut Request, count: *mut u32) -> *mut Error;
+        fn TRITONBACKEND_RequestOutputName(request: *mut Request, index: u32, name: *mut *const c_char) -> *mut Error;
+        fn TRITONBACKEND_RequestParameterCount(request: *mut Request, count: *mut u32) -> *mut Error;
+        fn TRITONBACKEND_RequestParameter(
+            request: *mut Request, index: u32, name: *mut *const c_char, kind: *mut u32, value: *mut *const c_void,
+        ) -> *mut Error;
+        fn TRITONSERVER_ParameterTypeString(kind: u32) -> *const c_char;
+        fn TRITONBACKEND_ResponseSetStringParameter(
+            response: *mut Response, name: *const c_char, value: *const c_char,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ResponseSetIntParameter(
+            response: *mut Response, name: *const c_char, value: i64,
+        ) -> *mut Error;
+        fn TRITONSERVER_ParameterNew(name: *const c_char, kind: u32, value: *const c_void) -> *mut Parameter;
+        fn TRITONSERVER_ParameterDelete(parameter: *mut Parameter);
+        fn TRITONSERVER_MetricFamilyNew(
+            family: *mut *mut MetricFamily, kind: u32, name: *const c_char, description: *const c_char,
+        ) -> *mut Error;
+        fn TRITONSERVER_MetricFamilyDelete(family: *mut MetricFamily) -> *mut Error;
+        fn TRITONSERVER_MetricNew(
+            metric: *mut *mut Metric, family: *mut MetricFamily, labels: *const *const Parameter, count: u64,
+        ) -> *mut Error;
+        fn TRITONSERVER_MetricDelete(metric: *mut Metric) -> *mut Error;
+        fn TRITONSERVER_MetricIncrement(metric: *mut Metric, value: f64) -> *mut Error;
+        fn TRITONBACKEND_ResponseNew(response: *mut *mut Response, request: *mut Request) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceReportBatchStatistics(
+            instance: *mut Instance, batch_size: u64, exec_start_ns: u64, compute_start_ns: u64, compute_end_ns: u64,
+            exec_end_ns: u64,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceKind(instance: *mut Instance, kind: *mut u32) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceDeviceId(instance: *mut Instance, device: *mut i32) -> *mut Error;
+        fn TRITONBACKEND_BackendAttributeAddPreferredInstanceGroup(
+            attribute: *mut BackendAttribute, kind: u32, count: u64, devices: *const u64, n_devices: u64,
+        ) -> *mut Error;
+        fn TRITONSERVER_LogMessage(level: u32, file: *const c_char, line: c_int, text: *const c_char) -> *mut Error;
+    }
+    optional {
+        fn TRITONBACKEND_InferenceRequestTimeoutMicroseconds(
+            request: *mut Request, microseconds: *mut u64,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceResponseStatisticsNew(statistics: *mut *mut ResponseStatistics) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceResponseStatisticsDelete(statistics: *mut ResponseStatistics) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceResponseStatisticsSetModelInstance(
+            statistics: *mut ResponseStatistics, instance: *mut Instance,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseFactory(
+            statistics: *mut ResponseStatistics, factory: *mut Factory,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseStart(
+            statistics: *mut ResponseStatistics, ns: u64,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceResponseStatisticsSetComputeOutputStart(
+            statistics: *mut ResponseStatistics, ns: u64,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceResponseStatisticsSetResponseEnd(
+            statistics: *mut ResponseStatistics, ns: u64,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceResponseStatisticsSetError(
+            statistics: *mut ResponseStatistics, error: *mut Error,
+        ) -> *mut Error;
+        fn TRITONBACKEND_ModelInstanceReportResponseStatistics(statistics: *mut ResponseStatistics) -> *mut Error;
+        fn TRITONSERVER_MetricArgsNew(args: *mut *mut MetricArgs) -> *mut Error;
+        fn TRITONSERVER_MetricArgsSetHistogram(args: *mut MetricArgs, bounds: *const f64, count: u64) -> *mut Error;
+        fn TRITONSERVER_MetricArgsDelete(args: *mut MetricArgs) -> *mut Error;
+        fn TRITONSERVER_MetricNewWithArgs(
+            metric: *mut *mut Metric, family: *mut MetricFamily, labels: *const *const Parameter, count: u64,
+            args: *const MetricArgs,
+        ) -> *mut Error;
+        fn TRITONSERVER_MetricObserve(metric: *mut Metric, value: f64) -> *mut Error;
+    }
+}
 
-    pub fn TRITONBACKEND_RequestInputCount(request: *mut Request, count: *mut u32) -> *mut Error;
-    pub fn TRITONBACKEND_RequestInputByIndex(
-        request: *mut Request,
-        index: u32,
-        input: *mut *mut Input,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_RequestOutputCount(request: *mut Request, count: *mut u32) -> *mut Error;
-    pub fn TRITONBACKEND_RequestOutputName(
-        request: *mut Request,
-        index: u32,
-        name: *mut *const c_char,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_RequestParameterCount(
-        request: *mut Request,
-        count: *mut u32,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_RequestParameter(
-        request: *mut Request,
-        index: u32,
-        name: *mut *const c_char,
-        kind: *mut u32,
-        value: *mut *const c_void,
-    ) -> *mut Error;
-    pub fn TRITONSERVER_ParameterTypeString(kind: u32) -> *const c_char;
+static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
 
-    pub fn TRITONBACKEND_ResponseSetStringParameter(
-        response: *mut Response,
-        name: *const c_char,
-        value: *const c_char,
-    ) -> *mut Error;
-    pub fn TRITONBACKEND_ResponseSetIntParameter(
-        response: *mut Response,
-        name: *const c_char,
-        value: i64,
-    ) -> *mut Error;
+/// Looks the functions up in this process, once.
+pub fn load() -> Result<(), Failure> {
+    let process = libloading::os::unix::Library::this();
+    // SAFETY: the names are Triton's, of an API of the major version that is declared here.
+    load_from(|name| unsafe {
+        process
+            .get::<*mut c_void>(name.as_bytes())
+            .map_or(std::ptr::null_mut(), |symbol| *symbol)
+    })
+}
 
-    pub fn TRITONSERVER_ParameterNew(
-        name: *const c_char,
-        kind: u32,
-        value: *const c_void,
-    ) -> *mut Parameter;
-    pub fn TRITONSERVER_ParameterDelete(parameter: *mut Parameter);
-    pub fn TRITONSERVER_MetricFamilyNew(
-        family: *mut *mut MetricFamily,
-        kind: u32,
-        name: *const c_char,
-        description: *const c_char,
-    ) -> *mut Error;
-    pub fn TRITONSERVER_MetricFamilyDelete(family: *mut MetricFamily) -> *mut Error;
-    pub fn TRITONSERVER_MetricNew(
-        metric: *mut *mut Metric,
-        family: *mut MetricFamily,
-        labels: *const *const Parameter,
-        count: u64,
-    ) -> *mut Error;
-    pub fn TRITONSERVER_MetricDelete(metric: *mut Metric) -> *mut Error;
-    pub fn TRITONSERVER_MetricIncrement(metric: *mut Metric, value: f64) -> *mut Error;
-    pub fn TRITONSERVER_MetricSet(metric: *mut Metric, value: f64) -> *mut Error;
+fn load_from(find: impl Fn(&str) -> *mut c_void) -> Result<(), Failure> {
+    // SAFETY: Triton keeps a function's type under its name.
+    let functions = unsafe { Functions::find(find) };
+    let functions = functions.map_err(|name| {
+        Failure::unsupported(format!("this server has no {name}, which drex needs"))
+    })?;
+    let _ = FUNCTIONS.set(functions);
+    Ok(())
+}
+
+fn functions() -> &'static Functions {
+    #[cfg(test)]
+    if FUNCTIONS.get().is_none() {
+        let _ = load_from(super::fake_host::find);
+    }
+    FUNCTIONS
+        .get()
+        .expect("looked up before Triton calls anything else")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::triton::fake_host;
+
+    #[test]
+    fn a_function_that_is_not_there_is_named() {
+        for name in ["TRITONBACKEND_ResponseSend", "TRITONSERVER_LogMessage"] {
+            let failure = load_from(|wanted| {
+                if wanted == name {
+                    std::ptr::null_mut()
+                } else {
+                    fake_host::find(wanted)
+                }
+            })
+            .unwrap_err();
+            assert_eq!(failure.code, ERROR_UNSUPPORTED);
+            assert!(failure.text.contains(name), "{}", failure.text);
+        }
+    }
+
+    #[test]
+    fn what_newer_servers_have_may_be_missing() {
+        let without = |wanted: &str| {
+            if wanted == "TRITONSERVER_MetricObserve" {
+                std::ptr::null_mut()
+            } else {
+                fake_host::find(wanted)
+            }
+        };
+        // SAFETY: the fake host's functions have the types that are declared here.
+        let functions = unsafe { Functions::find(without) }.unwrap();
+        assert!(functions.TRITONSERVER_MetricObserve.is_none());
+        assert!(functions.TRITONSERVER_MetricArgsNew.is_some());
+    }
 }

@@ -3,7 +3,10 @@
 
 pub mod abi;
 pub mod error;
+pub mod log;
+pub mod memory;
 pub mod reply;
+pub mod statistics;
 pub mod tensor;
 pub mod version;
 

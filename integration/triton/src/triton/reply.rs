@@ -5,7 +5,9 @@ use std::ffi::{CStr, CString};
 use std::ptr::null_mut;
 
 use super::error::{Failure, check};
-use super::{abi, tensor};
+use super::statistics::{self, Span};
+use super::{abi, log, memory, tensor};
+use crate::clock::now_ns;
 
 /// A request between `ModelInstanceExecute` and its release.
 ///
@@ -16,6 +18,7 @@ pub struct Reply {
     factory: *mut abi::Factory,
     instance: *mut abi::Instance,
     times: Times,
+    span: Span,
     finished: bool,
     success: bool,
 }
@@ -45,26 +48,41 @@ pub struct Times {
     pub exec_end: u64,
 }
 
+impl Times {
+    /// All at once, for a request that did not run.
+    pub fn at(now: u64) -> Self {
+        Self {
+            exec_start: now,
+            compute_start: now,
+            compute_end: now,
+            exec_end: now,
+        }
+    }
+}
+
 // SAFETY: Triton lets any thread answer a request, one at a time.
 unsafe impl Send for Reply {}
 
 impl Reply {
-    /// Takes the request over. Where Triton gives no factory, it stays the caller's.
+    /// Takes the request over. None: Triton gave no factory, and the request has ended with an error.
     ///
     /// # Safety
     /// `request` and `instance` are Triton's and live; nobody else releases the request.
-    pub unsafe fn new(
-        instance: *mut abi::Instance,
-        request: *mut abi::Request,
-    ) -> Result<Self, Failure> {
+    pub unsafe fn new(instance: *mut abi::Instance, request: *mut abi::Request) -> Option<Self> {
         let mut factory = null_mut();
         // SAFETY: by the caller.
-        unsafe { check(abi::TRITONBACKEND_ResponseFactoryNew(&mut factory, request))? };
-        Ok(Self {
+        let made = unsafe { check(abi::TRITONBACKEND_ResponseFactoryNew(&mut factory, request)) };
+        if let Err(failure) = made {
+            // SAFETY: by the caller.
+            unsafe { refuse(instance, request, failure) };
+            return None;
+        }
+        Some(Self {
             request,
             factory,
             instance,
             times: Times::default(),
+            span: Span::default(),
             finished: false,
             success: false,
         })
@@ -76,6 +94,11 @@ impl Reply {
 
     pub fn times(&self) -> Times {
         self.times
+    }
+
+    /// When the next response was made.
+    pub fn set_span(&mut self, span: Span) {
+        self.span = span;
     }
 
     /// Whether the client went away or asked to stop.
@@ -126,6 +149,7 @@ impl Reply {
             // Sending takes the response in any case, and the flag with it.
             self.finished = last;
             check(abi::TRITONBACKEND_ResponseSend(response, flags, null_mut()))?;
+            statistics::response(self.instance, self.factory, self.span, now_ns(), null_mut());
         }
         self.success = last;
         Ok(())
@@ -142,7 +166,7 @@ impl Reply {
         }
         self.finished = true;
         let mut response = null_mut();
-        // SAFETY: as above. The error stays ours.
+        // SAFETY: as above.
         unsafe {
             if check(abi::TRITONBACKEND_ResponseNewFromFactory(
                 &mut response,
@@ -150,20 +174,84 @@ impl Reply {
             ))
             .is_err()
             {
+                log::error(&format!(
+                    "a request ends without a response: {}",
+                    failure.text
+                ));
                 let _ = check(abi::TRITONBACKEND_ResponseFactorySendFlags(
                     self.factory,
                     abi::RESPONSE_COMPLETE_FINAL,
                 ));
                 return;
             }
-            let error = failure.into_raw();
-            let _ = check(abi::TRITONBACKEND_ResponseSend(
-                response,
-                abi::RESPONSE_COMPLETE_FINAL,
-                error,
-            ));
+            let error = send_error(response, failure);
+            let end = now_ns();
+            let span = Span {
+                start: if self.span.start > 0 {
+                    self.span.start
+                } else {
+                    end
+                },
+                computed: 0,
+            };
+            statistics::response(self.instance, self.factory, span, end, error);
             abi::TRITONSERVER_ErrorDelete(error);
         }
+    }
+}
+
+/// Sends an error as the final response. The error that comes back is the caller's to delete.
+///
+/// # Safety
+/// `response` is live; it is given away.
+unsafe fn send_error(response: *mut abi::Response, failure: Failure) -> *mut abi::Error {
+    let error = failure.into_raw();
+    // SAFETY: by the caller.
+    unsafe {
+        let _ = check(abi::TRITONBACKEND_ResponseSend(
+            response,
+            abi::RESPONSE_COMPLETE_FINAL,
+            error,
+        ));
+    }
+    error
+}
+
+/// Ends a request that has no factory.
+///
+/// # Safety
+/// As `Reply::new`.
+unsafe fn refuse(instance: *mut abi::Instance, request: *mut abi::Request, failure: Failure) {
+    let now = now_ns();
+    let mut response = null_mut();
+    log::error(&format!("a request without a factory: {}", failure.text));
+    // SAFETY: by the caller; the release is the last call.
+    unsafe {
+        if check(abi::TRITONBACKEND_ResponseNew(&mut response, request)).is_ok() {
+            abi::TRITONSERVER_ErrorDelete(send_error(response, failure));
+        }
+        end(instance, request, false, Times::at(now));
+    }
+}
+
+/// # Safety
+/// Both are live; the request is given away.
+unsafe fn end(instance: *mut abi::Instance, request: *mut abi::Request, success: bool, t: Times) {
+    // SAFETY: by the caller. A failure here can reach nobody.
+    unsafe {
+        let _ = check(abi::TRITONBACKEND_ModelInstanceReportStatistics(
+            instance,
+            request,
+            success,
+            t.exec_start,
+            t.compute_start,
+            t.compute_end,
+            t.exec_end,
+        ));
+        let _ = check(abi::TRITONBACKEND_RequestRelease(
+            request,
+            abi::REQUEST_RELEASE_ALL,
+        ));
     }
 }
 
@@ -227,39 +315,17 @@ unsafe fn write(response: *mut abi::Response, name: &CStr, tensor: &Tensor) -> R
             &mut kind,
             &mut id,
         ))?;
-        if kind != abi::MEMORY_CPU && kind != abi::MEMORY_CPU_PINNED {
-            return Err(Failure::unsupported(format!(
-                "output {}: the server gave memory of type {kind}, only host memory (0, 1) is written",
-                name.to_string_lossy()
-            )));
-        }
-        if !bytes.is_empty() {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.cast(), bytes.len());
-        }
+        memory::write(&name.to_string_lossy(), (kind, id), buffer, &bytes)
     }
-    Ok(())
 }
 
 impl Drop for Reply {
     fn drop(&mut self) {
         self.send_failure(Failure::internal("the request was given up"));
-        let t = self.times;
         // SAFETY: all three live until the release. A failure here can reach nobody.
         unsafe {
             let _ = check(abi::TRITONBACKEND_ResponseFactoryDelete(self.factory));
-            let _ = check(abi::TRITONBACKEND_ModelInstanceReportStatistics(
-                self.instance,
-                self.request,
-                self.success,
-                t.exec_start,
-                t.compute_start,
-                t.compute_end,
-                t.exec_end,
-            ));
-            let _ = check(abi::TRITONBACKEND_RequestRelease(
-                self.request,
-                abi::REQUEST_RELEASE_ALL,
-            ));
+            end(self.instance, self.request, self.success, self.times);
         }
     }
 }
@@ -319,19 +385,83 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_cannot_be_written_is_refused_and_nothing_leaks() {
+    fn outputs_go_where_the_server_wants_them_and_a_failure_leaks_nothing() {
         let mut reply = host::reply();
         host::set_memory(abi::MEMORY_GPU);
         let failure = reply.send_text(c"text_output", "a", false).unwrap_err();
         assert!(
-            failure.text.contains("text_output") && failure.text.contains("type 2"),
+            failure.text.contains("text_output") && failure.text.contains("GPU 1"),
             "{}",
             failure.text
+        );
+        memory::fake::set_driver(true);
+        reply.send_text(c"text_output", "gpu", false).unwrap();
+        memory::fake::set_driver(false);
+        assert_eq!(
+            memory::fake::take_log(),
+            [
+                "retain 101",
+                "push 101",
+                "to device 7",
+                "synchronize",
+                "pop",
+                "release 101"
+            ]
         );
         host::set_memory(abi::MEMORY_CPU_PINNED);
         reply.send_text(c"text_output", "b", true).unwrap();
         drop(reply);
-        assert_eq!(host::take_log(), [&["send 1 b"][..], &END].concat());
+        assert_eq!(
+            host::take_log(),
+            [&["send 0 gpu", "send 1 b"][..], &END].concat()
+        );
+        assert_eq!(host::live(), 0);
+    }
+
+    #[test]
+    fn each_response_has_its_own_times() {
+        let mut reply = host::reply();
+        reply.set_span(Span {
+            start: 5,
+            computed: 7,
+        });
+        reply.send_text(c"text_output", "a", false).unwrap();
+        reply.set_span(Span {
+            start: 7,
+            computed: 9,
+        });
+        reply.fail(Failure {
+            code: abi::ERROR_CANCELLED,
+            text: "gone".into(),
+        });
+        let [first, last] = &host::take_responses()[..] else {
+            panic!("two responses")
+        };
+        assert_eq!((first.start, first.computed, first.error), (5, 7, None));
+        assert_eq!(
+            (last.start, last.computed, last.error),
+            (7, 0, Some(abi::ERROR_CANCELLED))
+        );
+        assert!(first.end > 9 && last.end >= first.end);
+        host::take_log();
+        assert_eq!(host::live(), 0);
+    }
+
+    #[test]
+    fn a_request_without_a_factory_ends_with_an_error() {
+        host::refuse_factories(true);
+        // SAFETY: the fake host looks at neither.
+        let reply = unsafe { Reply::new(null_mut(), null_mut()) };
+        host::refuse_factories(false);
+        assert!(reply.is_none());
+        assert_eq!(
+            host::take_log(),
+            ["send 1 error no factory", "statistics false", "release"]
+        );
+        assert_eq!(
+            host::take_messages(),
+            ["2 drex: a request without a factory: no factory"]
+        );
         assert_eq!(host::live(), 0);
     }
 

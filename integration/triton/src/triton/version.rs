@@ -5,7 +5,7 @@ use super::{abi, error::Failure, error::check};
 
 /// Major version of the backend API; another one is another API.
 pub const MAJOR: u32 = 1;
-/// The oldest minor version with every function that is declared in `abi`.
+/// The oldest minor version with every function that `abi` requires.
 pub const MIN_MINOR: u32 = 16;
 
 /// Refuses a server whose backend API is too old, or another one.

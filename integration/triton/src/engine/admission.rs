@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From the queue to a slot, and to drex.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use drex::ffi::functions::drex_request_add;
+use drex::ffi::types::*;
+
+use super::decoder::Decoder;
+use super::queue::Job;
+use super::{
+    Engine, Event, Figures, Finish, Slot, check, nanoseconds, now_ns, unavailable, zeroed,
+};
+use crate::llama::SamplerParams;
+use crate::text::Text;
+use crate::triton::error::Failure;
+
+impl<D: Decoder> Engine<D> {
+    /// Queues a request, or ends it where too many wait.
+    pub fn push(&mut self, job: Job) {
+        if let Err(job) = self.queue.push(job) {
+            let failure = unavailable(format!(
+                "{} requests wait, which is max_queue; try again later",
+                self.settings.max_queue
+            ));
+            (self.out)(job.id, Event::Failed(failure));
+        }
+    }
+
+    /// Ends what is cancelled, and what waits for longer than its timeout.
+    pub(super) fn cancel(&mut self) {
+        let gone = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        for job in self.queue.take(|job| gone(&job.cancelled)) {
+            let end = Some((Finish::Cancelled, Figures::default()));
+            let event = Event::Token {
+                token: None,
+                text: String::new(),
+                end,
+            };
+            (self.out)(job.id, event);
+        }
+        let now = now_ns();
+        for job in self
+            .queue
+            .take(|job| job.deadline_ns().is_some_and(|deadline| now >= deadline))
+        {
+            let failure = unavailable(format!(
+                "the timeout of {} us is over and the request has not begun",
+                job.sampling.timeout_us
+            ));
+            (self.out)(job.id, Event::Failed(failure));
+        }
+        for at in 0..self.slots.len() {
+            let slot = self.slots[at].as_ref();
+            if slot.is_some_and(|slot| gone(&slot.cancelled)) {
+                self.finish(at, None, String::new(), Finish::Cancelled);
+            }
+        }
+    }
+
+    pub(super) fn admit(&mut self) {
+        while let Some(&at) = self.free.front() {
+            let Some(job) = self.queue.pop() else {
+                return;
+            };
+            let id = job.id;
+            match self.slot(job) {
+                Ok(slot) => {
+                    let prompt_tokens = slot.prompt.len() as u32;
+                    (self.out)(id, Event::Started { prompt_tokens });
+                    // Whoever is alone does not look at the cells of those that were.
+                    let alone = self.free.len() == self.slots.len();
+                    self.decoder.forget((!alone).then_some(at as i32));
+                    self.free.pop_front();
+                    self.slots[at] = Some(slot);
+                }
+                Err(failure) => (self.out)(id, Event::Failed(failure)),
+            }
+        }
+    }
+
+    fn slot(&mut self, job: Job) -> Result<Slot<D::Sampler>, Failure> {
+        let deadline_ns = job.deadline_ns();
+        let Job {
+            id,
+            prompt,
+            bad,
+            sampling,
+            cancelled,
+            ..
+        } = job;
+        let penalties = sampling.repetition_penalty != 1.0
+            || sampling.frequency_penalty != 0.0
+            || sampling.presence_penalty != 0.0;
+        let sampler = if sampling.temperature > 0.0 || penalties {
+            let seed = sampling
+                .seed
+                .unwrap_or_else(|| (now_ns() ^ id.wrapping_mul(0x9e37_79b9)) as u32);
+            let params = SamplerParams {
+                temperature: sampling.temperature,
+                top_k: sampling.top_k,
+                top_p: sampling.top_p,
+                min_p: sampling.min_p,
+                repetition_penalty: sampling.repetition_penalty,
+                frequency_penalty: sampling.frequency_penalty,
+                presence_penalty: sampling.presence_penalty,
+                seed,
+            };
+            Some(self.decoder.sampler(&params, &prompt)?)
+        } else {
+            None
+        };
+        self.admitted += 1;
+        Ok(Slot {
+            id,
+            cancelled,
+            reshaped: penalties || !bad.is_empty(),
+            bad,
+            fill: sampling.drex_fill.unwrap_or(self.settings.fill),
+            sampler,
+            text: Text::new(&sampling.stop, sampling.include_stop),
+            sampling,
+            prompt,
+            deadline_ns,
+            order: self.admitted,
+            n_past: 0,
+            ahead: Vec::new(),
+            n_drafts: 0,
+            output: Vec::new(),
+            next: 0,
+            busy: false,
+            drafts: 0,
+            drafts_accepted: 0,
+        })
+    }
+
+    /// Makes a request known to drex, at the end of its prompt.
+    pub(super) fn register(&mut self, at: usize) -> Result<(), Failure> {
+        let Some(slot) = &self.slots[at] else {
+            return Ok(());
+        };
+        let sampling = &slot.sampling;
+        let mut config: drex_request_config = zeroed();
+        config.size = size_of::<drex_request_config>() as u32;
+        config.metric = sampling.drex_metric.unwrap_or(DREX_METRIC_DEFAULT);
+        config.id = slot.id;
+        // Confidence is that of the model's own distribution: where that is changed, a ramp says nothing about the token,
+        // and such a request exits early only if it names a threshold itself.
+        let threshold = if slot.reshaped { 2.0 } else { f32::NAN };
+        config.threshold = sampling.drex_threshold.unwrap_or(threshold);
+        config.fill = sampling.drex_fill.unwrap_or(DREX_FILL_DEFAULT);
+        config.token_deadline_ns = nanoseconds(sampling.drex_deadline_ms.into());
+        config.priority = sampling.drex_priority;
+        let deadline = if sampling.drex_request_deadline_ms > 0.0 {
+            sampling.drex_request_deadline_ms.into()
+        } else {
+            self.settings.request_deadline_ms
+        };
+        config.request_deadline_ns = nanoseconds(deadline);
+        // The timeout counts from the arrival; of one that is over, the least is left.
+        if let Some(end) = slot.deadline_ns {
+            let left = end.saturating_sub(now_ns()).max(1);
+            config.request_deadline_ns = match config.request_deadline_ns {
+                0 => left,
+                other => other.min(left),
+            };
+        }
+        config.max_tokens = sampling.max_tokens.into();
+        // SAFETY: the struct lives during the call.
+        unsafe { check(drex_request_add(self.drex, &config)) }
+    }
+}

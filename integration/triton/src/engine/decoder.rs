@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the engine needs of a model: llama.cpp, or in unit tests one that can be made to fail.
+
+use std::ffi::c_void;
+
+use crate::llama::{LayerKv, Row, SamplerParams};
+use crate::triton::error::Failure;
+
+/// Where K, V and the logits of windows lie.
+#[derive(Clone, Copy)]
+pub struct Device {
+    /// Device pointers; else host memory.
+    pub cuda: bool,
+    /// NULL on the host.
+    pub stream: *mut c_void,
+}
+
+/// A model with its K/V cache. What runs returns 0, 1 where fewer rows may do, or another number.
+pub trait Decoder {
+    type Sampler;
+
+    fn n_layer(&self) -> u32;
+    fn n_vocab(&self) -> u32;
+    /// Most tokens of a sequence.
+    fn n_context(&self) -> u32;
+    /// A token that a text can begin with.
+    fn bos(&self) -> i32;
+    /// That the model was trained with; empty: none.
+    fn exit_layers(&self) -> Vec<u32>;
+    fn exit_head(&self) -> String;
+
+    /// The hidden arena, before anything runs.
+    fn windows(&mut self, n_slots: u32, n_graphs: u32) -> Result<(), Failure>;
+    /// After `windows`.
+    fn device(&mut self) -> Result<Device, Failure>;
+    fn layer(&self, layer: u32) -> Option<LayerKv>;
+
+    /// All layers; the logits of the rows with `outputs` are wanted.
+    fn decode(&mut self, rows: &[Row], outputs: &[bool]) -> i32;
+    /// Layers [begin, end); `arena[i]` is the arena row of row i.
+    fn window(&mut self, rows: &[Row], arena: &[i32], begin: u32, end: u32) -> i32;
+    /// K and V of layers from `begin` on, from the hidden rows as they are.
+    fn project(&mut self, rows: &[Row], arena: &[i32], begin: u32) -> i32;
+    /// The KV cells of the last window's rows.
+    fn cells(&self) -> *const u32;
+    /// The logits of all rows of the last window, where the device has them.
+    fn window_logits(&self) -> Option<*const f32>;
+    /// The logits of row i in host memory, of the last window or of the last pass through all layers.
+    fn logits(&mut self, i: usize, window: bool) -> Option<&[f32]>;
+
+    /// Frees the cells of a sequence, or of all.
+    fn forget(&mut self, sequence: Option<i32>);
+    /// The tokens of a sequence from `position` on are void.
+    fn rollback(&mut self, sequence: i32, position: u32);
+
+    /// One that has seen the prompt.
+    fn sampler(&self, params: &SamplerParams, prompt: &[i32]) -> Result<Self::Sampler, Failure>;
+    /// A token from row i's logits, none of the banned ones.
+    fn sample(
+        &mut self,
+        sampler: &mut Self::Sampler,
+        i: usize,
+        window: bool,
+        banned: &[i32],
+    ) -> Result<i32, Failure>;
+
+    /// The bytes of a token; `special`: also those of special ones, which have none else.
+    fn piece(&self, token: i32, special: bool) -> Vec<u8>;
+    /// Whether a text ends here.
+    fn is_end(&self, token: i32) -> bool;
+    /// Graphs built, graphs used again.
+    fn perf(&self) -> (u64, u64);
+}

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From a model and its settings to an engine.
+
+use std::ffi::CString;
+use std::ptr::null_mut;
+
+use drex::ffi::functions::*;
+use drex::ffi::types::*;
+
+use super::decoder::Decoder;
+use super::{Engine, Out, Queue, check, nanoseconds, zeroed};
+use crate::settings::Settings;
+use crate::triton::error::Failure;
+
+impl<D: Decoder> Engine<D> {
+    pub fn new(mut decoder: D, mut settings: Settings, out: Out) -> Result<Self, Failure> {
+        let ramps = ramps(&decoder, &settings)?;
+        if settings.context > decoder.n_context() {
+            eprintln!(
+                "drex: context is {}, the model was trained with {}: that is used",
+                settings.context,
+                decoder.n_context()
+            );
+            settings.context = decoder.n_context();
+        }
+        let name = |text: &str| CString::new(text).unwrap_or_default();
+        let arena = settings.slots * (1 + settings.max_pending);
+        let most = if settings.max_batch > 0 {
+            settings.max_batch
+        } else {
+            settings.batch
+        };
+        let max_batch = most.min(arena);
+        decoder.windows(arena, settings.graphs)?;
+        let device = decoder.device()?;
+        let thresholds = &settings.threshold;
+        let mut config: drex_config = zeroed();
+        config.size = size_of::<drex_config>() as u32;
+        config.abi_version = DREX_ABI_VERSION;
+        config.n_layers = decoder.n_layer();
+        config.n_ramps = ramps.len() as u32;
+        config.ramp_layers = ramps.as_ptr();
+        config.n_slots = arena;
+        config.max_requests = settings.slots;
+        config.max_batch = max_batch;
+        config.fill = settings.fill;
+        config.device = DREX_DEVICE_HOST;
+        if device.cuda {
+            config.device = DREX_DEVICE_CUDA;
+            config.n_vocab = decoder.n_vocab();
+        }
+        config.threshold = thresholds[0];
+        if thresholds.len() > 1 {
+            config.ramp_thresholds = thresholds.as_ptr();
+        }
+        config.flush_rows = settings.flush_rows;
+        config.min_ready = settings.min_ready;
+        config.max_hold_ns = nanoseconds(settings.max_hold_ms);
+        config.token_deadline_ns = nanoseconds(settings.deadline_ms);
+        config.art_ratio = settings.art_ratio;
+        config.max_pending = settings.max_pending;
+        let mut engine = null_mut();
+        // SAFETY: what the structs point to lives during the calls.
+        unsafe {
+            check(drex_policy_from_name(
+                name(&settings.policy).as_ptr(),
+                &mut config.policy,
+            ))?;
+            check(drex_metric_from_name(
+                name(&settings.metric).as_ptr(),
+                &mut config.metric,
+            ))?;
+            check(drex_create(&config, &mut engine))?;
+        }
+        let ends = 0..decoder.n_vocab() as i32;
+        let mut this = Self {
+            drex: engine,
+            device,
+            ramps,
+            max_batch,
+            ends: ends.filter(|&token| decoder.is_end(token)).collect(),
+            slots: (0..settings.slots).map(|_| None).collect(),
+            free: (0..settings.slots as usize).collect(),
+            queue: Queue::new(settings.max_queue),
+            admitted: 0,
+            leavers: Vec::new(),
+            plan: vec![zeroed(); max_batch as usize],
+            verdicts: vec![zeroed(); max_batch as usize],
+            out,
+            window_ns: 0,
+            settings,
+            decoder,
+        };
+        this.bind()?;
+        this.load_profile()?;
+        if config.policy == DREX_POLICY_ART && config.art_ratio.is_nan() {
+            this.calibrate()?;
+        }
+        Ok(this)
+    }
+
+    fn bind(&mut self) -> Result<(), Failure> {
+        let mut layers: Vec<drex_kv_layer> = Vec::new();
+        for layer in 0..self.decoder.n_layer() {
+            let kv = self
+                .decoder
+                .layer(layer)
+                .ok_or_else(|| Failure::unsupported(format!("layer {layer} has no K/V storage")))?;
+            let mut one: drex_kv_layer = zeroed();
+            one.size = size_of::<drex_kv_layer>() as u32;
+            one.n_cells = kv.n_cells;
+            one.k = kv.k;
+            one.v = kv.v;
+            one.k_row_bytes = kv.k_row_bytes;
+            one.k_cell_stride = kv.k_cell_stride;
+            one.v_row_bytes = kv.v_row_bytes;
+            one.v_cell_stride = kv.v_cell_stride;
+            one.v_elem_bytes = kv.v_elem_bytes;
+            one.v_elem_stride = kv.v_elem_stride;
+            layers.push(one);
+        }
+        // SAFETY: the tensors live as long as the context, which is closed after the engine.
+        unsafe {
+            check(drex_bind_kv(
+                self.drex,
+                layers.as_ptr(),
+                layers.len() as u32,
+            ))
+        }
+    }
+}
+
+fn ramps(decoder: &impl Decoder, settings: &Settings) -> Result<Vec<u32>, Failure> {
+    let ramps = if settings.exit_layers.is_empty() {
+        decoder.exit_layers()
+    } else {
+        settings.exit_layers.clone()
+    };
+    if ramps.is_empty() {
+        return Err(Failure::invalid(
+            "the model has no early_exit.layers in its metadata: it was not trained for early exit, or name the layers \
+             with the parameter exit_layers",
+        ));
+    }
+    let head = decoder.exit_head();
+    if head != "shared" {
+        return Err(Failure::unsupported(format!(
+            "early_exit.head is {head}, must be shared"
+        )));
+    }
+    let thresholds = settings.threshold.len();
+    if thresholds != 1 && thresholds != ramps.len() {
+        return Err(Failure::invalid(format!(
+            "parameters: threshold has {thresholds} values, must have 1 or one for each of the {} exit layers",
+            ramps.len()
+        )));
+    }
+    Ok(ramps)
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What each fill gives, and how a text ends.
+
+use super::*;
+
+#[test]
+fn verify_gives_what_the_full_model_does() {
+    for policy in ["hold", "latency", "lazy", "off", "auto"] {
+        let mut bench = Bench::new(settings(policy, "verify"));
+        for id in 1..=12u64 {
+            let mut sampling = greedy(5 + 4 * id as u32);
+            if id % 3 == 0 {
+                sampling.temperature = 1.0;
+                sampling.seed = Some(id as u32);
+            }
+            assert_eq!(bench.push(sampling), id);
+        }
+        let answers = bench.run();
+        let (mut drafts, mut accepted) = (0, 0);
+        for (id, answer) in &answers {
+            let seed = (id % 3 == 0).then_some(*id as u32);
+            let n = 5 + 4 * *id as usize;
+            assert_eq!(answer.tokens, full(*id, n, seed), "{policy}, request {id}");
+            assert_eq!(answer.ends, [Ok(Finish::Length)]);
+            drafts += answer.figures.drafts;
+            accepted += answer.figures.drafts_accepted;
+        }
+        assert_eq!(answers.len(), 12);
+        let stats = bench.engine.stats();
+        assert_eq!((stats.drafts, stats.drafts_accepted), (drafts, accepted));
+        // Some are right and some are not, else this test has seen nothing.
+        let some = accepted > 20 && drafts > accepted + 5;
+        match policy {
+            "off" => assert_eq!(drafts, 0),
+            "auto" => {} // as it likes
+            _ => assert!(some, "{policy}: {accepted} of {drafts}"),
+        }
+    }
+}
+
+#[test]
+fn a_request_may_ask_for_verify_and_the_context_ends_it_all_the_same() {
+    let mut bench = Bench::new(settings("latency", "copy"));
+    for id in 1..=4u64 {
+        let mut sampling = greedy(1000);
+        sampling.drex_fill = Some(if id % 2 == 0 {
+            DREX_FILL_VERIFY
+        } else {
+            DREX_FILL_POSTFILL
+        });
+        bench.push(sampling);
+    }
+    let answers = bench.run();
+    for (id, answer) in answers {
+        // The last one needs no cell.
+        let n = 64 - prompt(id).len() + 1;
+        assert_eq!(answer.tokens.len(), n, "request {id}");
+        assert_eq!(answer.ends, [Ok(Finish::Length)]);
+        if id % 2 == 0 {
+            assert_eq!(answer.tokens, full(id, n, None));
+        }
+    }
+}
+
+#[test]
+fn every_fill_leaves_no_holes_and_exits_early() {
+    for fill in crate::sampling::FILLS {
+        for policy in ["hold", "latency", "art"] {
+            let mut bench = Bench::new(settings(policy, fill));
+            for _ in 0..10 {
+                bench.push(greedy(30));
+            }
+            let answers = bench.run();
+            let exits: u64 = answers.values().flat_map(|a| &a.figures.exits).sum();
+            assert!(exits > 30, "{policy} {fill}: {exits}");
+            for answer in answers.values() {
+                assert_eq!(
+                    (answer.tokens.len(), &answer.ends[..]),
+                    (30, &[Ok(Finish::Length)][..])
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn ends_and_bans() {
+    for fill in ["copy", "verify"] {
+        let mut bench = Bench::new(settings("off", fill));
+        let whole = full(1, 12, None);
+        assert!(!whole[..4].contains(&whole[4]));
+        let stop = Sampling {
+            stop_token_ids: vec![whole[4]],
+            ..greedy(12)
+        };
+        bench.push(stop);
+        let answers = bench.run();
+        assert_eq!(answers[&1].tokens, whole[..5]);
+        assert_eq!(answers[&1].ends, [Ok(Finish::Stop)]);
+
+        // not before min_tokens: another token is chosen in its place
+        let whole = full(2, 12, None);
+        bench.push(Sampling {
+            stop_token_ids: vec![whole[4]],
+            min_tokens: 9,
+            ..greedy(12)
+        });
+        let tokens = &bench.run()[&2].tokens;
+        assert_eq!(tokens[..4], whole[..4]);
+        assert!(!tokens[..9].contains(&whole[4]), "{tokens:?}");
+
+        // a word of two tokens: the second does not follow the first
+        let whole = full(3, 12, None);
+        bench.push_job(greedy(12), now_ns(), vec![whole[3..5].to_vec()]);
+        let tokens = &bench.run()[&3].tokens;
+        assert_eq!(tokens[..4], whole[..4]);
+        assert_ne!(tokens[4], whole[4]);
+        assert_eq!(tokens.len(), 12);
+    }
+}

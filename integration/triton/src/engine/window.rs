@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One layer window over the rows that drex plans, and what comes of it.
+
+use drex::ffi::functions::*;
+use drex::ffi::types::*;
+
+use super::decoder::Decoder;
+use super::{Engine, Row, check, now_ns, zeroed};
+use crate::triton::error::Failure;
+
+pub(super) struct Step {
+    pub info: drex_step,
+    /// Of each row: its slot here.
+    pub slots: Vec<usize>,
+    pub rows: Vec<Row>,
+    pub arena: Vec<i32>,
+}
+
+/// A row that left with fill propagate: its K and V are projected before the next window.
+pub(super) struct Leaver {
+    pub slot: usize,
+    pub row: Row,
+    pub arena: i32,
+    pub begin: u32,
+}
+
+impl<D: Decoder> Engine<D> {
+    pub(super) fn window(&mut self) -> Result<(), Failure> {
+        self.ready()?;
+        let mut most = self.max_batch;
+        loop {
+            let Some(step) = self.plan(most)? else {
+                return Ok(());
+            };
+            let start = now_ns();
+            let code = self.project();
+            if code != 0 {
+                self.abandon()?;
+                for leaver in std::mem::take(&mut self.leavers) {
+                    let text = format!("llama.cpp failed to project K and V ({code})");
+                    self.fail(leaver.slot, Failure::internal(text));
+                }
+                return Ok(());
+            }
+            let (begin, end) = (step.info.layer_begin, step.info.layer_end);
+            let code = self.decoder.window(&step.rows, &step.arena, begin, end);
+            if code == 0 {
+                return self.complete(&step, start);
+            }
+            self.abandon()?;
+            // No room in the KV cache: with fewer rows there may be.
+            if code == 1 && step.rows.len() > 1 {
+                most = step.rows.len() as u32 / 2;
+                continue;
+            }
+            for at in step.slots {
+                let text = format!("llama.cpp failed on a layer window ({code})");
+                self.fail(at, Failure::internal(text));
+            }
+            return Ok(());
+        }
+    }
+
+    /// The rows of the planned step go back to where they were.
+    fn abandon(&mut self) -> Result<(), Failure> {
+        // SAFETY: a step is planned.
+        unsafe { check(drex_abandon(self.drex)) }
+    }
+
+    /// Tells drex whose next token can run.
+    fn ready(&mut self) -> Result<(), Failure> {
+        for slot in self.slots.iter_mut().flatten() {
+            if slot.in_prompt() || slot.busy {
+                continue;
+            }
+            let left = slot.sampling.max_tokens - slot.output.len() as u32;
+            let ran = slot.n_ran();
+            // Drafts that cannot go on are verified first: at the end of the text, of the budget, of the context.
+            let stuck = self.decoder.is_end(slot.next)
+                || slot.n_drafts >= left
+                || ran >= self.settings.context;
+            // SAFETY: a request that was added, and is idle.
+            unsafe {
+                if slot.n_drafts > 0 && stuck {
+                    let mut pending = 0;
+                    let settled = drex_request_settle(self.drex, slot.id, now_ns(), &mut pending);
+                    check(settled)?;
+                    if pending == 0 {
+                        return Err(Failure::internal("drafts without pending rows"));
+                    }
+                } else {
+                    check(drex_request_ready(self.drex, slot.id, ran + 1, now_ns()))?;
+                }
+            }
+            slot.busy = true;
+        }
+        Ok(())
+    }
+
+    fn plan(&mut self, most: u32) -> Result<Option<Step>, Failure> {
+        let mut input: drex_plan_input = zeroed();
+        input.size = size_of::<drex_plan_input>() as u32;
+        let waiting = self.slots.iter().flatten().filter(|s| s.in_prompt());
+        input.n_prompt_rows = waiting.map(|s| s.prompt.len() as u32 - s.n_past).sum();
+        input.now_ns = now_ns();
+        let mut info: drex_step = zeroed();
+        info.size = size_of::<drex_step>() as u32;
+        let rows = self.plan.as_mut_ptr();
+        // SAFETY: room for max_batch rows.
+        unsafe {
+            let mut status = drex_plan(self.drex, &input, rows, most, &mut info);
+            if status == DREX_ERROR_CAPACITY && most < self.max_batch {
+                // a deep window with many rows of one request; it needs no cells
+                status = drex_plan(self.drex, &input, rows, self.max_batch, &mut info);
+            }
+            check(status)?;
+        };
+        let n = info.n_rows as usize;
+        if n == 0 {
+            return Ok(None);
+        }
+        let mut step = Step {
+            info,
+            slots: Vec::with_capacity(n),
+            rows: Vec::with_capacity(n),
+            arena: Vec::with_capacity(n),
+        };
+        for (i, row) in self.plan[..n].iter().enumerate() {
+            let at = self
+                .slots
+                .iter()
+                .position(|slot| slot.as_ref().is_some_and(|slot| slot.id == row.request))
+                .ok_or_else(|| Failure::internal("drex planned a request that is gone"))?;
+            let slot = self.slots[at].as_ref().expect("found just now");
+            // Pending rows count back from the request's own row, its last one here, or from where the next one will be.
+            let own = self.plan[i..n]
+                .iter()
+                .take_while(|other| other.request == row.request)
+                .last()
+                .is_some_and(|last| last.back == 0);
+            let ran = own && info.layer_begin > 0;
+            step.slots.push(at);
+            step.arena.push(row.slot as i32);
+            step.rows.push(Row {
+                // only first windows look at it
+                token: slot.next,
+                position: slot.n_ran() as i32 - i32::from(ran) - row.back as i32,
+                sequence: at as i32,
+            });
+        }
+        Ok(Some(step))
+    }
+
+    /// Fill propagate, for the rows that left in the last window. The time that it takes is part of the next one's.
+    fn project(&mut self) -> i32 {
+        let Some(first) = self.leavers.first() else {
+            return 0;
+        };
+        let begin = first.begin;
+        let rows: Vec<Row> = self.leavers.iter().map(|l| l.row).collect();
+        let arena: Vec<i32> = self.leavers.iter().map(|l| l.arena).collect();
+        let code = self.decoder.project(&rows, &arena, begin);
+        if code == 0 {
+            self.leavers.clear();
+        }
+        code
+    }
+
+    fn complete(&mut self, step: &Step, start: u64) -> Result<(), Failure> {
+        let info = step.info;
+        if info.layer_begin == 0 {
+            for &at in &step.slots {
+                if let Some(slot) = &mut self.slots[at] {
+                    if slot.verifies() {
+                        slot.ahead.push(slot.next);
+                    } else {
+                        slot.n_past += 1;
+                    }
+                }
+            }
+        }
+        let ramp = info.ramp != DREX_NO_RAMP;
+        if ramp {
+            self.score(info.n_rows)?;
+        }
+        let end = now_ns();
+        self.window_ns += end - start;
+        // Nothing is removed from drex before the step is complete: the last tokens are to be counted.
+        let mut given = Vec::new();
+        if !ramp {
+            self.verify(step, &mut given)?;
+        }
+        for i in 0..info.n_rows as usize {
+            let at = step.slots[i];
+            let Some(slot) = &mut self.slots[at] else {
+                continue;
+            };
+            let verdict = self.verdicts[i];
+            if ramp && verdict.decision != DREX_DECISION_EXIT {
+                continue;
+            }
+            slot.busy = false;
+            if slot.verifies() {
+                // A draft runs next; the client gets it when it is verified.
+                if ramp {
+                    slot.next = verdict.token;
+                    slot.n_drafts += 1;
+                }
+                continue;
+            }
+            if self.plan[i].back > 0 {
+                continue;
+            }
+            if ramp && slot.fill == DREX_FILL_PROPAGATE {
+                self.leavers.push(Leaver {
+                    slot: at,
+                    row: step.rows[i],
+                    arena: step.arena[i],
+                    begin: info.layer_end,
+                });
+            }
+            let known = (ramp && verdict.token >= 0).then_some(verdict.token);
+            given.push((at, self.emit(at, i, true, known)));
+        }
+        let mut done: drex_completion = zeroed();
+        done.size = size_of::<drex_completion>() as u32;
+        done.now_ns = now_ns();
+        done.duration_ns = end - start;
+        done.n_kv = step.rows.iter().map(|r| r.position as u64 + 1).sum();
+        // SAFETY: a step is planned, and its ramp was called.
+        unsafe { check(drex_complete(self.drex, &done))? };
+        for (at, how) in given {
+            self.end(at, how);
+        }
+        Ok(())
+    }
+
+    /// The verdicts of the rows at a ramp, and the holes of those that leave.
+    fn score(&mut self, n_rows: u32) -> Result<(), Failure> {
+        let mut logits: drex_logits = zeroed();
+        logits.size = size_of::<drex_logits>() as u32;
+        logits.dtype = DREX_DTYPE_F32;
+        logits.row_stride_bytes = u64::from(self.decoder.n_vocab()) * 4;
+        logits.n_rows = n_rows;
+        logits.n_vocab = self.decoder.n_vocab();
+        logits.stream = self.device.stream;
+        let data = self.decoder.window_logits();
+        logits.data = data
+            .ok_or_else(|| Failure::internal("the window gave no logits"))?
+            .cast();
+        // SAFETY: all rows of a window are outputs, so that the logits of n rows lie one after another.
+        unsafe {
+            check(drex_ramp(
+                self.drex,
+                &logits,
+                self.decoder.cells(),
+                self.verdicts.as_mut_ptr(),
+                self.max_batch,
+            ))?;
+            check(drex_fill(self.drex))
+        }
+    }
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which metrics there are: llama-server's, and what a server of several models needs beside them.
+
+use drex::ffi::types::{DREX_FLUSH_REASONS, DREX_MISS_REASONS, drex_stats};
+
+use crate::triton::abi::{METRIC_COUNTER as COUNTER, METRIC_GAUGE as GAUGE};
+
+/// What the metrics of an instance are made from.
+pub struct Snapshot {
+    pub stats: drex_stats,
+    pub window_ns: u64,
+    pub waiting: usize,
+    pub running: usize,
+    /// Graphs that were built, and windows that used one again.
+    pub graphs: (u64, u64),
+}
+
+/// What a family has one metric for.
+#[derive(Clone, Copy)]
+pub enum Over {
+    One,
+    Ramps,
+    /// Why held rows ran.
+    Flushes,
+    /// Where a late token's time went.
+    Misses,
+    /// `chosen`, `off`
+    Rules,
+}
+
+pub struct Family {
+    pub kind: u32,
+    pub name: &'static str,
+    pub help: &'static str,
+    pub over: Over,
+    /// For an index of what `over` says. NaN: not known yet, and the metric is not there until it is.
+    pub value: fn(&Snapshot, usize) -> f64,
+}
+
+pub const FLUSHES: [&str; DREX_FLUSH_REASONS] = ["none", "fill", "age", "deadline", "idle", "stay"];
+pub const MISSES: [&str; DREX_MISS_REASONS] = ["host", "queue", "held", "run"];
+pub const RULES: [&str; 2] = ["chosen", "off"];
+
+/// Of policy auto, which has no rule before its first search.
+fn searched(s: &Snapshot, value: f64) -> f64 {
+    if s.stats.searches > 0 {
+        value
+    } else {
+        f64::NAN
+    }
+}
+
+macro_rules! families {
+    ($($kind:ident $name:literal $over:ident $help:literal, $value:expr;)*) => {
+        pub const FAMILIES: &[Family] = &[$(Family {
+            kind: $kind,
+            name: $name,
+            help: $help,
+            over: Over::$over,
+            value: $value,
+        },)*];
+    };
+}
+
+families! {
+    COUNTER "drex_exits_total" Ramps "Tokens emitted at an exit ramp",
+        |s, i| s.stats.exits[i] as f64;
+    COUNTER "drex_tokens_total" One "Tokens decoded, at a ramp or after the last layer",
+        |s, _| s.stats.tokens as f64;
+    COUNTER "drex_involuntary_exits_total" One "Rows made to exit below their threshold",
+        |s, _| s.stats.involuntary_exits as f64;
+    COUNTER "drex_involuntary_stays_total" One "Confident rows that went on with the batch",
+        |s, _| s.stats.involuntary_stays as f64;
+    COUNTER "drex_nonfinite_rows_total" One "Rows whose confidence was NaN or infinite",
+        |s, _| s.stats.nonfinite_rows as f64;
+    COUNTER "drex_steps_total" One "Layer windows run",
+        |s, _| s.stats.steps as f64;
+    COUNTER "drex_step_rows_total" One "Rows of all layer windows run",
+        |s, _| s.stats.step_rows as f64;
+    COUNTER "drex_window_seconds_total" One "Time spent in layer windows",
+        |s, _| s.window_ns as f64 / 1e9;
+    COUNTER "drex_filled_cells_total" One "KV cells whose skipped layers were filled by state-copy",
+        |s, _| s.stats.cells_filled as f64;
+    COUNTER "drex_filled_bytes_total" One "Bytes written by state-copy",
+        |s, _| s.stats.bytes_filled as f64;
+    COUNTER "drex_postfilled_rows_total" One "Exited rows that went through their skipped layers later on",
+        |s, _| s.stats.rows_filled as f64;
+    COUNTER "drex_drafts_total" One "Drafts of exit ramps that the full model judged",
+        |s, _| s.stats.drafts as f64;
+    COUNTER "drex_drafts_accepted_total" One "Drafts of exit ramps that the full model confirmed",
+        |s, _| s.stats.drafts_accepted as f64;
+    COUNTER "drex_dropped_rows_total" One "Rows run for nothing, behind a draft that was not confirmed",
+        |s, _| s.stats.rows_dropped as f64;
+    GAUGE "drex_pending_rows" One "Exited rows in the hidden arena that have layers to go",
+        |s, _| s.stats.pending_rows as f64;
+    COUNTER "drex_deadline_misses_total" Misses
+        "Tokens emitted after their deadline, by where most of their time went",
+        |s, i| s.stats.misses[i] as f64;
+    COUNTER "drex_flushes_total" Flushes "Windows over held rows, by what caused them",
+        |s, i| s.stats.flushes[i] as f64;
+    GAUGE "drex_held_rows" Ramps "Rows waiting in the rebatching buffer",
+        |s, i| s.stats.held_rows_at[i] as f64;
+    GAUGE "drex_held_rows_max" One "Most rows that waited at once",
+        |s, _| s.stats.held_rows_max as f64;
+    GAUGE "drex_requests" One "Requests alive",
+        |s, _| s.stats.requests as f64;
+    GAUGE "drex_slots_free" One "Free rows of the hidden arena",
+        |s, _| s.stats.slots_free as f64;
+    GAUGE "drex_art_ratio" One "Rebatching overhead over deep time, c/t_d",
+        |s, _| s.stats.art_ratio;
+    GAUGE "drex_exit_share" Ramps
+        "Share of rows that are confident at an exit ramp, of those scored there first",
+        |s, i| s.stats.exit_share[i];
+    GAUGE "drex_rule_ramp" Ramps "Policy auto: 1 where the present rule looks at an exit ramp",
+        |s, i| searched(s, f64::from((s.stats.rule_ramps >> i) & 1));
+    GAUGE "drex_rule_hold_rows" One "Policy auto: held rows at a ramp that are flushed",
+        |s, _| searched(s, s.stats.rule_hold_rows.into());
+    GAUGE "drex_rule_ready_rows" One "Policy auto: ready rows below which held rows are flushed",
+        |s, _| searched(s, s.stats.rule_ready_rows.into());
+    COUNTER "drex_searches_total" One "Policy auto: searches for a better rule",
+        |s, _| searched(s, s.stats.searches as f64);
+    GAUGE "drex_predicted_tokens_per_second" Rules "Policy auto: speed that the last search predicted",
+        |s, i| searched(s, [s.stats.predicted_tokens_per_s, s.stats.predicted_off_tokens_per_s][i]);
+    COUNTER "drex_graphs_built_total" One "Compute graphs built for layer windows",
+        |s, _| s.graphs.0 as f64;
+    COUNTER "drex_graphs_reused_total" One "Layer windows that reused a graph",
+        |s, _| s.graphs.1 as f64;
+    GAUGE "drex_requests_running" One "Requests that run",
+        |s, _| s.running as f64;
+    GAUGE "drex_requests_waiting" One "Requests that wait for a slot",
+        |s, _| s.waiting as f64;
+}
+
+/// The one histogram; its buckets are drex's.
+pub const WAITS: (&str, &str) = (
+    "drex_wait_seconds",
+    "Time that rows spent in the rebatching buffer",
+);
