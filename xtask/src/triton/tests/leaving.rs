@@ -128,11 +128,15 @@ fn waiting(bench: &Bench) -> Result<()> {
 /// time, until they are cancelled.
 fn held(bench: &Bench) -> Result<()> {
     for fill in FILLS {
-        let server = bench.start_with(&[("context", "2048"), ("slots", "16")])?;
-        let ask = |count: usize, tokens: u32, threshold: f64| -> Vec<Value> {
+        let server = bench.start_with(&[("slots", "16")])?;
+        let free = |server: &Triton| -> Result<Option<f64>> {
+            Ok(Metrics::parse(&server.metrics()?).get("drex_slots_free"))
+        };
+        let all_free = free(&server)?;
+        let ask = |count: usize, threshold: f64| -> Vec<Value> {
             (0..count)
                 .map(|i| {
-                    let mut request = request(i, tokens);
+                    let mut request = request(i, 480);
                     request["sampling"]["drex_threshold"] = json!(threshold);
                     request["sampling"]["drex_fill"] = json!(fill);
                     request["cancel_on_line"] = json!(true);
@@ -140,27 +144,39 @@ fn held(bench: &Bench) -> Result<()> {
                 })
                 .collect()
         };
-        let mut movers = server.spawn(&bench.installed, &ask(4, 2000, 0.0), json!({}))?;
-        server.metrics_with("drex_requests_running", |running| running == 4.0)?;
-        let mut held = server.spawn(&bench.installed, &ask(8, 2000, 2.0), json!({}))?;
+        // More of them than run at once, so that some are there for as long as it takes.
+        let mut movers = server.spawn(
+            &bench.installed,
+            &ask(200, 0.0),
+            json!({"at_once": 8, "drain": 0}),
+        )?;
+        server.metrics_with("drex_exits_total", |exits| exits > 0.0)?;
+        let mut held = server.spawn(&bench.installed, &ask(8, 2.0), json!({}))?;
         server.metrics_with("drex_held_rows", |rows| rows == 8.0)?;
         held.cancel()?;
         let took = soon(&server, "drex_held_rows", |rows| rows == 0.0)?;
-        let metrics = server.metrics_with("drex_requests_running", |running| running == 4.0)?;
-        let free = Metrics::parse(&metrics).get("drex_slots_free");
         for answer in held.finish()? {
             ensure!(answer["cancelled"] == true, "{answer}");
         }
+        // The others went on meanwhile.
+        let tokens = || -> Result<Option<f64>> {
+            Ok(Metrics::parse(&server.metrics()?).get("drex_tokens_total"))
+        };
+        let before = tokens()?;
+        server.metrics_with("drex_tokens_total", |now| before.is_some_and(|b| now > b))?;
         movers.cancel()?;
-        soon(&server, "drex_requests_running", |running| running == 0.0)?;
         movers.finish()?;
         quiet(&server)?;
+        let still = free(&server)?;
+        ensure!(
+            still.is_some() && still == all_free,
+            "{still:?} rows of the arena are free, {all_free:?} were"
+        );
         // The slots serve others.
         whole(&bench.stream(&server, &requests(16, 40))?, |_| 40)?;
         println!(
-            "        fill {fill}: 8 held rows gone after {:.2} s, {} rows of the arena free",
-            took.as_secs_f64(),
-            free.unwrap_or(0.0)
+            "        fill {fill}: 8 held rows gone after {:.2} s",
+            took.as_secs_f64()
         );
     }
     Ok(())
