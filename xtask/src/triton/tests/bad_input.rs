@@ -6,7 +6,9 @@ use std::{fs, time::Duration};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Bench, PARAMETERS, Test, clients::single, quiet, refused, request, requests, whole};
+use super::{
+    Bench, By, PARAMETERS, Test, clients::single, quiet, refused, request, requests, whole,
+};
 use crate::triton::{server::Triton, setup::MODEL};
 
 pub const TESTS: &[Test] = &[
@@ -15,19 +17,30 @@ pub const TESTS: &[Test] = &[
     ("configurations that cannot be", configurations),
 ];
 
-/// String tensors of one element by their shape, and what the backend says of them.
-const STRINGS: [(&[u8], &str); 5] = [
+/// String tensors of one element by their shape, who refuses them, and how: the server counts the elements and sees that
+/// the lengths are there, but not that the text is.
+const STRINGS: [(&[u8], By, &str); 5] = [
     (
         b"\xff\xff\xff\xffhello",
-        "element 0 says it has 4294967295 bytes, the tensor has 5 left",
+        By::Backend,
+        "text_input: element 0 says it has 4294967295 bytes, the tensor has 5 left",
     ),
     (
         b"\x06\0\0\0hello",
-        "element 0 says it has 6 bytes, the tensor has 5 left",
+        By::Backend,
+        "text_input: element 0 says it has 6 bytes, the tensor has 5 left",
     ),
-    (b"\x01\0\0\0a\x01\0\0\0b", "the shape says 1"),
-    (b"\x04\0", "text_input"),
-    (b"\x02\0\0\0\xff\xfe", "UTF-8"),
+    (
+        b"\x02\0\0\0\xff\xfe",
+        By::Backend,
+        "text_input: element 0 is not UTF-8",
+    ),
+    (
+        b"\x01\0\0\0a\x01\0\0\0b",
+        By::Server,
+        "unexpected number of string elements 2",
+    ),
+    (b"\x04\0", By::Server, "incomplete string length indicator"),
 ];
 
 fn malformed(bench: &Bench) -> Result<()> {
@@ -69,7 +82,10 @@ fn malformed(bench: &Bench) -> Result<()> {
         (json!({"stream": false}), "text_input"),
         // the server itself refuses these two
         (json!({"text_input": 5}), "as string"),
-        (json!({"text_input": ["a", "b"]}), ""),
+        (
+            json!({"text_input": ["a", "b"]}),
+            "can not convert input 'text_input' to tensor with proper shape",
+        ),
     ];
     let others = server.spawn(&bench.installed, &requests(8, 200), json!({}))?;
     let mut count = 0;
@@ -85,9 +101,22 @@ fn malformed(bench: &Bench) -> Result<()> {
             count += 1;
         }
     }
-    // Lengths inside the string tensor that do not fit it: the server does not look at them. A model with one response for
-    // a request, since the server itself refuses /infer of others.
-    for (tensor, part) in STRINGS {
+    // Over HTTP a model with several responses for a request can only be asked for one: the server's own words, under 200.
+    let answer = server.http.post(
+        &path,
+        &json!({"text_input": "a", "stream": true, "max_tokens": 4}),
+    )?;
+    ensure!(
+        answer.json()?["error"]
+            .as_str()
+            .is_some_and(|text| text.contains("exactly 1 response")),
+        "/generate with stream: {}",
+        answer.text()
+    );
+    count += 1;
+    // Lengths inside the string tensor that do not fit it. A model with one response for a request, since the server refuses
+    // /infer of others.
+    for (tensor, _, part) in STRINGS {
         let head = json!({"inputs": [{"name": "text_input", "shape": [1], "datatype": "BYTES",
             "parameters": {"binary_data_size": tensor.len()}}]})
         .to_string();
@@ -122,39 +151,47 @@ fn raw_infer(server: &Triton, head: &str, tensor: &[u8]) -> Result<String> {
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-/// What `inputs` and `parameters` of a request over gRPC are, and a part of the error.
-fn wrong_messages() -> Vec<(Value, Value, String)> {
+/// What `inputs` and `parameters` of a request over gRPC are, who refuses it, and a part of the error.
+fn wrong_messages() -> Vec<(Value, Value, By, &'static str)> {
     let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
     let tensor = |datatype: &str, shape: &[u32], bytes: &[u8]| json!({"datatype": datatype, "shape": shape, "hex": hex(bytes)});
-    let text = |bytes: &[u8]| json!({"text_input": tensor("BYTES", &[1], bytes)});
-    let none = json!({});
-    let mut all: Vec<(Value, Value, String)> = STRINGS
-        .iter()
-        .map(|(bytes, part)| (text(bytes), none.clone(), (*part).to_owned()))
-        .collect();
+    let strings = STRINGS.iter().map(|(bytes, by, part)| {
+        (
+            json!({"text_input": tensor("BYTES", &[1], bytes)}),
+            json!({}),
+            *by,
+            *part,
+        )
+    });
     let two = b"\x01\0\0\0a\x01\0\0\0b";
-    for (inputs, part) in [
-        // the server itself refuses these
+    let by_server = [
         (
             json!({"text_input": tensor("INT32", &[1], &[5, 0, 0, 0])}),
-            "text_input",
+            "data-type is 'INT32'",
         ),
         (
             json!({"text_input": tensor("BYTES", &[2], two)}),
-            "text_input",
+            "Expected [1], got [2]",
         ),
         (
             json!({"text_input": tensor("BYTES", &[1, 1], b"\x01\0\0\0a")}),
-            "text_input",
+            "Expected [1], got [1,1]",
         ),
         (
             json!({"stream": tensor("INT32", &[1], &[1, 0, 0, 0])}),
-            "stream",
+            "data-type is 'INT32'",
         ),
-        (json!({"stream": tensor("BOOL", &[1], &[1, 1])}), "stream"),
-        (json!({"text_input": null}), "text_input"),
-        (json!({"prompt": "a"}), "prompt"),
-        // and the backend these
+        (
+            json!({"stream": tensor("BOOL", &[1], &[1, 1])}),
+            "byte size mismatch for input 'stream'",
+        ),
+        (
+            json!({"prompt": "a"}),
+            "unexpected inference input 'prompt'",
+        ),
+    ];
+    let by_backend = [
+        (json!({"text_input": null}), "text_input is missing"),
         (
             json!({"sampling_parameters": "{"}),
             "sampling_parameters: not JSON",
@@ -167,20 +204,19 @@ fn wrong_messages() -> Vec<(Value, Value, String)> {
             json!({"exclude_input_in_output": false}),
             "exclude_input_in_output is false",
         ),
-        (json!({"text_input": ""}), "text_input is empty"),
-    ] {
-        all.push((inputs, none.clone(), part.to_owned()));
-    }
-    for (parameters, part) in [
-        (json!({"tempreature": 1.5}), "tempreature"),
+    ];
+    let parameters = [
+        (json!({"tempreature": 1.5}), "unknown name tempreature"),
         (json!({"max_tokens": "many"}), "max_tokens is \"many\""),
         (json!({"max_tokens": -1}), "max_tokens is -1"),
         (json!({"temperature": true}), "temperature is true"),
         (json!({"drex_fill": "pour"}), "drex_fill is \"pour\""),
-    ] {
-        all.push((none.clone(), parameters, part.to_owned()));
-    }
-    all
+    ];
+    strings
+        .chain(by_server.map(|(inputs, part)| (inputs, json!({}), By::Server, part)))
+        .chain(by_backend.map(|(inputs, part)| (inputs, json!({}), By::Backend, part)))
+        .chain(parameters.map(|(parameters, part)| (json!({}), parameters, By::Backend, part)))
+        .collect()
 }
 
 fn malformed_grpc(bench: &Bench) -> Result<()> {
@@ -188,7 +224,7 @@ fn malformed_grpc(bench: &Bench) -> Result<()> {
     let cases = wrong_messages();
     let mut requests: Vec<Value> = cases
         .iter()
-        .map(|(inputs, parameters, _)| {
+        .map(|(inputs, parameters, ..)| {
             let mut request = request(0, 8);
             // What sampling_parameters says would win over the parameters.
             request["inputs"] = json!({"sampling_parameters": null});
@@ -202,8 +238,8 @@ fn malformed_grpc(bench: &Bench) -> Result<()> {
     // All at once, among good ones.
     requests.extend(super::requests(16, 100));
     let answers = bench.stream(&server, &requests)?;
-    for ((inputs, parameters, part), answer) in cases.iter().zip(&answers) {
-        refused(answer, part).with_context(|| format!("{inputs} {parameters}"))?;
+    for ((inputs, parameters, by, part), answer) in cases.iter().zip(&answers) {
+        refused(answer, *by, part).with_context(|| format!("{inputs} {parameters}"))?;
     }
     whole(&answers[cases.len()..], |_| 100)?;
     ensure!(server.is_running(), "the server has ended");

@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Bench, Test, one_final, quiet, refused, request, whole};
+use super::{Bench, By, Test, one_final, quiet, refused, request, whole};
 use crate::triton::{server::Triton, setup::MODEL};
 
 pub const TESTS: &[Test] = &[
@@ -40,7 +40,7 @@ fn round(bench: &Bench, server: &Triton, count: usize) -> Result<u64> {
     for (i, answer) in answers.iter().enumerate() {
         match i % 8 {
             3 => ensure!(answer["cancelled"] == true, "request {i}: {answer}"),
-            5 => drop(refused(answer, "tempreature")?),
+            5 => refused(answer, By::Backend, "tempreature")?,
             7 => {
                 one_final(answer)?;
                 ensure!(answer["responses"] == 1, "request {i}: {answer}");

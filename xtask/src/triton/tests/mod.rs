@@ -178,9 +178,23 @@ fn one_final(answer: &Value) -> Result<()> {
     Ok(())
 }
 
-/// The error that a request ended with, which had its final flag.
-fn refused<'a>(answer: &'a Value, part: &str) -> Result<&'a str> {
-    one_final(answer)?;
+/// Who refused a request.
+#[derive(Clone, Copy, PartialEq)]
+enum By {
+    /// The backend, with the final flag.
+    Backend,
+    /// The server, before the backend sees it: with an error that has no flag at all.
+    Server,
+}
+
+/// The error is all that a request was answered with.
+fn refused(answer: &Value, by: By, part: &str) -> Result<()> {
+    let finals = u32::from(by == By::Backend);
+    ensure!(
+        answer["finals"] == finals && answer["after_final"] == 0 && answer["ended"] == true,
+        "{} final flags, not {finals}: {answer}",
+        answer["finals"]
+    );
     let text = answer["errors"][0].as_str().unwrap_or_default();
     ensure!(
         answer["errors"].as_array().is_some_and(|e| e.len() == 1) && text.contains(part),
@@ -188,7 +202,7 @@ fn refused<'a>(answer: &'a Value, part: &str) -> Result<&'a str> {
         answer["errors"]
     );
     ensure!(answer["responses"] == 0, "responses too: {answer}");
-    Ok(text)
+    Ok(())
 }
 
 /// Nothing is left of any request.

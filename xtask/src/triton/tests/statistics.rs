@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Bench, PARAMETERS, Test, refused, request, requests, whole};
+use super::{Bench, By, PARAMETERS, Test, refused, request, requests, whole};
 use crate::{
     client::Metrics,
     triton::{server::Triton, setup::MODEL},
@@ -35,7 +35,7 @@ fn counts(bench: &Bench) -> Result<()> {
     let answers = bench.stream(&server, &all)?;
     whole(&answers[..12], |_| 40)?;
     for answer in &answers[12..] {
-        refused(answer, "tempreature")?;
+        refused(answer, By::Backend, "tempreature")?;
     }
     let stats = statistics(&server)?;
     let inference = &stats["inference_stats"];
