@@ -143,10 +143,7 @@ pub fn expected(bench: &Bench, fill: &'static str) -> Result<Vec<Value>> {
     // What these streams are to test must be in them.
     for how in ["eos", "word"] {
         let count = answers.iter().filter(|a| a["stop_type"] == how).count();
-        ensure!(
-            count > 1,
-            "{count} of llama-server's answers end with {how}"
-        );
+        ensure!(count > 0, "none of llama-server's answers ends with {how}");
     }
     bench.expected.borrow_mut().insert(fill, answers.clone());
     Ok(answers)
