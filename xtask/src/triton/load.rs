@@ -230,7 +230,7 @@ pub fn run(cache: &Cache, installed: &Installed, load: &Load, quiet: bool) -> Re
             }
         }
         ensure!(
-            exits[0] == 0.0 && exits[1] > 0.1,
+            exits[0] == 0.0 && exits[1] > 0.0,
             "early exits: {exits:?} of the tokens, by policy {POLICIES:?}"
         );
         let mut rows = Vec::new();
