@@ -260,6 +260,15 @@ fn configurations(bench: &Bench) -> Result<()> {
         ("", &[("exit_layers", "4,99")], "ramp_layers"),
         ("", &[("threshold", "0.5,0.5")], "threshold has 2 values"),
         ("", &[("kv_type", "q9_9")], "q9_9"),
+        // types of ggml that a KV cache cannot have
+        ("", &[("kv_type", "i32")], "kv_type is \"i32\""),
+        ("", &[("kv_type", "q8_1")], "kv_type is \"q8_1\""),
+        ("", &[("slots", "300")], "slots is \"300\""),
+        (
+            "",
+            &[("slots", "256"), ("context", "16777216")],
+            "slots is 256 and context is 16777216",
+        ),
         ("", &[("model_file", "no.gguf")], "no.gguf"),
         ("max_batch_size: 8\n", &[], "max_batch_size"),
         (

@@ -24,6 +24,14 @@ pub const TESTS: &[Test] = &[
         equal(bench, "propagate", "hold")
     }),
     (
+        "64 streams equal the unpatched llama-server's, fill verify",
+        |bench| equal(bench, "verify", "hold"),
+    ),
+    (
+        "64 streams equal the unpatched llama-server's, fill verify and policy auto",
+        |bench| equal(bench, "verify", "auto"),
+    ),
+    (
         "32 streams equal llama-server's while 32 others are cancelled",
         cancelled_neighbours,
     ),

@@ -182,7 +182,7 @@ fn held(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-const FILLS: [&str; 3] = ["copy", "postfill", "propagate"];
+const FILLS: [&str; 4] = ["copy", "postfill", "verify", "propagate"];
 
 fn generate(i: usize, stream: bool) -> Value {
     json!({"text_input": prompt(i), "stream": stream, "temperature": 0, "max_tokens": 450, "ignore_eos": true})

@@ -12,6 +12,10 @@ use crate::{
 
 pub const TESTS: &[Test] = &[
     ("/stats and nv_inference_* count what was asked", counts),
+    (
+        "executions, responses and waiting are in /stats",
+        executions,
+    ),
     ("--allow-metrics=false serves", without_metrics),
 ];
 
@@ -69,6 +73,39 @@ fn counts(bench: &Bench) -> Result<()> {
         ensure!(got == Some(wanted), "{name} is {got:?}, not {wanted}");
     }
     println!("        {stats}");
+    Ok(())
+}
+
+/// On two slots each pair of twelve requests waits for those before it: 0 + 1 + ... + 5 times what it takes to serve one,
+/// and so longer in sum than they run.
+fn executions(bench: &Bench) -> Result<()> {
+    let server = bench.start_with(&[("slots", "2")])?;
+    whole(&bench.stream(&server, &requests(12, 60))?, |_| 60)?;
+    let stats = statistics(&server)?;
+    let ns = |of: &str| stats["inference_stats"][of]["ns"].as_u64().unwrap_or(0);
+    ensure!(
+        ns("queue") > ns("compute_infer") && ns("compute_infer") > 0,
+        "12 requests on 2 slots: {stats}"
+    );
+    // Layer windows: at most two rows each, and a token takes one window or two.
+    let executed = stats["execution_count"].as_u64().unwrap_or(0);
+    ensure!(
+        (12 * 60 / 2..=12 * 60 * 2 + 100).contains(&executed),
+        "{executed} executions: {stats}"
+    );
+    ensure!(
+        stats["response_stats"].as_object().is_some_and(
+            |all| all.len() == 60 && all.values().all(|one| one["success"]["count"] == 12)
+        ),
+        "12 requests with 60 responses each: {stats}"
+    );
+    let metrics = Metrics::parse(&server.metrics()?);
+    let of = metrics.get("nv_inference_exec_count");
+    ensure!(
+        of == Some(executed as f64),
+        "nv_inference_exec_count is {of:?}"
+    );
+    println!("        {executed} executions for 720 tokens");
     Ok(())
 }
 
