@@ -6,7 +6,7 @@ use std::{fs, time::Duration};
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use super::{Bench, PARAMETERS, Test, one_final, parameters, quiet, requests, whole};
+use super::{Bench, PARAMETERS, Test, parameters, quiet, requests, whole};
 use crate::{
     cache,
     client::Metrics,
@@ -161,12 +161,15 @@ fn shutdown(bench: &Bench) -> Result<()> {
             }
         } else {
             for (i, answer) in answers.iter().enumerate() {
-                let errors = answer["errors"].as_array().map_or(0, Vec::len);
-                let well = one_final(answer).is_ok();
+                let count = |name: &str| answer[name].as_array().map_or(0, Vec::len);
                 ensure!(
-                    well || (errors == 1 && answer["finals"] != 1)
-                        || (errors == 1 && answer["after_final"] == 0),
-                    "request {i} has neither its end nor an error: {answer}"
+                    answer["finals"] == 1 || (answer["finals"] == 0 && count("errors") > 0),
+                    "request {i} has neither one final flag nor an error: {answer}"
+                );
+                // What came of it is no answer that went well.
+                ensure!(
+                    count("tokens") == tokens as usize || count("errors") > 0,
+                    "request {i} seems to be whole and is not: {answer}"
                 );
             }
         }
