@@ -49,13 +49,16 @@ pub struct Options {
     /// Only the Python package
     #[arg(long, group = "part")]
     python: bool,
-    /// Only the backend in Triton Inference Server
-    #[arg(long, group = "part")]
-    triton: bool,
+    /// Only the backend in Triton Inference Server, or those tests of it whose names contain a text
+    #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "", group = "part")]
+    triton: Option<String>,
+    /// With AIPerf too, which fetches 1.2 GB once
+    #[arg(long, requires = "triton")]
+    load: bool,
     /// Only the server tests whose names contain this
     #[arg(long, value_name = "TEXT", group = "part")]
     only: Option<String>,
-    /// Leave out the slow server tests, the exact builds, the consumers, the examples and the book
+    /// Leave out the slow server tests, the exact builds, the consumers, the examples, Triton and the book
     #[arg(long, conflicts_with = "part")]
     quick: bool,
     #[command(flatten)]
@@ -71,7 +74,7 @@ impl Options {
             || self.examples
             || self.observe
             || self.python
-            || self.triton
+            || self.triton.is_some()
     }
 
     fn of_server(&self) -> bool {
@@ -153,13 +156,8 @@ pub fn run(options: &Options) -> Result<bool> {
     if all || options.python {
         python_tests(&mut count);
     }
-    if options.triton {
-        println!("== Triton");
-        let start = Instant::now();
-        let mut one = |name: &str, result, start| count.one(name, result, start);
-        if let Err(error) = triton::tests::run(options.source.llama_src.as_deref(), &mut one) {
-            count.one("triton: the server starts", Err(error), start);
-        }
+    if long || options.triton.is_some() {
+        triton(options, &mut count);
     }
     if long {
         println!("== the book");
@@ -226,6 +224,32 @@ fn examples(count: &mut Count) {
         let start = Instant::now();
         count.one(test.name, (test.run)(&kit), start);
     }
+}
+
+fn triton(options: &Options, count: &mut Count) {
+    println!("== Triton");
+    let start = Instant::now();
+    let only = options.triton.as_deref().unwrap_or_default();
+    let mut tests = 0;
+    let mut one = |name: &str, result, start| {
+        tests += 1;
+        count.one(name, result, start);
+    };
+    let source = options.source.llama_src.as_deref();
+    match triton::tests::run(source, only, options.load, &mut one) {
+        Err(error) => one("triton: the server starts", Err(error), start),
+        // Nothing that ran is nothing that passed.
+        Ok(0) => one(
+            "triton: tests",
+            Err(anyhow::anyhow!("none was chosen")),
+            start,
+        ),
+        Ok(_) => {}
+    }
+    println!(
+        "{tests} tests in Triton, {:.0} s",
+        start.elapsed().as_secs_f64()
+    );
 }
 
 fn python_tests(count: &mut Count) {

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask triton`: Triton Inference Server with the drex backend, on loopback.
 
+pub mod load;
+pub mod server;
 pub mod setup;
 pub mod tests;
+
+use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -14,7 +18,7 @@ use crate::{
     llama::{Kind, Llama},
     server_tests::prompt,
 };
-use setup::Triton;
+use server::Triton;
 
 #[derive(Args)]
 pub struct Options {
@@ -35,15 +39,50 @@ pub struct Options {
         value_name = "PORT"
     )]
     port: u16,
+    /// Measure with AIPerf instead, without early exit and with it (fetches 1.2 GB once)
+    #[arg(long, conflicts_with_all = ["stay", "install", "port", "streams"])]
+    load: bool,
+    /// Requests of each of AIPerf's runs
+    #[arg(long, default_value_t = 256, requires = "load", value_name = "N")]
+    requests: u32,
+    /// How many of them at a time
+    #[arg(
+        long,
+        default_value = "32",
+        value_delimiter = ',',
+        requires = "load",
+        value_name = "N,..."
+    )]
+    concurrency: Vec<u32>,
+    /// Runs of each policy in turn; the medians count
+    #[arg(long, default_value_t = 1, requires = "load", value_name = "N")]
+    rounds: u32,
+    /// Start nothing: leave the backend and an example model repository in a folder
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["stay", "json", "streams", "port"])]
+    install: Option<PathBuf>,
     #[command(flatten)]
     source: Source,
 }
+
+/// Tokens of each answer.
+const TOKENS: usize = 32;
 
 pub fn run(options: &Options) -> Result<()> {
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let runtime = llama.ensure_one(Kind::Patched)?;
+    if let Some(dir) = &options.install {
+        setup::install_to(&cache, &runtime, dir)?;
+        println!(
+            "tritonserver --backend-directory={0}/backends --model-repository={0}/models",
+            std::path::absolute(dir)?.display()
+        );
+        return Ok(());
+    }
     let installed = setup::install(&cache, &runtime)?;
+    if options.load {
+        return measure(&cache, &installed, options);
+    }
     let repository = installed.repository(&[("slots", "64"), ("context", "512")])?;
     let server = Triton::start(&installed, repository, options.port, &[])?;
     if !options.json {
@@ -54,7 +93,7 @@ pub fn run(options: &Options) -> Result<()> {
         );
     }
     let requests: Vec<_> = (0..options.streams as usize)
-        .map(|i| json!({"prompt": prompt(i), "sampling": {"temperature": 0, "max_tokens": 32, "ignore_eos": true}}))
+        .map(|i| json!({"prompt": prompt(i), "sampling": {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": true}}))
         .collect();
     if !options.json {
         eprint!("{}", prompt(0));
@@ -67,10 +106,11 @@ pub fn run(options: &Options) -> Result<()> {
             .map(|a| a[name].as_u64().unwrap_or(0))
             .sum::<u64>()
     };
-    let tokens: usize = answers
+    let lengths: Vec<usize> = answers
         .iter()
         .map(|a| a["tokens"].as_array().map_or(0, Vec::len))
-        .sum();
+        .collect();
+    let tokens: usize = lengths.iter().sum();
     let names = Triton::drex_names(&metrics);
     let errors: Vec<_> = answers
         .iter()
@@ -106,6 +146,24 @@ pub fn run(options: &Options) -> Result<()> {
         "{} requests failed: {errors:?}",
         errors.len()
     );
+    for (name, wanted) in [("finals", 1), ("after_final", 0)] {
+        let wrong = answers.iter().filter(|a| a[name] != wanted).count();
+        ensure!(
+            wrong == 0,
+            "{wrong} of {} streams: {name} is not {wanted}",
+            answers.len()
+        );
+    }
+    let short = lengths.iter().filter(|n| **n != TOKENS).count();
+    ensure!(
+        short == 0,
+        "{short} of {} answers have not {TOKENS} tokens",
+        answers.len()
+    );
+    ensure!(
+        names.iter().any(|name| name == "drex_exits_total"),
+        "no drex_exits_total at /metrics"
+    );
     if options.stay {
         println!(
             "\ntry:  curl {}/v2/models/{}/generate -d '{{\"text_input\": \"Returns the\", \"max_tokens\": 32}}'\nCtrl-C ends it",
@@ -114,5 +172,22 @@ pub fn run(options: &Options) -> Result<()> {
         );
         server.wait()?;
     }
+    Ok(())
+}
+
+fn measure(cache: &Cache, installed: &setup::Installed, options: &Options) -> Result<()> {
+    let load = load::Load {
+        requests: options.requests,
+        concurrency: options.concurrency.clone(),
+        rounds: options.rounds.max(1),
+    };
+    let figures = load::run(cache, installed, &load, options.json)?;
+    if options.json {
+        println!("{figures}");
+        return Ok(());
+    }
+    let file = crate::cargo::target_dir()?.join("triton-load.json");
+    std::fs::write(&file, format!("{figures:#}\n"))?;
+    println!("\n{}", file.display());
     Ok(())
 }

@@ -1,45 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Gets the server and its client, lays out backend and model repository, starts the server.
+//! Gets the server and its client, lays out backend and model repository.
 
 use std::{
     ffi::OsString,
-    fs::{self, File},
-    io::Write,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::unix::{fs::PermissionsExt, process::CommandExt},
+    fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::Command,
     sync::atomic::{AtomicU32, Ordering},
-    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     cache::{self, Cache},
     cargo::{cargo, target_dir},
-    client::{Client, Metrics},
     fetch::Python,
     llama::Runtime,
     process,
     tools::Tools,
 };
 
-/// The server's package: its wheel carries tritonserver 2.51.0 for a CPU.
-const SERVER: &str = "nvidia-pytriton==0.7.0";
-const WHEEL: &str = "nvidia_pytriton-0.7.0-py3-none-manylinux_2_35_x86_64.whl";
-const SHA256: &str = "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df";
-const CLIENT: &str = "tritonclient[grpc,http]==2.73.0";
+/// A file of the package index that is taken only as the one that drex was tested with.
+struct Wheel {
+    requirement: &'static str,
+    file: &'static str,
+    sha256: &'static str,
+    title: &'static str,
+}
+
+/// Carries tritonserver 2.51.0 for a CPU.
+const SERVER: Wheel = Wheel {
+    requirement: "nvidia-pytriton==0.7.0",
+    file: "nvidia_pytriton-0.7.0-py3-none-manylinux_2_35_x86_64.whl",
+    sha256: "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df",
+    title: "fetching Triton Inference Server (55 MB)",
+};
+/// What it needs besides is for pip to choose, since that depends on the version of Python.
+const CLIENT: Wheel = Wheel {
+    requirement: "tritonclient==2.73.0",
+    file: "tritonclient-2.73.0-py3-none-any.whl",
+    sha256: "1f5cec19b0568e037ec4d716ae702984b3ab93e35f72b8f72c5135374dd2be9a",
+    title: "fetching Triton's Python client",
+};
 pub const MODEL: &str = "early_exit";
 
 /// Everything that it takes to start a server.
 pub struct Installed {
-    server: PathBuf,
-    client: PathBuf,
+    pub server: PathBuf,
+    pub client: PathBuf,
     /// The folder that has the folder of the backend.
-    backends: PathBuf,
-    python: Python,
+    pub backends: PathBuf,
+    pub python: Python,
     /// For model repositories; goes when this does.
     dir: tempdir::Dir,
     count: AtomicU32,
@@ -80,40 +92,49 @@ pub fn install(cache: &Cache, runtime: &Runtime) -> Result<Installed> {
     })
 }
 
+impl Wheel {
+    /// Into `dl` of the folder.
+    fn fetch(&self, cache: &Cache, python: &Python, dir: &Path, log: &str) -> Result<PathBuf> {
+        let mut command = python.pip();
+        command
+            .args([
+                "download",
+                "--no-deps",
+                "--progress-bar",
+                "off",
+                "--only-binary",
+                ":all:",
+                "-d",
+            ])
+            .arg(dir.join("dl"))
+            .arg(self.requirement);
+        process::logged(&mut command, self.title, &cache.log(log)?, false).with_context(|| {
+            format!(
+                "cannot fetch {}; it is made for x86_64 Linux with glibc 2.35 or newer",
+                self.file
+            )
+        })?;
+        let wheel = dir.join("dl").join(self.file);
+        let sum = cache::sha256_file(&wheel)?;
+        ensure!(
+            sum == self.sha256,
+            "{} is not the file that drex was tested with:\n  sha256 expected {}\n  sha256 got      {sum}",
+            self.file,
+            self.sha256
+        );
+        Ok(wheel)
+    }
+}
+
 fn server(cache: &Cache, python: &Python) -> Result<PathBuf> {
-    let dir = cache.path(format!("triton-{}", &SHA256[..12]));
+    let dir = cache.path(format!("triton-{}", &SERVER.sha256[..12]));
     let program = dir.join("pytriton/tritonserver/bin/tritonserver");
     let lock = cache.lock()?;
     if process::is_executable(&program) {
         return Ok(program);
     }
     let temp = cache.temp_dir()?;
-    let mut command = python.pip();
-    command
-        .args([
-            "download",
-            "--no-deps",
-            "--progress-bar",
-            "off",
-            "--only-binary",
-            ":all:",
-            "-d",
-        ])
-        .arg(temp.path().join("dl"))
-        .arg(SERVER);
-    process::logged(
-        &mut command,
-        "fetching Triton Inference Server (55 MB)",
-        &cache.log("triton")?,
-        false,
-    )
-    .context("cannot fetch the server: it is made for x86_64 Linux with glibc 2.35 or newer")?;
-    let wheel = temp.path().join("dl").join(WHEEL);
-    let sum = cache::sha256_file(&wheel)?;
-    ensure!(
-        sum == SHA256,
-        "{WHEEL} is not the file that drex was tested with:\n  sha256 expected {SHA256}\n  sha256 got      {sum}"
-    );
+    let wheel = SERVER.fetch(cache, python, temp.path(), "triton")?;
     let mut unpack = python.command();
     unpack
         .args(["-m", "zipfile", "-e"])
@@ -131,22 +152,26 @@ fn server(cache: &Cache, python: &Python) -> Result<PathBuf> {
 }
 
 fn client(cache: &Cache, python: &Python) -> Result<PathBuf> {
-    let dir = cache.path("tritonclient-2.73.0");
+    let dir = cache.path(format!("tritonclient-{}", &CLIENT.sha256[..12]));
     let _lock = cache.lock()?;
     if dir.join("tritonclient").is_dir() {
         return Ok(dir);
     }
     let temp = cache.temp_dir()?;
+    let mut wheel = CLIENT
+        .fetch(cache, python, temp.path(), "tritonclient")?
+        .into_os_string();
+    wheel.push("[grpc,http]");
     let mut command = python.pip();
     command
         .args(["install", "--progress-bar", "off", "--target"])
         .arg(temp.path().join("client"))
-        .arg(CLIENT);
+        .arg(wheel);
     process::logged(
         &mut command,
-        "fetching Triton's Python client",
+        "installing it and what it needs",
         &cache.log("tritonclient")?,
-        false,
+        true,
     )?;
     temp.publish("client", &dir)?;
     Ok(dir)
@@ -171,13 +196,13 @@ pub fn backend(cache: &Cache, runtime: &Runtime, dir: &Path) -> Result<()> {
         // Under the names that the libraries need each other by; links are followed.
         let soname = name.ends_with(".so.0");
         if soname && (name.starts_with("libggml") || name == "libllama.so.0") {
-            fs::copy(&path, dir.join(&name))?;
+            cache::copy_if_different(&path.canonicalize()?, &dir.join(&name))?;
         }
     }
     let library = "libtriton_drex.so";
-    fs::copy(
-        target_dir()?.join("release").join(library),
-        dir.join(library),
+    cache::copy_if_different(
+        &target_dir()?.join("release").join(library),
+        &dir.join(library),
     )?;
     let lock = cache.lock()?;
     let tools = Tools::find(cache, &lock)?;
@@ -202,16 +227,41 @@ pub fn backend(cache: &Cache, runtime: &Runtime, dir: &Path) -> Result<()> {
         .args(["-lllama", "-lggml", "-lggml-base"])
         .arg(rpath_link)
         .args(["-Wl,-rpath,$ORIGIN", "-o"])
-        .arg(dir.join("libdrex_llama.so"));
+        .arg(dir.join("libdrex_llama.so.new"));
     process::logged(
         &mut command,
         "compiling drex_llama.cpp",
         &cache.log("triton-shim")?,
         false,
-    )
+    )?;
+    // Not written in place: a server may have the old one mapped.
+    fs::rename(
+        dir.join("libdrex_llama.so.new"),
+        dir.join("libdrex_llama.so"),
+    )?;
+    Ok(())
+}
+
+/// Backend and an example model in a folder of the user's, which needs nothing of this clone or the cache from then on.
+pub fn install_to(cache: &Cache, runtime: &Runtime, dir: &Path) -> Result<()> {
+    backend(cache, runtime, &dir.join("backends/drex"))?;
+    let version = dir.join("models").join(MODEL).join("1");
+    fs::create_dir_all(&version)?;
+    cache::copy_if_different(&cache::bundled_model()?, &version.join("model.gguf"))?;
+    let config = version.join("../config.pbtxt");
+    if !config.exists() {
+        // What the user made of it stays.
+        fs::write(config, "backend: \"drex\"\n")?;
+    }
+    Ok(())
 }
 
 impl Installed {
+    /// A folder that goes when this does.
+    pub fn scratch(&self) -> &Path {
+        &self.dir.0
+    }
+
     /// A new repository with the bundled model; `parameters` are those of config.pbtxt.
     pub fn repository(&self, parameters: &[(&str, &str)]) -> Result<PathBuf> {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
@@ -243,240 +293,4 @@ impl Installed {
         fs::write(repository.join(name).join("config.pbtxt"), text)?;
         Ok(())
     }
-}
-
-/// A server, killed when it is dropped and by the kernel when xtask ends.
-pub struct Triton {
-    child: Child,
-    pub http: Client,
-    grpc: SocketAddr,
-    metrics: Client,
-    log: PathBuf,
-}
-
-impl Triton {
-    /// `port` 0: free ones.
-    pub fn start(
-        installed: &Installed,
-        repository: PathBuf,
-        port: u16,
-        args: &[&str],
-    ) -> Result<Triton> {
-        let ports = if port > 0 {
-            [port, port + 1, port + 2]
-        } else {
-            // All three are held until all are known, so that they differ.
-            let held: Vec<_> = (0..3)
-                .map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
-                .collect::<std::io::Result<_>>()?;
-            let port = |i: usize| -> Result<u16> { Ok(held[i].local_addr()?.port()) };
-            [port(0)?, port(1)?, port(2)?]
-        };
-        let addr = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let log = repository.join("../server.log");
-        let file = File::options().create(true).append(true).open(&log)?;
-        let mut command = Command::new(&installed.server);
-        command
-            .arg(joined("--backend-directory=", &installed.backends))
-            .arg(joined("--model-repository=", &repository))
-            .args(["http", "grpc", "metrics"].map(|what| format!("--{what}-address=127.0.0.1")))
-            .args([
-                format!("--http-port={}", ports[0]),
-                format!("--grpc-port={}", ports[1]),
-            ])
-            .arg(format!("--metrics-port={}", ports[2]))
-            .args(["--model-control-mode=explicit", "--load-model=*"])
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file);
-        process::spin_briefly(&mut command);
-        let parent = std::process::id();
-        // SAFETY: between fork and exec only calls that are safe there.
-        unsafe {
-            command.pre_exec(move || {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                if libc::getppid() as u32 != parent {
-                    libc::_exit(1);
-                }
-                Ok(())
-            });
-        }
-        let child = command.spawn().context("cannot run tritonserver")?;
-        let mut server = Triton {
-            child,
-            http: Client {
-                addr: addr(ports[0]),
-            },
-            grpc: addr(ports[1]),
-            metrics: Client {
-                addr: addr(ports[2]),
-            },
-            log,
-        };
-        let start = Instant::now();
-        loop {
-            if let Some(status) = server.child.try_wait()? {
-                bail!(
-                    "tritonserver ended at once ({status}):\n{}",
-                    server.last_words()?
-                );
-            }
-            let ok = |client: &Client, path| {
-                let answer = client.call("GET", path, None, Duration::from_secs(1));
-                answer.is_ok_and(|answer| answer.status == 200)
-            };
-            if ok(&server.http, "/v2/health/live") && ok(&server.metrics, "/metrics") {
-                return Ok(server);
-            }
-            ensure!(
-                start.elapsed() < Duration::from_secs(60),
-                "tritonserver is not live after 60 s:\n{}",
-                server.last_words()?
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    pub fn last_words(&self) -> Result<String> {
-        Ok(process::tail(&self.log, 30)?.join("\n"))
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Resident memory in bytes.
-    pub fn resident(&self) -> Result<u64> {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kb: u64 = line
-            .context("no VmRSS")?
-            .trim()
-            .trim_end_matches(" kB")
-            .parse()?;
-        Ok(kb * 1024)
-    }
-
-    /// Streams with Triton's own client; what became of each request.
-    pub fn stream(
-        &self,
-        installed: &Installed,
-        requests: &[Value],
-        more: Value,
-    ) -> Result<Vec<Value>> {
-        self.spawn(installed, requests, more)?.finish()
-    }
-
-    pub fn spawn(&self, installed: &Installed, requests: &[Value], more: Value) -> Result<Streams> {
-        let mut job = json!({"url": self.grpc.to_string(), "model": MODEL, "requests": requests});
-        for (name, value) in more.as_object().into_iter().flatten() {
-            job[name.as_str()] = value.clone();
-        }
-        let mut child = installed
-            .python
-            .command()
-            .arg(cache::repo().join("integration/triton/tests/client.py"))
-            .env("PYTHONPATH", &installed.client)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot run python3")?;
-        let mut stdin = child.stdin.take().context("no stdin")?;
-        stdin.write_all(job.to_string().as_bytes())?;
-        Ok(Streams(child))
-    }
-
-    pub fn metrics(&self) -> Result<String> {
-        Ok(self.metrics.get("/metrics")?.text())
-    }
-
-    /// /metrics, once a value is as it should be; the backend sets them a few times a second.
-    pub fn metrics_with(&self, name: &str, good: impl Fn(f64) -> bool) -> Result<String> {
-        let start = Instant::now();
-        loop {
-            let text = self.metrics()?;
-            let value = Metrics::parse(&text).get(name);
-            if value.is_some_and(&good) {
-                return Ok(text);
-            }
-            ensure!(
-                start.elapsed() < Duration::from_secs(10),
-                "{name} is {value:?} at /metrics after 10 s"
-            );
-            std::thread::sleep(Duration::from_millis(100));
-        }
-    }
-
-    /// The names of drex's metrics.
-    pub fn drex_names(metrics: &str) -> Vec<String> {
-        let mut names: Vec<String> = metrics
-            .lines()
-            .filter(|line| line.starts_with("drex_"))
-            .filter_map(|line| line.split(['{', ' ']).next())
-            .map(str::to_owned)
-            .collect();
-        names.dedup();
-        names
-    }
-
-    pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
-    }
-
-    pub fn wait(mut self) -> Result<ExitStatus> {
-        Ok(self.child.wait()?)
-    }
-
-    /// SIGTERM; the exit status and how long it took.
-    pub fn stop(mut self, limit: Duration) -> Result<(ExitStatus, Duration)> {
-        // SAFETY: a signal to a child that was not waited for, so that the number is still its own.
-        unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGTERM) };
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok((status, start.elapsed()));
-            }
-            ensure!(
-                start.elapsed() < limit,
-                "tritonserver runs {} s after SIGTERM:\n{}",
-                limit.as_secs(),
-                self.last_words()?
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
-impl Drop for Triton {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Clients that stream.
-pub struct Streams(Child);
-
-impl Streams {
-    pub fn finish(mut self) -> Result<Vec<Value>> {
-        let mut text = String::new();
-        std::io::Read::read_to_string(self.0.stdout.as_mut().context("no stdout")?, &mut text)?;
-        let status = self.0.wait()?;
-        ensure!(status.success(), "the client failed ({status})");
-        serde_json::from_str(&text).context("the client printed no JSON")
-    }
-
-    /// As a client does that crashes.
-    pub fn kill(mut self) -> Result<()> {
-        self.0.kill()?;
-        self.0.wait()?;
-        Ok(())
-    }
-}
-
-fn joined(option: &str, path: &Path) -> OsString {
-    let mut text = OsString::from(option);
-    text.push(path);
-    text
 }

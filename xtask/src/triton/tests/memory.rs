@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Resident memory over thousands of requests, good, bad and cancelled, and over loads and unloads.
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use super::{Bench, By, Test, one_final, quiet, refused, request, whole};
+use crate::triton::{server::Triton, setup::MODEL};
+
+pub const TESTS: &[Test] = &[
+    ("memory over 8000 requests of all kinds", requests),
+    ("memory over loads and unloads", loads),
+];
+
+/// Of each kind of request some: whole, cancelled, malformed, unary without streaming.
+fn mixed(count: usize) -> Vec<Value> {
+    (0..count)
+        .map(|i| {
+            let mut request = request(i, 2 + i as u32 % 4);
+            match i % 8 {
+                3 => {
+                    request["sampling"]["max_tokens"] = json!(200);
+                    request["cancel_after"] = json!(i % 3);
+                }
+                5 => request["sampling"]["tempreature"] = json!(1),
+                7 => request["inputs"] = json!({"stream": false, "exclude_input_in_output": true}),
+                _ => {}
+            }
+            request
+        })
+        .collect()
+}
+
+fn round(bench: &Bench, server: &Triton, count: usize) -> Result<u64> {
+    let answers = server.stream(
+        &bench.installed,
+        &mixed(count),
+        json!({"at_once": 32, "drain": 0}),
+    )?;
+    for (i, answer) in answers.iter().enumerate() {
+        match i % 8 {
+            3 => ensure!(answer["cancelled"] == true, "request {i}: {answer}"),
+            5 => refused(answer, By::Backend, "tempreature")?,
+            7 => {
+                one_final(answer)?;
+                ensure!(answer["responses"] == 1, "request {i}: {answer}");
+            }
+            _ => whole(std::slice::from_ref(answer), |_| 2 + i % 4)?,
+        }
+    }
+    quiet(server)?;
+    server.resident()
+}
+
+/// Slope of a line through points that are one apart.
+fn slope(values: &[u64]) -> f64 {
+    let n = values.len() as f64;
+    let mean_x = (n - 1.0) / 2.0;
+    let mean_y = values.iter().sum::<u64>() as f64 / n;
+    let (mut over, mut under) = (0.0, 0.0);
+    for (x, y) in values.iter().enumerate() {
+        over += (x as f64 - mean_x) * (*y as f64 - mean_y);
+        under += (x as f64 - mean_x).powi(2);
+    }
+    over / under
+}
+
+fn shown(values: &[u64]) -> String {
+    let values: Vec<_> = values
+        .iter()
+        .map(|v| format!("{:.1}", *v as f64 / 1e6))
+        .collect();
+    values.join(", ")
+}
+
+fn requests(bench: &Bench) -> Result<()> {
+    let server = bench.start(&[])?;
+    // until graphs and pools have grown to what this load needs
+    round(bench, &server, 2000)?;
+    let sizes = (0..6)
+        .map(|_| round(bench, &server, 1000))
+        .collect::<Result<Vec<_>>>()?;
+    let slope = slope(&sizes) * 2.0;
+    println!(
+        "        {} MB after each 1000: {:+.2} MB over 2000 requests",
+        shown(&sizes),
+        slope / 1e6
+    );
+    ensure!(
+        slope < 2e6,
+        "grows by {slope:.0} bytes over 2000 requests: {} MB",
+        shown(&sizes)
+    );
+    Ok(())
+}
+
+fn loads(bench: &Bench) -> Result<()> {
+    let server = bench.start(&[])?;
+    let cycle = || -> Result<u64> {
+        let answers = bench.stream(&server, &super::requests(8, 8))?;
+        whole(&answers, |_| 8)?;
+        let model = |what: &str| format!("/v2/repository/models/{MODEL}/{what}");
+        server.http.post(&model("unload"), &json!({}))?.ok()?;
+        server.gone("drex_tokens_total")?;
+        server.http.post(&model("load"), &json!({}))?.ok()?;
+        server.resident()
+    };
+    for _ in 0..4 {
+        cycle()?;
+    }
+    let sizes = (0..10).map(|_| cycle()).collect::<Result<Vec<_>>>()?;
+    let slope = slope(&sizes);
+    println!(
+        "        {} MB: {:+.2} MB a load",
+        shown(&sizes),
+        slope / 1e6
+    );
+    ensure!(
+        slope < 1e6,
+        "grows by {slope:.0} bytes with each load: {} MB",
+        shown(&sizes)
+    );
+    Ok(())
+}

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The backend in the real server, with the real clients: `cargo xtask test --triton`.
+
+mod bad_input;
+mod clients;
+mod equal;
+mod leaving;
+mod lifecycle;
+mod memory;
+mod statistics;
+mod versions;
+
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Instant,
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::{Value, json};
+
+use super::{
+    load::{self, Load},
+    server::Triton,
+    setup::{self, Installed},
+};
+use crate::{
+    cache::Cache,
+    client::Metrics,
+    llama::{Kind, Llama, Runtime},
+    server_tests::prompt,
+};
+
+struct Bench {
+    cache: Cache,
+    installed: Installed,
+    reference: Runtime,
+    patched: Runtime,
+    /// What llama-server answered, by fill: it is asked once.
+    expected: RefCell<BTreeMap<&'static str, Vec<Value>>>,
+}
+
+type Test = (&'static str, fn(&Bench) -> Result<()>);
+
+/// In the order in which they run.
+fn all() -> Vec<Test> {
+    [
+        equal::TESTS,
+        clients::TESTS,
+        lifecycle::TESTS,
+        bad_input::TESTS,
+        leaving::TESTS,
+        statistics::TESTS,
+        versions::TESTS,
+        memory::TESTS,
+    ]
+    .concat()
+}
+
+/// Runs each test whose name contains a text, tells `one` how it went, and returns how many there were. `load`: AIPerf too.
+pub fn run(
+    source: Option<&std::path::Path>,
+    only: &str,
+    load: bool,
+    one: &mut dyn FnMut(&str, Result<()>, Instant),
+) -> Result<usize> {
+    let cache = Cache::open()?;
+    let llama = Llama::open(&cache, source)?;
+    let mut runtimes = llama
+        .ensure(&[Kind::ReferenceExact, Kind::PatchedExact])?
+        .into_iter();
+    let reference = runtimes.next().context("no reference build")?;
+    let patched = runtimes.next().context("no patched build")?;
+    let installed = setup::install(&cache, &patched)?;
+    let machine = cache.lock_machine()?;
+    let bench = Bench {
+        cache: Cache::open()?,
+        installed,
+        reference,
+        patched,
+        expected: RefCell::default(),
+    };
+    let chosen: Vec<_> = all()
+        .into_iter()
+        .filter(|(name, _)| name.contains(only))
+        .collect();
+    for (name, test) in &chosen {
+        let start = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| test(&bench)))
+            .unwrap_or_else(|_| Err(anyhow!("the test panicked")));
+        one(&format!("triton: {name}"), result, start);
+    }
+    if load {
+        drop(machine);
+        let start = Instant::now();
+        let load = Load {
+            requests: 64,
+            concurrency: vec![16],
+            rounds: 1,
+        };
+        let result = load::run(&bench.cache, &bench.installed, &load, false).map(drop);
+        one("triton: AIPerf, 64 requests at 16 at a time", result, start);
+    }
+    Ok(chosen.len() + usize::from(load))
+}
+
+const PARAMETERS: &[(&str, &str)] = &[
+    ("policy", "hold"),
+    ("kv_type", "q8_0"),
+    ("slots", "64"),
+    ("context", "512"),
+    ("threads", "2"),
+];
+
+/// `PARAMETERS` with others, or with other values.
+fn parameters<'a>(other: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
+    let mut all: Vec<(&str, &str)> = PARAMETERS
+        .iter()
+        .filter(|(name, _)| other.iter().all(|(o, _)| o != name))
+        .copied()
+        .collect();
+    all.extend(other);
+    all
+}
+
+impl Bench {
+    fn start(&self, args: &[&str]) -> Result<Triton> {
+        let repository = self.installed.repository(PARAMETERS)?;
+        Triton::start(&self.installed, repository, 0, args)
+    }
+
+    fn start_with(&self, other: &[(&str, &str)]) -> Result<Triton> {
+        let repository = self.installed.repository(&parameters(other))?;
+        Triton::start(&self.installed, repository, 0, &[])
+    }
+
+    fn stream(&self, server: &Triton, requests: &[Value]) -> Result<Vec<Value>> {
+        server.stream(&self.installed, requests, json!({}))
+    }
+}
+
+fn request(i: usize, tokens: u32) -> Value {
+    json!({"prompt": prompt(i), "sampling": {"temperature": 0, "max_tokens": tokens, "ignore_eos": true}})
+}
+
+fn requests(count: usize, tokens: u32) -> Vec<Value> {
+    (0..count).map(|i| request(i, tokens)).collect()
+}
+
+/// Each answer came whole: all tokens, one final flag, nothing after it, and the server ended the stream.
+fn whole(answers: &[Value], tokens: impl Fn(usize) -> usize) -> Result<()> {
+    for (i, answer) in answers.iter().enumerate() {
+        one_final(answer).with_context(|| format!("request {i}"))?;
+        ensure!(answer["errors"] == json!([]), "request {i}: {answer}");
+        let got = answer["tokens"].as_array().map_or(0, Vec::len);
+        ensure!(
+            got == tokens(i),
+            "request {i} has {got} tokens, expected {}",
+            tokens(i)
+        );
+        // one response for each token
+        ensure!(answer["responses"] == got, "request {i}: {answer}");
+        ensure!(answer["reason"] == "length", "request {i}: {answer}");
+    }
+    Ok(())
+}
+
+/// However a request ended: one final flag, nothing after it, and then the server ended the stream.
+fn one_final(answer: &Value) -> Result<()> {
+    ensure!(
+        answer["finals"] == 1 && answer["after_final"] == 0 && answer["ended"] == true,
+        "{} final flags, {} responses after the first, stream ended: {}; {answer}",
+        answer["finals"],
+        answer["after_final"],
+        answer["ended"]
+    );
+    Ok(())
+}
+
+/// Who refused a request.
+#[derive(Clone, Copy, PartialEq)]
+enum By {
+    /// The backend, with the final flag.
+    Backend,
+    /// The server, before the backend sees it: with an error that has no flag at all.
+    Server,
+}
+
+/// The error is all that a request was answered with.
+fn refused(answer: &Value, by: By, part: &str) -> Result<()> {
+    let finals = u32::from(by == By::Backend);
+    ensure!(
+        answer["finals"] == finals && answer["after_final"] == 0 && answer["ended"] == true,
+        "{} final flags, not {finals}: {answer}",
+        answer["finals"]
+    );
+    let text = answer["errors"][0].as_str().unwrap_or_default();
+    ensure!(
+        answer["errors"].as_array().is_some_and(|e| e.len() == 1) && text.contains(part),
+        "expected {part:?}, got {}",
+        answer["errors"]
+    );
+    ensure!(answer["responses"] == 0, "responses too: {answer}");
+    Ok(())
+}
+
+/// Nothing is left of any request.
+fn quiet(server: &Triton) -> Result<()> {
+    server.metrics_with("drex_requests_running", |running| running == 0.0)?;
+    let metrics = server.metrics_with("drex_requests_waiting", |waiting| waiting == 0.0)?;
+    let metrics = Metrics::parse(&metrics);
+    for name in ["drex_held_rows", "drex_pending_rows"] {
+        let value = metrics.get(name);
+        ensure!(value == Some(0.0), "{name} is {value:?}");
+    }
+    Ok(())
+}
