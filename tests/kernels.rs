@@ -467,10 +467,10 @@ fn misaligned_accesses_are_seen() {
         vectors: 1,
         weighted: 0,
         n_top: 0,
-        partial: partial.as_mut_ptr() as u64 + 3 & !3,
+        partial: (partial.as_mut_ptr() as u64).next_multiple_of(4),
         partial_top: 0,
         arrived: &raw mut arrived as u64,
-        out: out.as_mut_ptr() as u64 + 3 & !3,
+        out: (out.as_mut_ptr() as u64).next_multiple_of(4),
         out_top: 0,
     };
     let mut args = args;

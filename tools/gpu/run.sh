@@ -151,7 +151,7 @@ have_cuda=$?
 # What the machine is, in a second, before anything is begun.
 preflight() {
     local gpu
-    one() { printf '%-10s %s\n' "$1" "${2:-MISSING}"; }
+    one() { [ -n "${2// /}" ] && printf '%-10s %s\n' "$1" "$2" || printf '%-10s MISSING\n' "$1"; }
     one nvcc "${CUDACXX:-} $("${CUDACXX:-nvcc}" --version 2> /dev/null | sed -n 's/.*release \([^,]*\),.*/\1/p')"
     for p in cmake ninja make g++ python3; do
         one "$p" "$(command -v $p) $($p --version 2> /dev/null | head -1)"

@@ -77,7 +77,7 @@ toolkit_at() {
     mkdir -p "$t/bin" "$t/include" "$t/lib64/stubs" || return 1
     # Copies: nvcc looks for its parts beside itself, wherever a link leads.
     for b in __nvcc_device_query bin2c crt cudafe++ cuobjdump fatbinary nvcc nvcc.profile nvdisasm nvlink nvprune ptxas; do
-        [ ! -e "$CUDA_HOME/bin/$b" ] || cp -rL "$CUDA_HOME/bin/$b" "$t/bin/" || return 1
+        [ ! -e "$CUDA_HOME/bin/$b" ] || cp -rpL "$CUDA_HOME/bin/$b" "$t/bin/" || return 1
     done
     ln -s "$CUDA_HOME/nvvm" "$t/nvvm"
     # The compiler's own first: of two versions of a header, that one is right.

@@ -134,7 +134,7 @@ fn resources(log: &str) -> Result<()> {
     let mut seen = 0;
     for line in log.lines() {
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
-            kernel = rest.split_once('\'').map(|(name, rest)| (name, rest));
+            kernel = rest.split_once('\'');
         }
         let Some((name, on)) = kernel else { continue };
         if let Some(spilled) = line.split_once(" bytes stack frame, ").map(|(_, s)| s) {

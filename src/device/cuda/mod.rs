@@ -266,10 +266,10 @@ fn load(driver: &'static Driver) -> Result<(Module, Kernels)> {
     /// a driver that is newer.
     const ANOTHER: [i32; 2] = [200, 209];
     let [binary, ptx] = image::ALL;
-    // SAFETY: images that nvcc made, here and below.
+    // SAFETY: an image that nvcc made.
     let module = match unsafe { Module::new(driver, binary) } {
         Err(first @ Error::Driver { code, .. }) if ANOTHER.contains(&code) => {
-            // What it says of the other image is no more to the point.
+            // SAFETY: as above. What it says of this image is less to the point.
             unsafe { Module::new(driver, ptx) }.map_err(|_| first)
         }
         module => module,
