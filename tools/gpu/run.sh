@@ -71,7 +71,9 @@ mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 pack=${DREX_GPU_PACK:-$repo/.gpu}
 pack=$(cd "$pack" 2> /dev/null && pwd) || { echo "${DREX_GPU_PACK:-$repo/.gpu}: not found; run cargo xtask gpu pack" >&2; exit 1; }
-seconds=${DREX_GPU_SECONDS:-560}
+slow=${dry:+10}
+slow=${slow:-1}
+seconds=$((${DREX_GPU_SECONDS:-560}*slow))
 parts=$work/parts
 mkdir -p "$parts" "$work/bin" "$work/lib"
 log=$out/log.txt
@@ -85,7 +87,8 @@ has_seconds() { [ "$(left)" -gt "$1" ]; }
 
 # step NAME LIMIT COMMAND...: runs it for LIMIT seconds at most, or what is left; its output goes to the log
 step() {
-    local name=$1 limit=$2 t0 status text=$work/step.$1
+    # A dry run is slow, and nobody lent it the machine.
+    local name=$1 limit=$(($2*slow)) t0 status text=$work/step.$1
     shift 2
     [ "$limit" -gt "$(left)" ] && limit=$(left)
     t0=$(date +%s)
@@ -93,7 +96,9 @@ step() {
     if [ "$limit" -lt 2 ]; then
         status="no time left"
     else
-        timeout -k 5 "$limit" "$@" > "$text" 2>&1
+        # In the background, since only then a signal is heard before it ends.
+        timeout -k 5 "$limit" "$@" > "$text" 2>&1 &
+        wait $!
         case $? in
             0) status=ok ;;
             124|137) status="cut after $limit s" ;;
@@ -121,6 +126,10 @@ wait_for() {
         sleep 0.2
     done
     [ -e "$1" ]
+}
+beside() { # COMMAND...: as a job that takes with it what it has begun
+    trap 'kill $(jobs -p) 2> /dev/null; exit 143' TERM
+    "$@"
 }
 done_if() { # NAME COMMAND...
     local name=$1
@@ -169,6 +178,7 @@ preflight() {
 }
 preflight | tee "$parts/machine.txt"
 cat "$parts/machine.txt" >> "$log"
+summary --quiet
 arch=$(sed -n 's/^gpu .*, \([0-9]*\)\.\([0-9]*\)$/\1\2/p' "$parts/machine.txt")
 arch=${arch:-90}
 
@@ -261,11 +271,11 @@ kernels() { # PART LIMIT
 
 build_pid=
 if [ "$only" != kernels ]; then
-    done_if llama llama_and_serve &
+    beside done_if llama llama_and_serve &
     build_pid=$!
 fi
 if want serve; then
-    make_models &
+    beside make_models &
 fi
 # The kernels' results need nothing of llama.cpp; their times want a quiet machine.
 want kernels && kernels compare "$(least 240 $(($(left) - 60)))"
