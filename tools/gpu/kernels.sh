@@ -43,6 +43,7 @@ end=$(($(date +%s) + ${DREX_KERNELS_SECONDS:-240} * slow))
 
 find_cuda
 have_nvcc=$?
+add_driver_path
 cuda=${CUDA_HOME:-/usr/local/cuda}
 header=$(find_file cuda.h "$cuda/include" "$cuda/targets/x86_64-linux/include") || {
     echo "there is no $cuda/include/cuda.h; CUDA_HOME names CUDA's folder" >&2

@@ -156,6 +156,7 @@ cmp -s "$pack/libdrex.so" "$lib/libdrex.so" || cp "$pack/libdrex.so" "$lib/libdr
 ln -sf libdrex.so "$lib/libdrex.so.0"
 find_cuda
 have_cuda=$?
+add_driver_path
 
 # What the machine is, in a second, before anything is begun.
 preflight() {

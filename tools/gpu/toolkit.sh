@@ -63,6 +63,14 @@ find_libcuda() {
         /usr/lib/x86_64-linux-gnu $(echo "${LD_LIBRARY_PATH:-}" | tr : ' ')
 }
 
+# Where the loader may have to look for the driver, last of all.
+add_driver_path() {
+    for d in /usr/local/nvidia/lib64 /usr/local/nvidia/lib; do
+        [ ! -e "$d/libcuda.so.1" ] || LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$d
+    done
+    [ -z "${LD_LIBRARY_PATH:-}" ] || export LD_LIBRARY_PATH
+}
+
 # toolkit_at FOLDER [empty]: sets TOOLKIT to CUDA_HOME where it is complete, else to FOLDER, which is made of links to CUDA_HOME,
 # to Python's packages and to the driver. With `empty`, libraries that are nowhere are made without contents: enough to
 # configure and compile, not to run.
