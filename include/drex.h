@@ -254,7 +254,7 @@
  * drex needs it. The engine works in the CUDA context that is current when it is
  * made. Later calls may come from any thread: one that needs another context
  * than the current one pushes it, and pops it before it returns. The context
- * must outlive the engine. Scratch memory, 20 bytes for each row and 8192 logits of
+ * must outlive the engine. Scratch memory, 20 bytes for each row and 2048 logits of
  * n_vocab and some more with n_top, is allocated in drex_create() and
  * drex_bind_kv(), not later; these two wait until what they write is there.
  *

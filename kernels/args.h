@@ -9,8 +9,11 @@
 
 // Threads of a block of drex_ramp_*; elements of a row that such a block looks
 // at; most of the greatest logits that it lists.
-#define DREX_RAMP_THREADS 256
-#define DREX_RAMP_CHUNK 8192
+// tools/gpu compiles others, to compare.
+#ifndef DREX_RAMP_CHUNK
+#define DREX_RAMP_THREADS 128
+#define DREX_RAMP_CHUNK 2048
+#endif
 #define DREX_RAMP_MAX_TOP 64
 // Most chunks of a row when the greatest logits are listed.
 #define DREX_RAMP_MAX_LISTS 1024
@@ -78,10 +81,21 @@ struct DrexFillArgs {
     const DrexSide * sides;   // [n_layers][2], K and V
     uint32_t n_layers;
     uint32_t source;          // the layer that is copied to all layers after it
-    uint32_t layers_a_block;  // blockIdx.y has so many target layers
+    uint32_t busy;            // so many threads keep the memory busy
     DrexShape shape[2];
     DrexRows cells;
 };
+
+// To how many of the target layers a thread writes what it has read: beyond
+// `busy` threads, as few reads of the source as can be.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+static inline uint32_t drex_layers_a_turn(uint32_t units, uint32_t targets, uint32_t busy) {
+    uint32_t groups = (busy - 1) / units + 1;
+    groups = groups < targets ? groups : targets;
+    return (targets - 1) / groups + 1;
+}
 
 struct DrexCopyRowsArgs {
     char * arena;

@@ -3,7 +3,9 @@
 #
 # Compiles the kernels: machine code for the architectures named here, and PTX
 # for all others, in the oldest version of PTX that the compiler's output is
-# valid in, so that drivers from CUDA 12.3 on accept it.
+# valid in. What both are compressed with, drivers know from CUDA 12.4 on.
+#
+# Says what each kernel takes of a multiprocessor.
 #
 #   kernels/compile.sh NVCC OUT_DIR    writes OUT_DIR/drex.fatbin, OUT_DIR/drex.ptx.fatbin
 #
@@ -13,7 +15,8 @@ set -eu
 nvcc=$1
 out=$2
 here=$(dirname "$0")
-bin=$(dirname "$nvcc")
+# ptxas and fatbinary lie beside the program itself, not beside a link to it.
+bin=$(dirname "$(readlink -f "$nvcc")")
 archs="80 90 100"
 flags="-O3 -std=c++17"
 
@@ -22,7 +25,7 @@ for a in $archs; do
     codes="$codes -gencode arch=compute_$a,code=sm_$a"
 done
 # shellcheck disable=SC2086
-"$nvcc" $flags --fatbin --compress-mode=size $codes -o "$out/drex.fatbin" "$here/drex.cu"
+"$nvcc" $flags -Xptxas -v --fatbin --compress-mode=size $codes -o "$out/drex.fatbin" "$here/drex.cu"
 
 # shellcheck disable=SC2086
 "$nvcc" $flags -arch=compute_75 -ptx -o "$out/drex.new.ptx" "$here/drex.cu"

@@ -2,17 +2,28 @@
 
 // Rows of logits to their moments: one launch, one read of the logits.
 //
-// A block takes one chunk of a row into registers, finds its greatest two
-// values and then, from the registers, the sums relative to the greatest. The
-// block that finishes a row's last chunk combines them all, in their order:
+// A block takes one chunk of a row into registers. Each of its warps finds its
+// own greatest two values and then, from the registers, the sums relative to
+// the greatest, as soon as its own loads are there: no warp waits for another
+// before its part is done. The block's first thread joins the warps' parts, and
+// the block that finishes a row's last chunk joins them all, in their order:
 // which one that is does not matter. An element belongs to the same thread
 // wherever the row lies, so a row's result depends on nothing but the row.
+// Blocks are small, so that there are more of them than run at a time: some
+// compute while others load.
 
 #include "portable.h"
 
 #define WARPS (DREX_RAMP_THREADS / 32)
 #define EACH (DREX_RAMP_CHUNK / DREX_RAMP_THREADS)
 #define ALL 0xffffffffu
+// Blocks that a multiprocessor should hold, for enough loads to be under way.
+// More would leave too few registers for a chunk.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define RESIDENT ((EACH <= 16 ? 1280 : 1024) / DREX_RAMP_THREADS)
+#else
+#define RESIDENT (1024 / DREX_RAMP_THREADS)
+#endif
 
 struct F32 {
     static const int bytes = 4, width = 4;
@@ -23,7 +34,7 @@ struct F32 {
         x[3] = drex_from_bits(v.w);
     }
     static __device__ __forceinline__ float one(const char * p) {
-        return drex_from_bits(*(const uint32_t *) p);
+        return drex_from_bits(drex_load((const uint32_t *) p));
     }
 };
 
@@ -40,7 +51,7 @@ struct F16 {
         pair(v.w, x + 6);
     }
     static __device__ __forceinline__ float one(const char * p) {
-        return drex_from_half(*(const uint16_t *) p);
+        return drex_from_half(drex_load((const uint16_t *) p));
     }
 };
 
@@ -57,7 +68,7 @@ struct Bf16 {
         pair(v.w, x + 6);
     }
     static __device__ __forceinline__ float one(const char * p) {
-        return drex_from_bits((uint32_t) *(const uint16_t *) p << 16);
+        return drex_from_bits((uint32_t) drex_load((const uint16_t *) p) << 16);
     }
 };
 
@@ -101,12 +112,6 @@ static __device__ __forceinline__ void load(const DrexRampArgs & a, const char *
     }
 }
 
-// Of the greatest two of two sets, the greatest two of both.
-static __device__ __forceinline__ void join_top(float & top, float & second, float other_top, float other_second) {
-    second = fmaxf(fmaxf(second, other_second), fminf(top, other_top));
-    top = fmaxf(top, other_top);
-}
-
 static __device__ __forceinline__ void join(DrexMoments & a, const DrexMoments & b) {
     const float top = fmaxf(a.top, b.top);
     // Where both are -Inf or +Inf, the difference would be NaN.
@@ -146,34 +151,21 @@ static __device__ __forceinline__ DrexMoments fresh(const DrexMoments * p) {
     return m;
 }
 
-// A chunk's moments, in thread 0.
+// Of a warp's registers, in all lanes.
 template <typename T>
-static __device__ DrexMoments chunk_moments(const DrexRampArgs & a, const float * x, uint32_t base) {
-    __shared__ float tops[WARPS], seconds[WARPS], sums[WARPS], weights[WARPS];
-    __shared__ uint32_t places[WARPS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
+static __device__ __forceinline__ DrexMoments warp_moments(const DrexRampArgs & a, const float * x, uint32_t base) {
     float top = DREX_MINUS_INF, second = DREX_MINUS_INF;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         second = fmaxf(second, fminf(top, x[i]));
         top = fmaxf(top, x[i]);
     }
-    for (int mask = 16; mask > 0; mask /= 2) {
-        const float t = __shfl_xor_sync(ALL, top, mask), s = __shfl_xor_sync(ALL, second, mask);
-        join_top(top, second, t, s);
-    }
-    if (lane == 0) {
-        tops[warp] = top;
-        seconds[warp] = second;
-    }
-    __syncthreads();
-    top = tops[0];
-    second = seconds[0];
-#pragma unroll
-    for (int w = 1; w < WARPS; w++) {
-        join_top(top, second, tops[w], seconds[w]);
-    }
+    const float own = top;
+    top = drex_warp_max(own);
+    // Where one lane alone has the greatest, the second is its second or the
+    // others' greatest. Zeros of both signs are equal.
+    const uint32_t lanes = __ballot_sync(ALL, own == top);
+    second = drex_warp_max(own != top ? own : __popc(lanes) > 1 ? top : second);
 
     // All -Inf: relative to 0, their sum is 0.
     const float zero = top == DREX_MINUS_INF ? 0.0f : top;
@@ -194,86 +186,67 @@ static __device__ DrexMoments chunk_moments(const DrexRampArgs & a, const float 
     }
     for (int mask = 16; mask > 0; mask /= 2) {
         sum += __shfl_xor_sync(ALL, sum, mask);
-        weighted += __shfl_xor_sync(ALL, weighted, mask);
-        at = min(at, __shfl_xor_sync(ALL, at, mask));
     }
-    if (lane == 0) {
-        sums[warp] = sum;
-        weights[warp] = weighted;
-        places[warp] = at;
-    }
-    __syncthreads();
-    sum = sums[0];
-    weighted = weights[0];
-    at = places[0];
-#pragma unroll
-    for (int w = 1; w < WARPS; w++) {
-        sum += sums[w];
-        weighted += weights[w];
-        at = min(at, places[w]);
+    if (a.weighted) {
+        for (int mask = 16; mask > 0; mask /= 2) {
+            weighted += __shfl_xor_sync(ALL, weighted, mask);
+        }
     }
     DrexMoments m;
     m.top = top;
     m.second = second;
     m.sum = sum;
     m.weighted = weighted;
-    m.token = (int32_t) (base + at);
+    m.token = (int32_t) (base + drex_warp_min(at));
     return m;
 }
 
-// Greater, or equal with the lower index.
-static __device__ __forceinline__ bool before(float x, int32_t i, float y, int32_t j) {
-    return x > y || (x == y && i < j);
-}
-
-// The first of all lanes' candidates, in every lane. Token -1: none.
+// The first of all lanes' candidates, in every lane: the greatest, and of equal
+// ones that with the lowest index. Token -1: none.
 static __device__ __forceinline__ DrexTop first_of_warp(float x, int32_t i) {
-    for (int mask = 16; mask > 0; mask /= 2) {
-        const float y = __shfl_xor_sync(ALL, x, mask);
-        const int32_t j = __shfl_xor_sync(ALL, i, mask);
-        if (j >= 0 && (i < 0 || before(y, j, x, i))) {
-            x = y;
-            i = j;
-        }
-    }
+    // Zeros of both signs are equal.
+    const uint32_t key = i < 0 ? 0 : drex_ordered(x + 0.0f);
+    const uint32_t best = drex_warp_max(key);
+    const uint32_t at = drex_warp_min(key == best ? (uint32_t) i : 0xffffffffu);
     DrexTop t;
-    t.logit = x;
-    t.token = i;
+    t.logit = best ? drex_unordered(best) : DREX_MINUS_INF;
+    t.token = best ? (int32_t) at : -1;
     return t;
 }
 
 // The n greatest of a warp's registers, in order, to out[n].
 template <typename T>
 static __device__ void warp_top(const float * x, uint32_t base, uint32_t n_vocab, uint32_t n, DrexTop * out) {
-    float last = DREX_MINUS_INF;
-    int32_t last_i = -1;
-    for (uint32_t k = 0; k < n; k++) {
-        // This lane's first one after the last that was taken.
-        float best = DREX_MINUS_INF;
-        int32_t best_i = -1;
+    static_assert(EACH <= 32, "a bit for each");
+    uint32_t taken = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const uint32_t at = base + place<T>(i);
-            const bool left = at < n_vocab && x[i] == x[i] &&
-                              (k == 0 || before(last, last_i, x[i], (int32_t) at));
-            if (left && (best_i < 0 || before(x[i], (int32_t) at, best, best_i))) {
-                best = x[i];
-                best_i = (int32_t) at;
-            }
-        }
-        const DrexTop t = first_of_warp(best, best_i);
-        if (threadIdx.x % 32 == 0) {
-            out[k] = t;
-        }
-        last = t.logit;
-        last_i = t.token;
-        if (t.token < 0) {
-            // All lanes agree; the rest of the list is empty.
-            for (k++; k < n; k++) {
-                if (threadIdx.x % 32 == 0) {
-                    out[k] = t;
+    for (int i = 0; i < EACH; i++) {
+        const bool logit = base + place<T>(i) < n_vocab && x[i] == x[i];
+        taken |= (logit ? 0u : 1u) << i;
+    }
+    float best = DREX_MINUS_INF;
+    int best_i = -1;
+    bool look = true;
+    for (uint32_t k = 0; k < n; k++) {
+        // Only the lane whose candidate was taken has another one now.
+        if (look) {
+            best = DREX_MINUS_INF;
+            best_i = -1;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                if (!(taken >> i & 1) && (best_i < 0 || x[i] > best)) {
+                    best = x[i];
+                    best_i = i;
                 }
             }
+        }
+        const int32_t mine = best_i < 0 ? -1 : (int32_t) (base + place<T>(best_i));
+        const DrexTop t = first_of_warp(best, mine);
+        // Indices are unique, so one lane recognises its own.
+        look = mine >= 0 && mine == t.token;
+        taken |= look ? 1u << best_i : 0;
+        if (threadIdx.x % 32 == 0) {
+            out[k] = t;
         }
     }
 }
@@ -285,28 +258,44 @@ static __device__ __forceinline__ DrexTop fresh(const DrexTop * p) {
     return t;
 }
 
-// Merges sorted lists of n to one, in the first warp. heads[n_lists] is 0.
-template <bool GLOBAL>
-static __device__ void merge_top(const DrexTop * lists, uint32_t n_lists, uint32_t n, uint8_t * heads, DrexTop * out) {
+// Sorted lists of n each, of which the first `here` entries are in shared
+// memory, too.
+struct Lists {
+    const DrexTop * near;
+    const DrexTop * far;
+    uint32_t n_lists, n, here;
+
+    __device__ __forceinline__ DrexTop get(uint32_t list, uint32_t i) const {
+        return i < here ? near[list * here + i] : fresh(far + (uint64_t) list * n + i);
+    }
+};
+
+// Merges them to one, in the first warp. heads[n_lists] is 0.
+static __device__ void merge_top(const Lists & lists, uint8_t * heads, DrexTop * out) {
     const uint32_t lane = threadIdx.x;
-    for (uint32_t k = 0; k < n; k++) {
-        float best = DREX_MINUS_INF;
-        int32_t best_i = -1;
-        uint32_t from = 0;
-        for (uint32_t l = lane; l < n_lists; l += 32) {
-            if (heads[l] < n) {
-                const DrexTop * p = lists + (uint64_t) l * n + heads[l];
-                const DrexTop t = GLOBAL ? fresh(p) : *p;
-                if (t.token >= 0 && (best_i < 0 || before(t.logit, t.token, best, best_i))) {
-                    best = t.logit;
-                    best_i = t.token;
-                    from = l;
+    float best = DREX_MINUS_INF;
+    int32_t best_i = -1;
+    uint32_t from = 0;
+    bool look = true;
+    for (uint32_t k = 0; k < lists.n; k++) {
+        if (look) {
+            best = DREX_MINUS_INF;
+            best_i = -1;
+            for (uint32_t l = lane; l < lists.n_lists; l += 32) {
+                if (heads[l] < lists.n) {
+                    const DrexTop t = lists.get(l, heads[l]);
+                    // Of equal ones, the list that comes first has the lower index.
+                    if (t.token >= 0 && (best_i < 0 || t.logit > best || (t.logit == best && t.token < best_i))) {
+                        best = t.logit;
+                        best_i = t.token;
+                        from = l;
+                    }
                 }
             }
         }
         const DrexTop t = first_of_warp(best, best_i);
-        // Indices are unique, so one lane recognises its own.
-        if (t.token >= 0 && t.token == best_i) {
+        look = t.token >= 0 && t.token == best_i;
+        if (look) {
             heads[from]++;
         }
         if (lane == 0) {
@@ -315,43 +304,80 @@ static __device__ void merge_top(const DrexTop * lists, uint32_t n_lists, uint32
     }
 }
 
+// Entries of lists in shared memory.
+#define NEAR 2048
+
 template <typename T, bool TOP>
 static __device__ __forceinline__ void ramp(const DrexRampArgs & a) {
+    __shared__ DrexMoments parts[WARPS];
     __shared__ uint32_t last_chunk;
     const uint32_t row = blockIdx.x / a.n_chunks, chunk = blockIdx.x % a.n_chunks;
     const uint32_t base = chunk * DREX_RAMP_CHUNK;
     const uint32_t n = min(a.n_vocab - base, (uint32_t) DREX_RAMP_CHUNK);
+    const uint64_t me = (uint64_t) row * a.n_chunks + chunk;
 
     float x[EACH];
     load<T>(a, (const char *) a.logits + row * a.row_stride + (uint64_t) base * T::bytes, n, x);
-    DrexMoments m = chunk_moments<T>(a, x, base);
-    const uint64_t me = (uint64_t) row * a.n_chunks + chunk;
-
+    const DrexMoments part = warp_moments<T>(a, x, base);
+    if (threadIdx.x % 32 == 0) {
+        parts[threadIdx.x / 32] = part;
+    }
     if (TOP) {
         __shared__ DrexTop tops[WARPS * DREX_RAMP_MAX_TOP];
-        __shared__ uint8_t heads[DREX_RAMP_MAX_LISTS];
+        __shared__ uint8_t heads[WARPS];
+        if (threadIdx.x < WARPS) {
+            heads[threadIdx.x] = 0;
+        }
         warp_top<T>(x, base, a.n_vocab, a.n_top, tops + threadIdx.x / 32 * a.n_top);
-        for (uint32_t i = threadIdx.x; i < DREX_RAMP_MAX_LISTS; i += DREX_RAMP_THREADS) {
+        __syncthreads();
+        if (threadIdx.x < 32) {
+            const Lists lists = {tops, nullptr, WARPS, a.n_top, a.n_top};
+            merge_top(lists, heads, a.partial_top + me * a.n_top);
+            // The other lanes' writes are lane 0's.
+            __syncwarp();
+        }
+    } else {
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+        DrexMoments m = parts[0];
+        for (int w = 1; w < WARPS; w++) {
+            join(m, parts[w]);
+        }
+        a.partial[me] = m;
+        __threadfence();
+        last_chunk = atomicAdd(&a.arrived[row], 1u) == a.n_chunks - 1;
+    }
+    __syncthreads();
+    if (!last_chunk) {
+        return;
+    }
+    __threadfence();
+
+    if (TOP) {
+        __shared__ DrexTop near[NEAR];
+        __shared__ uint8_t heads[DREX_RAMP_MAX_LISTS];
+        Lists lists;
+        lists.near = near;
+        lists.far = a.partial_top + (uint64_t) row * a.n_chunks * a.n_top;
+        lists.n_lists = a.n_chunks;
+        lists.n = a.n_top;
+        // All at once: one after another, each would take a memory's latency.
+        lists.here = min(a.n_top, NEAR / a.n_chunks);
+        for (uint32_t i = threadIdx.x; i < a.n_chunks * lists.here; i += DREX_RAMP_THREADS) {
+            near[i] = fresh(lists.far + (uint64_t) (i / lists.here) * a.n_top + i % lists.here);
+        }
+        for (uint32_t i = threadIdx.x; i < a.n_chunks; i += DREX_RAMP_THREADS) {
             heads[i] = 0;
         }
         __syncthreads();
         if (threadIdx.x < 32) {
-            merge_top<false>(tops, WARPS, a.n_top, heads, a.partial_top + me * a.n_top);
-            // The other lanes' writes are lane 0's.
-            __syncwarp();
+            merge_top(lists, heads, a.out_top + (uint64_t) row * a.n_top);
         }
     }
-    if (threadIdx.x == 0) {
-        a.partial[me] = m;
-        __threadfence();
-        last_chunk = atomicAdd(&a.arrived[row], 1u) == a.n_chunks - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!last_chunk || threadIdx.x >= 32) {
+    if (threadIdx.x >= 32) {
         return;
     }
-
     DrexMoments total;
     total.top = total.second = DREX_MINUS_INF;
     total.sum = total.weighted = 0.0f;
@@ -362,15 +388,6 @@ static __device__ __forceinline__ void ramp(const DrexRampArgs & a) {
     for (int mask = 16; mask > 0; mask /= 2) {
         join(total, from_lane(total, mask));
     }
-    if (TOP) {
-        __shared__ uint8_t heads[DREX_RAMP_MAX_LISTS];
-        for (uint32_t i = threadIdx.x; i < DREX_RAMP_MAX_LISTS; i += 32) {
-            heads[i] = 0;
-        }
-        __syncwarp();
-        merge_top<true>(a.partial_top + (uint64_t) row * a.n_chunks * a.n_top, a.n_chunks, a.n_top, heads,
-                  a.out_top + (uint64_t) row * a.n_top);
-    }
     if (threadIdx.x == 0) {
         a.out[row] = total;
         a.arrived[row] = 0;
@@ -378,7 +395,7 @@ static __device__ __forceinline__ void ramp(const DrexRampArgs & a) {
 }
 
 #define RAMP(name, type)                                                                    \
-    extern "C" __global__ void __launch_bounds__(DREX_RAMP_THREADS, 4)                      \
+    extern "C" __global__ void __launch_bounds__(DREX_RAMP_THREADS, RESIDENT)                     \
         drex_ramp_##name(const __grid_constant__ DrexRampArgs a) {                          \
         ramp<type, false>(a);                                                               \
     }                                                                                       \

@@ -392,6 +392,22 @@ fn the_greatest_logits() {
     assert!(text().contains("row is 7"), "{}", text());
 }
 
+/// Drops it, and says whether a call was refused there. Nothing can be freed
+/// then, and all of it is left.
+fn drop_refused(world: World) -> bool {
+    let armed = fake::armed();
+    if armed {
+        // What is freed with a context waits for this; the rest cannot.
+        fake::wait(STREAM);
+    }
+    drop(world);
+    let refused = armed && !fake::armed();
+    if refused {
+        fake::leak();
+    }
+    refused
+}
+
 /// Nothing is in doubt after a call that the driver refused: it says so, may be
 /// made again, and leaves nothing behind.
 #[test]
@@ -447,9 +463,11 @@ fn every_call_of_the_driver_may_fail() {
         }
         world.engine.complete(2, 0).unwrap();
         refused += failures;
-        drop(world);
+        if drop_refused(world) {
+            refused += 1;
+            continue;
+        }
         assert_eq!(fake::alive(), 1, "only the logits are alive, call {n}");
-        // Some are done without: another image of the kernels, say.
         if fake::calls() as i64 <= n {
             break;
         }
@@ -457,6 +475,172 @@ fn every_call_of_the_driver_may_fail() {
     fake::fail_at(-1);
     assert!(refused > 30, "{refused}");
     println!("cuda: {refused} refused calls");
+}
+
+/// The same for graphs, arenas and rebinding, with another context current.
+#[test]
+fn every_call_for_graphs_and_arenas_may_fail() {
+    const OTHER: usize = 0x2000;
+    let _alone = alone();
+    let shape = Shape {
+        rows: 230,
+        n_vocab: 20,
+        k_row: 16,
+        v_row: 16,
+        n_top: 0,
+        ..SHAPE
+    };
+    let host = World::new(shape, false).unwrap();
+    let want = [1, 2].map(|seed| (host.token(seed).unwrap(), host.kv()));
+    let [ramp_graph, fill_graph, gather_graph] =
+        [1usize, 2, 3].map(|i| ptr::without_provenance_mut::<c_void>(0x200 + i));
+    let (row, n_rows) = (24usize, shape.rows as usize);
+    let mut refused = 0;
+    for n in 0.. {
+        fake::fail_at(-1);
+        fake::context(CONTEXT);
+        let mut world = World::new(shape, true).unwrap();
+        fake::context(OTHER);
+        fake::fail_at(n);
+        let mut failures = 0;
+        // Until it is done; how often it was refused is counted.
+        let mut insist = |call: &mut dyn FnMut() -> Result<(), Failed>| {
+            while let Err(e) = call() {
+                assert_eq!(e, Failed(DREX_ERROR_DEVICE), "{}", text());
+                assert_eq!((fake::depth(), fake::current()), (1, OTHER));
+                failures += 1;
+                assert!(failures < 2, "one call was refused");
+            }
+        };
+        insist(&mut || world.bind());
+        let mut logits = world.logits(1);
+        let mut l = world.describe(&mut logits);
+        // A host throws away a capture that failed, and begins again.
+        let captured = |stream, call: &mut dyn FnMut() -> drex_status| {
+            fake::capture(stream, true);
+            let status = call();
+            fake::capture(stream, false);
+            ok(status)
+        };
+        let raw = world.engine.raw;
+        l.stream = ramp_graph;
+        // SAFETY: the logits, K/V and rows stay where they are, here and below.
+        insist(&mut || captured(ramp_graph, &mut || unsafe { drex_ramp_enqueue(raw, &l) }));
+        insist(&mut || {
+            captured(fill_graph, &mut || unsafe {
+                drex_fill_enqueue(raw, fill_graph)
+            })
+        });
+        let arena_bytes = pattern(n_rows * row, 3);
+        let mut arena_memory = Bytes::new(true, &arena_bytes);
+        let mut dense_memory = Bytes::new(true, &vec![0; n_rows * row]);
+        let mut arena = sized!(drex_arena);
+        (arena.arena, arena.dense) = (arena_memory.at(), dense_memory.at());
+        arena.row_bytes = row as u64;
+        (arena.arena_stride_bytes, arena.dense_stride_bytes) = (row as u64, row as u64);
+        l.enqueued = 1;
+        for (seed, (verdicts, kv)) in (1..).zip(&want) {
+            for id in 0..u64::from(shape.rows) {
+                world.engine.ready(id, seed * 10).unwrap();
+            }
+            let mut plan = None;
+            insist(&mut || {
+                plan = Some(world.engine.plan(seed * 10 + 1, shape.rows)?);
+                Ok(())
+            });
+            let slots: Vec<_> = plan.unwrap().rows.iter().map(|r| r.slot as usize).collect();
+            let Bytes::Cuda(new) = world.logits(seed) else {
+                unreachable!()
+            };
+            let bytes = new.read();
+            // SAFETY: as long.
+            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), logits.at().cast(), bytes.len()) };
+            if seed == 1 {
+                arena.stream = gather_graph;
+                insist(&mut || captured(gather_graph, &mut || unsafe { drex_gather(raw, &arena) }));
+            }
+            fake::launch(gather_graph);
+            fake::wait(gather_graph);
+            let dense = dense_memory.read(n_rows * row);
+            for (i, slot) in slots.iter().enumerate() {
+                assert_eq!(dense[i * row..][..row], arena_bytes[slot * row..][..row]);
+            }
+            // And back to where they were.
+            arena.stream = STREAM;
+            insist(&mut || ok(unsafe { drex_scatter(raw, &arena) }));
+            fake::wait(STREAM);
+            assert_eq!(arena_memory.read(n_rows * row), arena_bytes);
+            fake::launch(ramp_graph);
+            let mut got = Vec::new();
+            insist(&mut || {
+                got = world.verdicts(&l)?;
+                Ok(())
+            });
+            close(&got, verdicts);
+            insist(&mut || ok(unsafe { drex_fill_plan(raw) }));
+            fake::launch(fill_graph);
+            fake::wait(fill_graph);
+            assert!(world.kv() == *kv, "call {n}, step {seed}");
+            world.engine.complete(seed * 10 + 2, 5).unwrap();
+            let mut deep = 0;
+            insist(&mut || {
+                deep = world.engine.plan(seed * 10 + 3, shape.rows)?.rows.len();
+                Ok(())
+            });
+            if deep > 0 {
+                world.engine.complete(seed * 10 + 4, 5).unwrap();
+            }
+        }
+        assert_eq!((fake::depth(), fake::current()), (1, OTHER));
+        refused += failures;
+        if drop_refused(world) {
+            refused += 1;
+            continue;
+        }
+        assert_eq!(
+            fake::alive(),
+            3,
+            "only the host's memory is alive, call {n}"
+        );
+        if fake::calls() as i64 <= n {
+            break;
+        }
+    }
+    fake::fail_at(-1);
+    fake::context(CONTEXT);
+    assert!(refused > 30, "{refused}");
+    println!("cuda: {refused} refused calls of graphs and arenas");
+}
+
+/// The first image is for other devices, or both are.
+#[test]
+fn an_image_for_another_device() {
+    const NO_BINARY: i32 = 209;
+    let _alone = alone();
+    fake::image(NO_BINARY);
+    let world = World::new(SHAPE, true).unwrap_or_else(|e| panic!("{e:?}: {}", text()));
+    let want = World::new(SHAPE, false).unwrap().token(1).unwrap();
+    close(&world.token(1).unwrap(), &want);
+    fake::wait(STREAM);
+    // Of both, what the first came to is said.
+    fake::image(NO_BINARY);
+    fake::image(1);
+    let e = World::new(SHAPE, true).err();
+    assert_eq!(e, Some(Failed(DREX_ERROR_DEVICE)));
+    assert!(
+        text().contains("CUDA_ERROR_NO_BINARY_FOR_GPU (209)"),
+        "{}",
+        text()
+    );
+    // Any other error is one; the second image would not be better.
+    fake::image(2);
+    let e = World::new(SHAPE, true).err();
+    assert_eq!(e, Some(Failed(DREX_ERROR_DEVICE)));
+    assert!(
+        text().contains("CUDA_ERROR_OUT_OF_MEMORY (2)"),
+        "{}",
+        text()
+    );
 }
 
 #[test]

@@ -23,13 +23,36 @@ fn alone() -> MutexGuard<'static, ()> {
     LOCK.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-fn run<A>(kernel: &str, grid: (u32, u32), threads: u32, args: &A, turned: bool) {
+/// The lists of `kernels/cases.txt`, which a GPU runs as well.
+fn listed_cases(name: &str) -> Vec<u32> {
+    let text = include_str!("../kernels/cases.txt");
+    let line = text
+        .lines()
+        .find_map(|l| l.strip_prefix(name).filter(|l| l.starts_with(' ')))
+        .unwrap_or_else(|| panic!("kernels/cases.txt has no {name}"));
+    line.split_whitespace()
+        .map(|n| n.parse().unwrap())
+        .collect()
+}
+
+fn pairs(name: &str) -> Vec<(u32, u32)> {
+    let list = listed_cases(name);
+    list.chunks_exact(2).map(|p| (p[0], p[1])).collect()
+}
+
+fn status_of<A>(kernel: &str, grid: (u32, u32), threads: u32, args: &A, turned: bool) -> i32 {
     let name = CString::new(kernel).unwrap();
     let args = std::ptr::from_ref(args).cast::<c_void>();
     // SAFETY: the caller's arguments are the kernel's.
-    let status =
-        unsafe { fake::emulate()(name.as_ptr(), grid.0, grid.1, threads, args, turned.into()) };
-    assert_eq!(status, 0, "{kernel}");
+    unsafe { fake::emulate()(name.as_ptr(), grid.0, grid.1, threads, args, turned.into()) }
+}
+
+fn run<A>(kernel: &str, grid: (u32, u32), threads: u32, args: &A, turned: bool) {
+    assert_eq!(
+        status_of(kernel, grid, threads, args, turned),
+        0,
+        "{kernel}"
+    );
 }
 
 #[test]
@@ -208,8 +231,8 @@ fn check_ramp(cases: &[(String, Vec<f32>)]) -> usize {
 fn ramp_rows_of_every_kind() {
     let _alone = alone();
     let mut compared = 0;
-    for n in [1usize, 2, 33, 1000, 8192, 8193, 20001] {
-        compared += check_ramp(&cases(&[n]));
+    for n in listed_cases("lengths") {
+        compared += check_ramp(&cases(&[n as usize]));
     }
     println!("ramp: {compared} comparisons of rows of every kind");
 }
@@ -218,7 +241,8 @@ fn ramp_rows_of_every_kind() {
 fn ramp_the_longest_vocabularies() {
     let _alone = alone();
     let mut compared = 0;
-    for n in [32_000, 128_256, 300_000] {
+    for n in listed_cases("long_lengths") {
+        let n = n as usize;
         let mut tie = noise(n, 5, 1.0);
         (tie[n / 3], tie[n - 1]) = (3.0, 3.0);
         let mut bad = noise(n, 6, 1.0);
@@ -272,10 +296,11 @@ fn fill_every_layout() {
     let _alone = alone();
     let (n_layers, n_cells) = (7usize, 40usize);
     let mut compared = 0;
-    for unit in [1u32, 2, 4, 8, 16] {
-        for (k_units, v_units) in [(1u32, 1u32), (17, 5), (96, 0), (0, 33), (272, 272)] {
+    for unit in listed_cases("units") {
+        for (k_units, v_units) in pairs("fill_shapes") {
             for transposed in [0u32, 1] {
-                for (source, a_block) in [(0u32, 6u32), (2, 1), (3, 2), (5, 4)] {
+                // From one thread for all layers to one for each.
+                for (source, busy) in pairs("fill_spreads") {
                     for listed in [false, true] {
                         let pad = (unit * 3) as usize;
                         let k_stride = (k_units * unit) as usize + pad;
@@ -327,7 +352,7 @@ fn fill_every_layout() {
                             n_layers: n_layers as u32,
                             // In a list, the source is the list's.
                             source: if listed { 0 } else { source },
-                            layers_a_block: a_block,
+                            busy,
                             shape: [
                                 Shape {
                                     n: k_units,
@@ -342,15 +367,9 @@ fn fill_every_layout() {
                             ],
                             cells: rows_of(&cells, listed.then_some(&mut list), source),
                         };
-                        // Fewer threads than units, and more layers' blocks
-                        // than layers.
-                        run(
-                            "drex_state_copy",
-                            (2, 6u32.div_ceil(a_block)),
-                            COPY_THREADS,
-                            &args,
-                            listed,
-                        );
+                        // Fewer threads than units, and blocks without any.
+                        let grid = (2 + 9 * u32::from(listed), 1);
+                        run("drex_state_copy", grid, COPY_THREADS, &args, listed);
                         for l in source as usize + 1..n_layers {
                             for &c in &cells {
                                 for (s, units) in [(0, k_units), (1, v_units)] {
@@ -387,12 +406,87 @@ fn fill_every_layout() {
     println!("fill: {compared} caches");
 }
 
+/// The kernel decides as the host, which makes the grid for it.
+#[test]
+fn fill_spreads_over_layers() {
+    let args = |units: u32, targets: u32| layers_a_turn(units, targets, 1 << 17);
+    // Few holes: a thread for each layer. Many: all layers to a thread.
+    assert_eq!(args(1, 24), 1);
+    assert_eq!(args(1 << 17, 24), 24);
+    assert_eq!(args(1 << 15, 24), 6);
+    assert_eq!(args(100_000, 24), 12);
+    let there = fake::function::<extern "C" fn(u32, u32, u32) -> u32>("drex_layers");
+    for units in [
+        1, 2, 255, 256, 1000, 65_535, 131_071, 131_072, 131_073, 9_999_999,
+    ] {
+        for targets in 1..40 {
+            for busy in [1, 1000, 1 << 17] {
+                assert_eq!(
+                    layers_a_turn(units, targets, busy),
+                    there(units, targets, busy)
+                );
+            }
+        }
+    }
+}
+
+/// What a device would end the program for is seen on a CPU.
+#[test]
+fn misaligned_accesses_are_seen() {
+    let _alone = alone();
+    let mut memory = vec![0u128; 64];
+    let base = memory.as_mut_ptr() as u64;
+    for (unit, good) in [(16u32, 16u64), (8, 8), (4, 4), (2, 2)] {
+        for (offset, status) in [(good, 0), (good / 2, -2)] {
+            for to_arena in [0, 1] {
+                let args = CopyRowsArgs {
+                    arena: base + offset,
+                    dense: base + 512,
+                    arena_stride: 32,
+                    dense_stride: 32,
+                    n_units: 1,
+                    unit,
+                    to_arena,
+                    rows: rows_of(&[1, 2], None, 0),
+                };
+                let got = status_of("drex_copy_rows", (1, 1), COPY_THREADS, &args, false);
+                assert_eq!(got, status, "unit {unit}, offset {offset}");
+            }
+        }
+    }
+    // Rows of logits at an odd place, said to be fit for vectors.
+    let mut partial = [0u8; 64];
+    let mut arrived = 0u32;
+    let mut out = [0u8; 32];
+    let args = |logits: u64| RampArgs {
+        logits,
+        row_stride: 512,
+        n_rows: 1,
+        n_vocab: 64,
+        n_chunks: 1,
+        vectors: 1,
+        weighted: 0,
+        n_top: 0,
+        partial: (partial.as_mut_ptr() as u64).next_multiple_of(4),
+        partial_top: 0,
+        arrived: &raw mut arrived as u64,
+        out: (out.as_mut_ptr() as u64).next_multiple_of(4),
+        out_top: 0,
+    };
+    let mut args = args;
+    let (fits, does_not) = (args(base), args(base + 8));
+    for (args, status) in [(fits, 0), (does_not, -2)] {
+        let got = status_of("drex_ramp_f32", (1, 1), RAMP_THREADS, &args, false);
+        assert_eq!(got, status);
+    }
+}
+
 #[test]
 fn rows_to_and_from_the_arena() {
     let _alone = alone();
     let mut compared = 0;
-    for unit in [1u32, 2, 4, 8, 16] {
-        for n_units in [1u32, 3, 300] {
+    for unit in listed_cases("units") {
+        for n_units in listed_cases("row_units") {
             for to_arena in [0u32, 1] {
                 for listed in [false, true] {
                     let row = (unit * n_units) as usize;

@@ -10,6 +10,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ffi::{c_char, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use common::*;
 use drex::ffi::device::*;
@@ -61,6 +62,12 @@ static HEARD: AtomicU64 = AtomicU64::new(0);
 
 unsafe extern "C" fn hear(_: *mut c_void, _: u32, _: *const c_char) {
     HEARD.fetch_add(1, Ordering::Relaxed);
+}
+
+/// The fake driver is one for all threads.
+fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// A host's loop with all of its buffers made beforehand. Returns how often
@@ -276,6 +283,7 @@ fn nor_does_it_under_a_log_and_a_trace() {
 
 #[test]
 fn nor_does_it_on_a_cuda_device() {
+    let _alone = alone();
     for fill in DREX_FILL_COPY..=DREX_FILL_VERIFY {
         assert_eq!(
             serve(DREX_POLICY_AUTO, fill, true, false, 200),
@@ -289,6 +297,7 @@ fn nor_does_it_on_a_cuda_device() {
 /// What else chapter 3 of the header names.
 #[test]
 fn nor_do_the_calls_beside_it() {
+    let _alone = alone();
     let ramps = [4];
     let mut c = config(&ramps, 4, 4, DREX_POLICY_AUTO);
     c.n_top = 4;
@@ -411,6 +420,125 @@ fn nor_do_the_calls_beside_it() {
     assert!(listed > 20 && copied > 100, "{listed} {copied}");
     assert!(engine.stats().tokens > 500);
     assert_eq!(pages.stats().pages_used, 8);
+}
+
+/// Rows to and from the arena, a ramp beside the host, and fills of a graph.
+#[test]
+fn nor_do_arenas_and_graphs() {
+    const ROW_BYTES: usize = 32;
+    let _alone = alone();
+    let ramps = [4];
+    let stream = std::ptr::without_provenance_mut::<c_void>(0x30);
+    let graph = std::ptr::without_provenance_mut::<c_void>(0x31);
+    let mut config = config(&ramps, N as u32, N as u32, DREX_POLICY_LATENCY);
+    config.n_layers = LAYERS as u32;
+    config.device = DREX_DEVICE_CUDA;
+    fake::context(1);
+    let engine = Engine::new(&config);
+    let device: Vec<_> = (0..2 * LAYERS)
+        .map(|_| fake::Memory::new(CELLS * ROW))
+        .collect();
+    let layers: Vec<drex_kv_layer> = (0..LAYERS)
+        .map(|i| {
+            let mut l = sized!(drex_kv_layer);
+            l.n_cells = CELLS as u32;
+            (l.k, l.v) = (device[2 * i].at.cast(), device[2 * i + 1].at.cast());
+            (l.k_row_bytes, l.k_cell_stride) = (ROW as u64, ROW as u64);
+            (l.v_row_bytes, l.v_cell_stride) = (ROW as u64, ROW as u64);
+            l
+        })
+        .collect();
+    let rows: Vec<u8> = [0.9, 0.1]
+        .iter()
+        .cycle()
+        .take(N)
+        .flat_map(|&c| row_of(c))
+        .flat_map(f32::to_ne_bytes)
+        .collect();
+    let memory = fake::Memory::of(&rows);
+    let (arena_memory, dense) = (
+        fake::Memory::new(N * ROW_BYTES),
+        fake::Memory::new(N * ROW_BYTES),
+    );
+    let mut arena = sized!(drex_arena);
+    (arena.arena, arena.dense) = (arena_memory.at.cast(), dense.at.cast());
+    arena.row_bytes = ROW_BYTES as u64;
+    (arena.arena_stride_bytes, arena.dense_stride_bytes) = (ROW_BYTES as u64, ROW_BYTES as u64);
+    arena.stream = stream;
+    let mut logits = sized!(drex_logits);
+    logits.data = memory.at.cast();
+    logits.row_stride_bytes = 4 * VOCAB as u64;
+    logits.n_rows = N as u32;
+    logits.n_vocab = VOCAB as u32;
+    logits.stream = stream;
+    let mut planned: Vec<drex_row> = Vec::with_capacity(N);
+    let mut verdicts: Vec<drex_verdict> = Vec::with_capacity(N);
+    let cells: Vec<u32> = (0..N as u32).collect();
+    let raw = engine.raw;
+    let (mut calls, mut exits) = (0, 0);
+    // SAFETY: valid pointers with room for N rows, here and below.
+    unsafe {
+        ok(drex_bind_kv(raw, layers.as_ptr(), LAYERS as u32)).unwrap();
+        fake::capture(graph, true);
+        ok(drex_fill_enqueue(raw, graph)).unwrap();
+        fake::capture(graph, false);
+    }
+    for id in 0..N as u64 {
+        engine.add(id).unwrap();
+    }
+    for now in (1..60u64).map(|i| i * 10) {
+        let before = count();
+        for id in 0..N as u64 {
+            // SAFETY: a handle.
+            assert_eq!(unsafe { drex_request_ready(raw, id, 5, now) }, DREX_OK);
+        }
+        let mut input = sized!(drex_plan_input);
+        input.now_ns = now;
+        let mut step = sized!(drex_step);
+        let mut c = sized!(drex_completion);
+        c.now_ns = now + 1;
+        logits.enqueued = 0;
+        // SAFETY: as above.
+        let all = unsafe {
+            [
+                drex_plan(raw, &input, planned.as_mut_ptr(), N as u32, &mut step),
+                drex_gather(raw, &arena),
+                drex_scatter(raw, &arena),
+                drex_ramp_enqueue(raw, &logits),
+                drex_replan(raw, 0, std::ptr::null_mut()),
+                {
+                    logits.enqueued = 1;
+                    drex_ramp(
+                        raw,
+                        &logits,
+                        cells.as_ptr(),
+                        verdicts.as_mut_ptr(),
+                        N as u32,
+                    )
+                },
+                drex_fill_plan(raw),
+                drex_complete(raw, &c),
+                drex_plan(raw, &input, planned.as_mut_ptr(), N as u32, &mut step),
+                drex_complete(raw, &c),
+            ]
+        };
+        calls += count() - before;
+        assert_eq!(all, [DREX_OK; 10]);
+        // SAFETY: one per row was written.
+        unsafe { verdicts.set_len(N) };
+        exits += verdicts
+            .iter()
+            .filter(|v| v.decision == DREX_DECISION_EXIT)
+            .count();
+        fake::launch(graph);
+        fake::wait(graph);
+    }
+    assert_eq!(calls, 0);
+    assert_eq!(exits, 59 * N / 2);
+    assert!(engine.stats().cells_filled as usize == exits);
+    fake::wait(stream);
+    drop(engine);
+    assert_eq!(fake::errors(), "");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 // thread of a block is a fibre that runs until it must wait for the others.
 // In tests only. A barrier that not all threads reach ends the program, and
 // the order of the threads can be turned round, so that a missing barrier
-// shows as a wrong result.
+// shows as a wrong result. So does memory that is not aligned for its type.
 
 #pragma once
 
@@ -19,13 +19,14 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-struct uint4 {
+// Aligned as the device wants them.
+struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
-struct uint2 {
+struct alignas(8) uint2 {
     uint32_t x, y;
 };
-struct ulonglong2 {
+struct alignas(16) ulonglong2 {
     uint64_t x, y;
 };
 struct dim3_on_host {
@@ -55,6 +56,32 @@ static inline T __shfl_xor_sync(uint32_t, T v, int mask) {
     return v;
 }
 
+// Of a whole warp, with one wait.
+uint32_t __reduce_max_sync(uint32_t, uint32_t v);
+uint32_t __ballot_sync(uint32_t, bool on);
+
+// Notes that a thread is about to access memory that its type does not fit.
+void drex_host_misaligned(const void * p, size_t alignment);
+
+// A device would end the program; here the access is done all the same, and
+// the launch is one that failed.
+template <typename T>
+static inline T drex_load(const T * p) {
+    if (reinterpret_cast<uintptr_t>(p) % alignof(T)) {
+        drex_host_misaligned(p, alignof(T));
+    }
+    T v;
+    memcpy(static_cast<void *>(&v), static_cast<const void *>(p), sizeof v);
+    return v;
+}
+template <typename T>
+static inline void drex_store(T * p, const T & v) {
+    if (reinterpret_cast<uintptr_t>(p) % alignof(T)) {
+        drex_host_misaligned(p, alignof(T));
+    }
+    memcpy(static_cast<void *>(p), static_cast<const void *>(&v), sizeof v);
+}
+
 static inline uint32_t atomicAdd(uint32_t * p, uint32_t v) {
     const uint32_t old = *p;
     *p += v;
@@ -63,18 +90,20 @@ static inline uint32_t atomicAdd(uint32_t * p, uint32_t v) {
 
 template <typename T>
 static inline T __ldcg(const T * p) {
-    return *p;
+    return drex_load(p);
 }
 template <typename T>
 static inline T __ldcs(const T * p) {
-    return *p;
+    return drex_load(p);
 }
 template <typename T>
 static inline T __ldg(const T * p) {
-    return *p;
+    return drex_load(p);
 }
 
 static inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+static inline uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
+static inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 
 static inline float drex_exp2(float x) {
     const float y = exp2f(x);
@@ -86,6 +115,12 @@ static inline float drex_from_bits(uint32_t bits) {
     float x;
     memcpy(&x, &bits, 4);
     return x;
+}
+
+static inline uint32_t drex_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
 }
 
 static inline float drex_from_half(uint32_t bits) {

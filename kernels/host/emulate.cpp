@@ -29,6 +29,7 @@ struct Thread {
 Thread threads[MAX_THREADS];
 uint32_t n_threads, running;
 bool backwards;
+bool misaligned;
 jmp_buf scheduler;
 uint32_t lanes[2][MAX_THREADS];
 void (*kernel)(const void *);
@@ -129,16 +130,47 @@ void drex_host_barrier(uint32_t first, uint32_t n) {
     }
 }
 
-uint32_t drex_host_shuffle(uint32_t bits, int mask) {
+void drex_host_misaligned(const void * p, size_t alignment) {
+    if (!misaligned) {
+        fprintf(stderr, "thread %u of block %u accesses %p, which is not aligned to %zu\n", running, blockIdx.x, p, alignment);
+    }
+    misaligned = true;
+}
+
+// What the lanes of this thread's warp hand in, and where it begins.
+static const uint32_t * exchange(uint32_t bits) {
     const uint32_t self = running;
     // Two sides in turn: the lanes read one while the next is written.
     uint32_t * side = lanes[threads[self].shuffles++ % 2];
     side[self] = bits;
     __syncwarp();
-    return side[self ^ static_cast<uint32_t>(mask)];
+    return side + self / 32 * 32;
 }
 
-// 0, or -1 for a kernel that does not exist.
+uint32_t drex_host_shuffle(uint32_t bits, int mask) {
+    const uint32_t lane = running % 32;
+    return exchange(bits)[lane ^ static_cast<uint32_t>(mask)];
+}
+
+uint32_t __reduce_max_sync(uint32_t, uint32_t v) {
+    const uint32_t * all = exchange(v);
+    for (int i = 0; i < 32; i++) {
+        v = max(v, all[i]);
+    }
+    return v;
+}
+
+uint32_t __ballot_sync(uint32_t, bool on) {
+    const uint32_t * all = exchange(on);
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; i++) {
+        bits |= all[i] << i;
+    }
+    return bits;
+}
+
+// 0; -1 for a kernel that does not exist; -2 for one that accessed memory that
+// was not aligned for it.
 extern "C" int drex_emulate(const char * name, uint32_t grid_x, uint32_t grid_y, uint32_t n, const void * args,
                             int turned) {
     for (const Entry & e : ENTRIES) {
@@ -147,6 +179,7 @@ extern "C" int drex_emulate(const char * name, uint32_t grid_x, uint32_t grid_y,
             kernel_args = args;
             n_threads = n;
             backwards = turned;
+            misaligned = false;
             gridDim = {grid_x, grid_y, 1};
             const uint64_t blocks = static_cast<uint64_t>(grid_x) * grid_y;
             for (uint64_t i = 0; i < blocks; i++) {
@@ -154,10 +187,14 @@ extern "C" int drex_emulate(const char * name, uint32_t grid_x, uint32_t grid_y,
                 blockIdx = {static_cast<uint32_t>(b % grid_x), static_cast<uint32_t>(b / grid_x), 0};
                 block();
             }
-            return 0;
+            return misaligned ? -2 : 0;
         }
     }
     return -1;
+}
+
+extern "C" uint32_t drex_layers(uint32_t units, uint32_t targets, uint32_t busy) {
+    return drex_layers_a_turn(units, targets, busy);
 }
 
 // What the kernels take, for the side that fills it in: sizes and offsets.

@@ -109,6 +109,28 @@ pub fn context(c: usize) {
     on("drex_fake_context", std::ptr::without_provenance_mut(c));
 }
 
+/// The calling thread's, as an address.
+pub fn current() -> usize {
+    number("drex_fake_current")
+}
+
+/// Whether a call is still to fail.
+pub fn armed() -> bool {
+    number("drex_fake_armed") != 0
+}
+
+/// What the next load of an image comes to.
+pub fn image(code: c_int) {
+    // SAFETY: as declared there.
+    unsafe { function::<unsafe extern "C" fn(c_int)>("drex_fake_image")(code) }
+}
+
+/// Handles that are alive are nobody's any more.
+pub fn leak() {
+    // SAFETY: as declared there.
+    unsafe { function::<unsafe extern "C" fn()>("drex_fake_leak")() }
+}
+
 pub fn wait(stream: *mut c_void) {
     on("drex_fake_wait", stream);
 }

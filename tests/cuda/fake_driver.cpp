@@ -31,6 +31,7 @@ enum {
     OUT_OF_MEMORY = 2,
     NOT_INITIALIZED = 3,
     INVALID_CONTEXT = 201,
+    NO_BINARY_FOR_GPU = 209,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     ILLEGAL_ADDRESS = 700,
@@ -64,6 +65,8 @@ std::set<void *> modules, events;
 std::map<void *, Stream> streams;
 std::set<std::string> functions;
 int order = 0;
+// What the next loads of images come to.
+std::deque<int> image_codes;
 
 int call(const char *) {
     calls++;
@@ -73,6 +76,15 @@ int call(const char *) {
 int needs_context() { return contexts.empty() || !contexts.back() ? INVALID_CONTEXT : SUCCESS; }
 
 void complain(const std::string & text) { errors += text + "\n"; }
+
+// What a device refuses while any stream is being captured.
+void not_in_a_capture(const char * name) {
+    for (const auto & s : streams) {
+        if (s.second.capturing) {
+            complain(std::string(name) + " while a stream is being captured");
+        }
+    }
+}
 
 bool inside(const std::map<uintptr_t, size_t> & blocks, const void * p, size_t bytes) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(p);
@@ -95,7 +107,9 @@ void run(const Work & w) {
     if (w.kernel.empty()) {
         memcpy(w.to, w.from ? w.from : w.args.data(), w.bytes);
     } else {
-        drex_emulate(w.kernel.c_str(), w.grid_x, w.grid_y, w.threads, w.args.data(), order);
+        if (drex_emulate(w.kernel.c_str(), w.grid_x, w.grid_y, w.threads, w.args.data(), order) != 0) {
+            complain(w.kernel + " accesses memory that is not aligned for it");
+        }
     }
 }
 
@@ -143,6 +157,7 @@ void drex_fake_fail_at(int64_t n) {
     fail_at = n;
     calls = 0;
 }
+size_t drex_fake_armed() { return fail_at >= 0; }
 int64_t drex_fake_calls() { return calls; }
 void drex_fake_order(int o) { order = o; }
 const char * drex_fake_errors() { return errors.c_str(); }
@@ -158,7 +173,23 @@ void drex_fake_free(void * p) {
     device.erase(reinterpret_cast<uintptr_t>(p));
     free(p);
 }
-void drex_fake_capture(void * stream, int on) { streams[stream].capturing = on; }
+// Of what was captured before, nothing is left.
+void drex_fake_capture(void * stream, int on) {
+    streams[stream].capturing = on;
+    if (on) {
+        streams[stream].captured.clear();
+    }
+}
+// The next image that is loaded comes to this.
+void drex_fake_image(int code) { image_codes.push_back(code); }
+// What is alive is nobody's any more.
+void drex_fake_leak() {
+    device.clear();
+    pinned.clear();
+    modules.clear();
+    events.clear();
+}
+void * drex_fake_current() { return contexts.empty() ? nullptr : contexts.back(); }
 void drex_fake_launch(void * stream) {
     for (const Work & w : streams[stream].captured) {
         streams[stream].work.push_back(w);
@@ -168,7 +199,10 @@ void drex_fake_wait(void * stream) { drain(streams[stream]); }
 
 // The driver. Texts and contexts never fail, as they have no device to ask.
 int cuGetErrorName(int code, const char ** text) {
-    *text = code == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : code == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : "CUDA_ERROR_OTHER";
+    *text = code == OUT_OF_MEMORY        ? "CUDA_ERROR_OUT_OF_MEMORY"
+            : code == INVALID_CONTEXT    ? "CUDA_ERROR_INVALID_CONTEXT"
+            : code == NO_BINARY_FOR_GPU  ? "CUDA_ERROR_NO_BINARY_FOR_GPU"
+                                         : "CUDA_ERROR_OTHER";
     return SUCCESS;
 }
 int cuGetErrorString(int code, const char ** text) {
@@ -198,12 +232,23 @@ int cuCtxPopCurrent_v2(void ** context) {
 }
 int cuModuleLoadData(void ** module, const void * image) {
     ENTER_IN_CONTEXT("cuModuleLoadData")
+    not_in_a_capture("cuModuleLoadData");
     // A fatbin's magic number.
     uint32_t magic;
     memcpy(&magic, image, 4);
     if (magic != 0xba55ed50) {
         complain("not a fatbin");
         return INVALID_VALUE;
+    }
+    if (reinterpret_cast<uintptr_t>(image) % 16) {
+        complain("an image that is not aligned");
+    }
+    if (!image_codes.empty()) {
+        const int code = image_codes.front();
+        image_codes.pop_front();
+        if (code != SUCCESS) {
+            return code;
+        }
     }
     *module = malloc(1);
     modules.insert(*module);
@@ -232,6 +277,7 @@ int cuFuncGetAttribute(int * value, int, void *) {
 }
 int cuMemAlloc_v2(uint64_t * p, size_t bytes) {
     ENTER_IN_CONTEXT("cuMemAlloc")
+    not_in_a_capture("cuMemAlloc");
     void * m = drex_fake_alloc(bytes);
     memset(m, 0xa5, bytes);
     *p = reinterpret_cast<uintptr_t>(m);
@@ -252,6 +298,7 @@ int cuMemFree_v2(uint64_t p) {
 }
 int cuMemHostAlloc(void ** p, size_t bytes, unsigned) {
     ENTER_IN_CONTEXT("cuMemHostAlloc")
+    not_in_a_capture("cuMemHostAlloc");
     *p = malloc(bytes);
     memset(*p, 0x5a, bytes);
     pinned[reinterpret_cast<uintptr_t>(*p)] = bytes;
@@ -276,6 +323,7 @@ int cuMemFreeHost(void * p) {
 }
 int cuMemsetD8_v2(uint64_t p, unsigned char v, size_t bytes) {
     ENTER_IN_CONTEXT("cuMemsetD8")
+    not_in_a_capture("cuMemsetD8");
     if (!inside(device, reinterpret_cast<void *>(p), bytes)) {
         complain("memset outside of device memory");
         return INVALID_VALUE;
@@ -288,6 +336,7 @@ int cuMemsetD8_v2(uint64_t p, unsigned char v, size_t bytes) {
 }
 int cuMemcpyHtoD_v2(uint64_t to, const void * from, size_t bytes) {
     ENTER_IN_CONTEXT("cuMemcpyHtoD")
+    not_in_a_capture("cuMemcpyHtoD");
     if (!inside(device, reinterpret_cast<void *>(to), bytes)) {
         complain("copy to outside of device memory");
         return INVALID_VALUE;
@@ -345,6 +394,7 @@ int cuEventRecord(void * event, void * stream) {
 }
 int cuEventSynchronize(void * event) {
     ENTER_IN_CONTEXT("cuEventSynchronize")
+    not_in_a_capture("cuEventSynchronize");
     if (Stream * s = static_cast<Event *>(event)->stream) {
         drain(*s);
     }
@@ -363,10 +413,7 @@ int cuCtxSynchronize() {
 }
 int cuStreamSynchronize(void * stream) {
     ENTER_IN_CONTEXT("cuStreamSynchronize")
-    if (streams[stream].capturing) {
-        complain("wait for a stream that is being captured");
-        return INVALID_VALUE;
-    }
+    not_in_a_capture("cuStreamSynchronize");
     drain(streams[stream]);
     return SUCCESS;
 }
@@ -403,6 +450,11 @@ int cuDeviceGetName(char * name, int n, int) {
     snprintf(name, static_cast<size_t>(n), "none (kernels on the CPU)");
     return SUCCESS;
 }
+int cuDeviceGetAttribute(int * value, int, int) {
+    *value = 1;
+    return SUCCESS;
+}
+int cuModuleLoad(void **, const char *) { return NOT_FOUND; }
 int cuDevicePrimaryCtxRetain(void ** context, int) {
     *context = &contexts;
     return SUCCESS;

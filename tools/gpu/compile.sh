@@ -14,8 +14,10 @@
 
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
+. "$here/toolkit.sh"
 [ $# -ge 1 ] && [ -x "$1/bin/nvcc" ] || { sed -n '5,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-toolkit=$(cd "$1" && pwd)
+CUDA_HOME=$(cd "$1" && pwd)
+find_cuda
 arch=${ARCH:-90}
 pack=${DREX_GPU_PACK:-$here/../../.gpu}
 [ -e "$pack/llama.cpp.tar.xz" ] || { echo "$pack/llama.cpp.tar.xz: not found; run cargo xtask gpu pack" >&2; exit 1; }
@@ -26,26 +28,18 @@ tar -xJf "$pack/llama.cpp.tar.xz" -C "$work/src"
 
 if [ "${2-}" != all ]; then
     cd "$work/src/ggml"
-    "$toolkit/bin/nvcc" -c -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" -O1 -use_fast_math -extended-lambda \
-        -I "$toolkit/include/cccl" -I "$toolkit/include" -I include -I src -DGGML_CUDA_USE_GRAPHS -DGGML_BACKEND_SHARED \
+    "$CUDACXX" -c -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" -O1 -use_fast_math -extended-lambda \
+        -I "$CUDA_HOME/include/cccl" -I "$CUDA_HOME/include" -I include -I src -DGGML_CUDA_USE_GRAPHS -DGGML_BACKEND_SHARED \
         -DGGML_SHARED -Xcompiler -fPIC src/ggml-cuda/ggml-cuda.cu -o "$work/ggml-cuda.o"
     nm -C "$work/ggml-cuda.o" | grep -q ggml_backend_cuda_get_stream
-    echo "ggml-cuda.cu compiles for sm_$arch with $("$toolkit/bin/nvcc" --version | grep release)"
+    echo "ggml-cuda.cu compiles for sm_$arch with $("$CUDACXX" --version | grep release)"
     exit
 fi
 
-# CMake looks for a toolkit as it is installed from a package of the system: bin, include, lib64 with link names, the driver's
-# stub. What only the linker would need is empty here.
-t=$work/toolkit
-mkdir -p "$t/bin" "$t/lib64/stubs"
-cp -r "$toolkit/bin/." "$t/bin"
-for d in include nvvm; do ln -s "$toolkit/$d" "$t/$d"; done
-for f in "$toolkit"/lib/lib* "$toolkit"/lib64/lib*; do [ ! -f "$f" ] || ln -sf "$f" "$t/lib64/"; done
-for l in cudart cublas cublasLt stubs/cuda; do
-    [ -e "$t/lib64/$(dirname "$l")/lib$(basename "$l").so" ] ||
-        echo | gcc -shared -x c - -o "$t/lib64/$(dirname "$l")/lib$(basename "$l").so"
-done
-CUDACXX=$t/bin/nvcc cmake -S "$work/src" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_CUDA=ON -DCUDAToolkit_ROOT="$t" \
+# What only the linker would need may be empty here.
+toolkit_at "$work/toolkit" empty
+mapfile -t flags < <(cmake_cuda_flags)
+cmake -S "$work/src" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_CUDA=ON "${flags[@]}" \
     -DCMAKE_CUDA_ARCHITECTURES="$arch-real" -DGGML_CUDA_NCCL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF \
     -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF \
     -DBUILD_SHARED_LIBS=ON -DGGML_CCACHE=OFF

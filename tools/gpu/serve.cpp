@@ -10,9 +10,10 @@
 // drex would not even look), so that drex itself
 // decides, holds, flushes and counts. Tokens are random numbers: with random weights their values mean nothing.
 //
-// The run with early exit and the run without are the same loop over the same 2B requests in the same memory; without, the
+// The run with early exit and the run without are the same loop over the same requests in the same memory; without, the
 // policy is `off` and windows are [0, n_layer). In neither do logits visit the host, so sampling is left out of both, while
-// the ramp's scoring counts against early exit. One cell at the end of the cache is always in use, so that the attended
+// the ramp's scoring counts against early exit. Beside it, the same rows run through stock passes, in the same cache and in one
+// with a stream for each sequence (their logits do go to the host, as they always do there): what is fastest is `off`. One cell at the end of the cache is always in use, so that the attended
 // length stays the same all the time, as it is in a server that has run for a while.
 //
 // Writes JSON after each cell: what was measured stays when the time is up.
@@ -40,18 +41,42 @@ static bool leaves(int request, int token, double p) {
     return double(x >> 11)*0x1p-53 < p;
 }
 
+// tokens per second of the stock engine, with all rows of a pass in one batch
+static double stock(session & s, int n_batch, int n_tokens) {
+    const int n_warm = 2;
+    int64_t t_begin = 0;
+    for (int i = 0; i < n_tokens; ++i) {
+        if (i == n_warm) {
+            t_begin = now_ns();
+        }
+        for (int r0 = 0; r0 < s.n_requests; r0 += n_batch) {
+            s.begin();
+            for (int r = r0; r < r0 + n_batch; ++r) {
+                s.add(r, s.n_prompt + i, r);
+            }
+            s.process();
+            s.wait();
+        }
+    }
+    const double seconds = (now_ns() - t_begin)/1e9;
+    s.forget_tokens();
+
+    return double(n_tokens - n_warm)*s.n_requests/seconds;
+}
+
 struct result {
     double   seconds = 0.0;
     uint64_t tokens = 0, exits = 0, involuntary = 0, windows = 0, expected_exits = 0, rows = 0;
     bool     counts_agree = false;
 };
 
-// runs until a request has all its tokens; counts what comes after each had two
-static result run(session & s, int n_batch, int exit_layer, double p, int n_tokens) {
-    const int n_req = s.n_requests;
-    const bool off = exit_layer == 0;
+// runs until a request has all its tokens; counts what comes after each had two, or, where the policy learns, a third of them
+static result run(session & s, int n_batch, int n_req, drex_policy policy, int exit_layer, double p, int n_tokens) {
+    const bool off    = policy == DREX_POLICY_OFF;
+    const bool learns = policy == DREX_POLICY_AUTO;
+    const uint64_t n_before = learns ? n_tokens/3 : 2;
 
-    engine e(s, n_batch, off ? DREX_POLICY_OFF : DREX_POLICY_HOLD, off ? s.n_layer/2 : exit_layer);
+    engine e(s, n_batch, policy, off ? s.n_layer/2 : exit_layer);
 
     std::vector<int> done(n_req, 0);
     auto start = [&](int r) {
@@ -117,7 +142,7 @@ static result run(session & s, int n_batch, int exit_layer, double p, int n_toke
         }
         emitted += n_new;
 
-        if (t_begin == 0 && emitted >= 2*uint64_t(n_req)) {
+        if (t_begin == 0 && emitted >= n_before*uint64_t(n_req)) {
             t_begin = now_ns();
         } else if (t_begin != 0) {
             res.tokens += n_new;
@@ -133,28 +158,37 @@ static result run(session & s, int n_batch, int exit_layer, double p, int n_toke
     res.exits          = stats.exits[0];
     res.expected_exits = expected;
     res.involuntary    = stats.involuntary_exits;
-    res.counts_agree   = stats.exits[0] == expected && stats.tokens == emitted && stats.involuntary_exits == 0 && stats.nonfinite_rows == 0;
+    // `auto` may let a window pass a ramp, and then nobody leaves there
+    const bool exits_agree = learns ? stats.exits[0] <= expected : stats.exits[0] == expected;
+    res.counts_agree   = exits_agree && stats.tokens == emitted && stats.involuntary_exits == 0 && stats.nonfinite_rows == 0;
 
     s.forget_tokens();
 
     return res;
 }
 
-struct times { double full, shallow, shallow_scored, deep, head; };
+// of a pass or a window, in ms: until its end was waited for, until the call came back, and by the device's clock
+struct span { double whole, submit, device; };
+struct samples {
+    std::vector<double> whole, submit, device;
+    span middle() const { return { median(whole), median(submit), median(device) }; }
+};
+struct times { span full, shallow, shallow_scored, deep; double head; };
 
 // one pass of n_batch rows: all layers; the first window, without and with scoring; the second one; the head alone
 static times measure(session & s, int n_batch, int exit_layer, int n_reps) {
     engine e(s, n_batch, DREX_POLICY_HOLD, exit_layer);
 
     std::vector<drex_verdict> verdicts(n_batch);
-    std::vector<double> full, shallow, scored, deep;
+    samples full, shallow, scored, deep;
+    device_clock clock(s.stream);
     const int n_warm = 4;
     for (int rep = 0; rep < n_warm + n_reps; ++rep) {
         const int pos = s.n_prompt + rep%4; // few cells
         if (rep%4 == 0) {
             s.forget_tokens();
         }
-        auto one = [&](std::vector<double> & to, int r0, int begin, int end, bool score) {
+        auto one = [&](samples & to, int r0, int begin, int end, bool score) {
             s.begin();
             for (int i = 0; i < n_batch; ++i) {
                 s.add(r0 + i, pos, r0 + i);
@@ -162,14 +196,19 @@ static times measure(session & s, int n_batch, int exit_layer, int n_reps) {
             if (score) {
                 e.plan_held(n_batch);
             }
+            clock.begin();
             const int64_t t = now_ns();
             s.window(begin, end);
+            const int64_t t_submit = now_ns();
             if (score) {
                 e.ramp(n_batch, verdicts);
             }
+            clock.end();
             s.wait();
             if (rep >= n_warm) {
-                to.push_back((now_ns() - t)/1e6);
+                to.whole.push_back((now_ns() - t)/1e6);
+                to.submit.push_back((t_submit - t)/1e6);
+                to.device.push_back(clock.ms());
             }
             if (score) {
                 e.end_held(n_batch);
@@ -184,7 +223,7 @@ static times measure(session & s, int n_batch, int exit_layer, int n_reps) {
     }
     s.forget_tokens();
 
-    return { median(full), median(shallow), median(scored), median(deep), time_head(s, n_batch, n_reps) };
+    return { full.middle(), shallow.middle(), scored.middle(), deep.middle(), time_head(s, n_batch, n_reps) };
 }
 
 static int usage() {
@@ -239,37 +278,69 @@ int main(int argc, char ** argv) try {
             first = false;
         }
 
-        run(s, n_batch, 0, 0.0, std::min(o.n_tokens, 8)); // builds what the first measured run would build
-        const result off = run(s, n_batch, 0, 0.0, o.n_tokens);
-        ok = ok && off.counts_agree;
-        const double off_rate = off.tokens/off.seconds;
+        // the engine without early exit: our own loop, for 2B and for B requests, and stock passes
+        double off_rate[2], stock_rate[2];
+        for (const int half : { 0, 1 }) {
+            const int n_req = half ? n_batch : 2*n_batch;
+            run(s, n_batch, n_req, DREX_POLICY_OFF, 0, 0.0, std::min(o.n_tokens, 8)); // builds what the next one would build
+            const result off = run(s, n_batch, n_req, DREX_POLICY_OFF, 0, 0.0, o.n_tokens);
+            ok = ok && off.counts_agree;
+            off_rate[half] = off.tokens/off.seconds;
+        }
+        stock_rate[0] = stock(s, n_batch, o.n_tokens);
+        {
+            session streams(model.get(), 2*n_batch, o.n_prompt, o.n_tokens, o.n_threads, true);
+            stock_rate[1] = stock(streams, n_batch, o.n_tokens);
+        }
+        const double best_stock = std::max(stock_rate[0], stock_rate[1]);
+        printf("B %2d without early exit: windows %.1f tokens/s, %.1f with B requests, stock passes %.1f, with streams %.1f\n",
+                n_batch, off_rate[0], off_rate[1], stock_rate[0], stock_rate[1]);
 
         for (const int exit_layer : o.exit_layers) {
             const times  t = measure(s, n_batch, exit_layer, o.n_reps);
-            const double c_head = t.shallow_scored + t.deep - t.full;
-            const double c      = t.shallow        + t.deep - t.full - t.head;
+            const double t_d    = t.deep.whole;
+            const double c_head = t.shallow_scored.whole + t_d - t.full.whole;
+            const double c      = t.shallow.whole        + t_d - t.full.whole - t.head;
             printf("B %2d, exit after %2d of %d: t_f %.3f  t_s %.3f (scored %.3f)  t_d %.3f  head %.3f ms, c/t_d %.3f with head, %.3f without\n",
-                    n_batch, exit_layer, s.n_layer, t.full, t.shallow, t.shallow_scored, t.deep, t.head, c_head/t.deep, c/t.deep);
+                    n_batch, exit_layer, s.n_layer, t.full.whole, t.shallow.whole, t.shallow_scored.whole, t_d, t.head, c_head/t_d, c/t_d);
+            printf("   until the call is back: %.3f  %.3f  %.3f;  on the device: %.3f  %.3f  %.3f ms\n", t.full.submit, t.shallow.submit,
+                    t.deep.submit, t.full.device, t.shallow.device, t.deep.device);
 
+            struct kind { drex_policy policy; int n_req; double p; };
+            std::vector<kind> kinds;
             for (const double p : o.shares) {
+                kinds.push_back({ DREX_POLICY_HOLD, 2*n_batch, p });
+            }
+            // what users get, also where all requests fit into a batch
+            kinds.push_back({ DREX_POLICY_AUTO, 2*n_batch, o.shares[o.shares.size()/2] });
+            kinds.push_back({ DREX_POLICY_AUTO, n_batch,   o.shares.front() });
+            kinds.push_back({ DREX_POLICY_AUTO, n_batch,   o.shares.back() });
+
+            for (const kind & k : kinds) {
                 if (late()) {
                     break;
                 }
-                run(s, n_batch, exit_layer, p, std::min(o.n_tokens, 8));
+                const bool   holds = k.policy == DREX_POLICY_HOLD;
+                run(s, n_batch, k.n_req, k.policy, exit_layer, k.p, std::min(o.n_tokens, 8));
                 const auto   log0  = graph_log();
-                const result r     = run(s, n_batch, exit_layer, p, o.n_tokens);
+                const result r     = run(s, n_batch, k.n_req, k.policy, exit_layer, k.p, o.n_tokens);
                 const auto   log1  = graph_log();
                 const double rate  = r.tokens/r.seconds;
-                const double limit = n_batch/((t.shallow_scored + (1.0 - p)*t.deep)/1e3);
+                const double off   = std::max(off_rate[k.n_req == n_batch], best_stock);
+                const double limit = n_batch/((t.shallow_scored.whole + (1.0 - k.p)*t_d)/1e3);
                 ok = ok && r.counts_agree;
-                printf("   p %.1f: %8.1f tokens/s, off %8.1f, ratio %.3f, of the limit %.3f%s%s\n", p, rate, off_rate, rate/off_rate,
-                        rate/limit, rate < 0.99*off_rate ? "  LOSES" : "", r.counts_agree ? "" : "  COUNTS DIFFER");
+                printf("   %s, %3d requests, p %.1f: %8.1f tokens/s, off %8.1f, ratio %.3f, of the limit %.3f%s%s\n", holds ? "hold" : "auto", k.n_req, k.p, rate,
+                        off, rate/off, rate/limit, rate < 0.99*off ? "  LOSES" : "", r.counts_agree ? "" : "  COUNTS DIFFER");
                 fflush(stdout);
                 out.cell({
-                    { "batch", n_batch }, { "requests", s.n_requests }, { "n_kv", s.n_kv }, { "exit_layer", exit_layer }, { "p", p },
-                    { "t_f_ms", t.full }, { "t_s_ms", t.shallow }, { "t_s_scored_ms", t.shallow_scored }, { "t_d_ms", t.deep }, { "t_head_ms", t.head },
-                    { "c_over_t_d_with_head", c_head/t.deep }, { "c_over_t_d_without_head", c/t.deep },
-                    { "tokens_per_s", rate }, { "off_tokens_per_s", off_rate }, { "over_off", rate/off_rate },
+                    { "batch", n_batch }, { "requests", k.n_req }, { "policy", holds ? "hold" : "auto" }, { "n_kv", s.n_kv }, { "exit_layer", exit_layer }, { "p", k.p },
+                    { "t_f_ms", t.full.whole }, { "t_s_ms", t.shallow.whole }, { "t_s_scored_ms", t.shallow_scored.whole }, { "t_d_ms", t_d }, { "t_head_ms", t.head },
+                    { "submit_f_ms", t.full.submit }, { "submit_s_ms", t.shallow.submit }, { "submit_d_ms", t.deep.submit },
+                    { "device_f_ms", t.full.device }, { "device_s_ms", t.shallow.device }, { "device_s_scored_ms", t.shallow_scored.device },
+                    { "device_d_ms", t.deep.device },
+                    { "c_over_t_d_with_head", c_head/t_d }, { "c_over_t_d_without_head", c/t_d },
+                    { "tokens_per_s", rate }, { "off_tokens_per_s", off }, { "over_off", rate/off },
+                    { "window_off_tokens_per_s", off_rate[k.n_req == n_batch] }, { "stock_tokens_per_s", stock_rate[0] }, { "stock_streams_tokens_per_s", stock_rate[1] },
                     { "limit_tokens_per_s", limit }, { "of_limit", rate/limit }, { "rows_per_window", double(r.rows)/r.windows },
                     { "exits", double(r.exits) }, { "exits_of_mask", double(r.expected_exits) }, { "involuntary_exits", double(r.involuntary) },
                     { "counts_agree", r.counts_agree }, { "cuda_graphs_reused", double(log1.reused - log0.reused) },

@@ -11,6 +11,8 @@
 
 #include <drex.h>
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -21,6 +23,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -100,18 +103,22 @@ struct session {
 
     std::vector<int32_t> slots;
 
-    session(llama_model * model, int n_requests, int n_prompt, int n_tokens, int n_threads) :
+    // with `streams`, a stream of cells for each sequence, as llama.cpp has it by default; for stock passes only
+    session(llama_model * model, int n_requests, int n_prompt, int n_tokens, int n_threads, bool streams = false) :
             model(model), n_requests(n_requests), n_prompt(n_prompt) {
         n_layer = llama_model_n_layer(model);
         n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
         n_kv    = (n_requests*(n_prompt + n_tokens) + 256)/256*256;
 
+        if (streams) {
+            n_kv = (n_prompt + n_tokens + 255)/256*256;
+        }
         llama_context_params params = llama_context_default_params();
-        params.n_ctx           = n_kv;
-        params.n_seq_max       = n_requests + 1;
+        params.n_ctx           = streams ? n_kv*n_requests : n_kv;
+        params.n_seq_max       = streams ? n_requests : n_requests + 1;
         params.n_batch         = 512;
         params.n_ubatch        = 512;
-        params.kv_unified      = true;
+        params.kv_unified      = !streams;
         params.n_threads       = n_threads;
         params.n_threads_batch = n_threads;
         params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
@@ -123,6 +130,9 @@ struct session {
 
         for (int r = 0; r < n_requests; ++r) {
             prompt(r, n_prompt);
+        }
+        if (streams) {
+            return;
         }
         const int n_left = n_kv - n_requests*n_prompt;
         prompt(n_requests, n_left);
@@ -210,6 +220,47 @@ private:
     }
 };
 
+// The device's own clock around what is enqueued on a stream. Its driver is loaded already, where there is one.
+struct device_clock {
+    explicit device_clock(void * stream) : stream(stream) {
+        void * driver = stream ? dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD) : nullptr;
+        auto get = [&](auto & f, const char * name) {
+            f = driver ? reinterpret_cast<std::remove_reference_t<decltype(f)>>(dlsym(driver, name)) : nullptr;
+            on = on && f;
+        };
+        get(create, "cuEventCreate");
+        get(destroy, "cuEventDestroy_v2");
+        get(record, "cuEventRecord");
+        get(elapsed, "cuEventElapsedTime");
+        on = on && create(&begin_event, 0) == 0 && create(&end_event, 0) == 0;
+    }
+    ~device_clock() {
+        if (on) {
+            destroy(begin_event);
+            destroy(end_event);
+        }
+    }
+    device_clock(const device_clock &) = delete;
+
+    void begin() { ok = on && record(begin_event, stream) == 0; }
+    void end()   { ok = ok && record(end_event,   stream) == 0; }
+    // after a wait; NaN without such a clock
+    double ms() {
+        float res = 0.0f;
+        return ok && elapsed(&res, begin_event, end_event) == 0 ? res : NAN;
+    }
+
+private:
+    void * stream;
+    bool on = true, ok = false;
+    void * begin_event = nullptr;
+    void * end_event = nullptr;
+    int (*create)(void **, unsigned) = nullptr;
+    int (*destroy)(void *) = nullptr;
+    int (*record)(void *, void *) = nullptr;
+    int (*elapsed)(float *, void *, void *) = nullptr;
+};
+
 // drex over a session's K/V
 struct engine {
     session & s;
@@ -227,7 +278,9 @@ struct engine {
         config.max_batch    = n_batch;
         config.policy       = policy;
         config.fill         = DREX_FILL_COPY;
-        config.flush_rows   = n_batch; // dense deep batches: there are more requests than rows
+        if (policy == DREX_POLICY_HOLD) {
+            config.flush_rows = n_batch; // dense deep batches: there are more requests than rows
+        }
         config.n_vocab      = s.n_vocab;
         config.device       = s.on_gpu() ? DREX_DEVICE_CUDA : DREX_DEVICE_HOST;
         check(drex_create(&config, &ptr));

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""llama-server with early exit on whatever device it has: every fill serves, and `verify` gives what the full model gives.
+"""llama-server with early exit on whatever device it has: every fill serves, and `verify` and threshold 2 agree with the full
+model as far as the unpatched way of serving agrees with itself, in a batch and alone. A batch's rows differ from one alone in the
+last bits, so that near-ties part some streams for good; equality to the bit is for builds that have it, on a CPU.
 
     server.py LLAMA_SERVER MODEL NGL OUT.json
 """
@@ -75,7 +77,11 @@ def main():
     server, model, ngl, out = sys.argv[1:5]
     result = {"ngl": int(ngl)}
     alone = {"n_predict": N, "temperature": 0, "ignore_eos": True, "return_tokens": True, "cache_prompt": False}
-    full = with_server(server, model, ngl, [], lambda port: [post(port, {"prompt": p, **alone})["tokens"] for p in PROMPTS])
+
+    def without(port):
+        return [post(port, {"prompt": p, **alone})["tokens"] for p in PROMPTS], [a["tokens"] for a in all_prompts(port)]
+
+    full, batched = with_server(server, model, ngl, [], without)
 
     def same(streams):
         equal = total = 0
@@ -83,6 +89,8 @@ def main():
             n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(b))
             equal, total = equal + n, total + len(b)
         return equal / total
+
+    result["batched"] = {"equal_up_to_first_difference": same(batched)}
 
     def early(port):
         for fill in ["copy", "propagate", "postfill", "verify"]:
@@ -105,9 +113,10 @@ def main():
     with_server(server, model, ngl, ["--drex-policy", "hold", "--drex-threshold", "2"],
                 lambda port: result.update(never={"equal_up_to_first_difference": same([a["tokens"] for a in all_prompts(port)])}))
 
-    # A batch's rows differ from one alone in the last bits, so near-ties part some streams for good: most must agree.
-    agree = min(result["verify"]["equal_up_to_first_difference"], result["never"]["equal_up_to_first_difference"])
-    result["ok"] = result["involuntary_exits"] == 0 and agree > 0.6
+    # One near-tie early in one of the streams is worth a share of them.
+    equal = {name: result[name]["equal_up_to_first_difference"] for name in ("batched", "verify", "never")}
+    result["least"] = min(0.6, equal["batched"] - 1 / len(PROMPTS))
+    result["ok"] = result["involuntary_exits"] == 0 and min(equal["verify"], equal["never"]) >= result["least"]
     with open(out, "w") as f:
         json.dump(result, f, indent=1)
     print(json.dumps(result))

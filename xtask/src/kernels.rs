@@ -113,7 +113,50 @@ fn compile(cache: &Cache, nvcc: &Path, kernels: &Path) -> Result<cache::TempDir>
         .arg(kernels.join("compile.sh"))
         .args([nvcc, out.path()]);
     process::logged(&mut command, "compiling the CUDA kernels", &log, false)?;
+    resources(&fs::read_to_string(&log)?)?;
     Ok(out)
+}
+
+/// The most registers of a thread with which a multiprocessor holds as many threads as the kernel needs: 1280 for the
+/// ramp, 1024 where it lists the greatest, 1536 for copies. Registers come in eights.
+fn most_registers(kernel: &str) -> u32 {
+    let threads = match kernel {
+        _ if kernel.starts_with("drex_ramp_top_") => 1024,
+        _ if kernel.starts_with("drex_ramp_") => 1280,
+        _ => 1536,
+    };
+    65536 / threads / 8 * 8
+}
+
+/// Reads what the compiler said of each kernel: none keeps registers in memory, and none takes more than it may.
+fn resources(log: &str) -> Result<()> {
+    let mut kernel = None;
+    let mut seen = 0;
+    for line in log.lines() {
+        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+            kernel = rest.split_once('\'');
+        }
+        let Some((name, on)) = kernel else { continue };
+        if let Some(spilled) = line.split_once(" bytes stack frame, ").map(|(_, s)| s) {
+            let none = spilled == "0 bytes spill stores, 0 bytes spill loads";
+            anyhow::ensure!(none, "{name}{on}: {spilled}");
+        }
+        if let Some((_, used)) = line.split_once("Used ") {
+            let n: u32 = used
+                .split_once(" registers")
+                .and_then(|(n, _)| n.parse().ok())
+                .with_context(|| format!("{name}: {line}"))?;
+            let most = most_registers(name);
+            anyhow::ensure!(n <= most, "{name}{on}: {n} registers, more than {most}");
+            seen += 1;
+        }
+    }
+    // Eight kernels on three architectures.
+    anyhow::ensure!(
+        seen == 24,
+        "the compiler spoke of {seen} kernels, not of 24"
+    );
+    Ok(())
 }
 
 /// The folder of the pinned compiler and CUDA's headers.
@@ -175,4 +218,26 @@ fn sums(kernels: &Path) -> Result<String> {
             Ok(format!("{sum}  {name}\n"))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_kernels_take() {
+        let one = |registers: u32, spilled: u32| {
+            format!(
+                "ptxas info    : Compiling entry function 'drex_ramp_f32' for 'sm_90'\n\
+                 ptxas info    : Function properties for drex_ramp_f32\n    0 bytes stack frame, \
+                 {spilled} bytes spill stores, 0 bytes spill loads\n\
+                 ptxas info    : Used {registers} registers, used 1 barriers, 84 bytes smem\n"
+            )
+        };
+        assert!(resources(&one(48, 0).repeat(24)).is_ok());
+        let said = |log: &str| resources(log).unwrap_err().to_string();
+        assert!(said(&one(48, 0)).contains("of 1 kernels"));
+        assert!(said(&one(49, 0)).contains("49 registers, more than 48"));
+        assert!(said(&one(48, 4)).contains("4 bytes spill stores"));
+    }
 }

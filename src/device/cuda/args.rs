@@ -5,8 +5,8 @@
 
 use cudarc::driver::sys::CUdeviceptr;
 
-pub const RAMP_THREADS: u32 = 256;
-pub const RAMP_CHUNK: u32 = 8192;
+pub const RAMP_THREADS: u32 = 128;
+pub const RAMP_CHUNK: u32 = 2048;
 pub const RAMP_MAX_TOP: u32 = 64;
 pub const RAMP_MAX_LISTS: u32 = 1024;
 pub const COPY_THREADS: u32 = 256;
@@ -69,7 +69,7 @@ pub struct FillArgs {
     pub sides: CUdeviceptr,
     pub n_layers: u32,
     pub source: u32,
-    pub layers_a_block: u32,
+    pub busy: u32,
     pub shape: [Shape; 2],
     pub cells: Rows,
 }
@@ -85,6 +85,12 @@ pub struct CopyRowsArgs {
     pub unit: u32,
     pub to_arena: u32,
     pub rows: Rows,
+}
+
+/// As `drex_layers_a_turn`, by which the kernel decides; for its grid.
+pub fn layers_a_turn(units: u32, targets: u32, busy: u32) -> u32 {
+    let groups = ((busy - 1) / units + 1).min(targets);
+    (targets - 1) / groups + 1
 }
 
 /// Sizes and offsets, as `drex_layouts` in `kernels/host/emulate.cpp` prints

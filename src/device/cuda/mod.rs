@@ -14,7 +14,7 @@ use cudarc::driver::sys::{CUcontext, CUdeviceptr, CUfunction, CUstream};
 
 use self::args::{
     COPY_THREADS, CopyRowsArgs, DeviceMoments, DeviceSide, FillArgs, INLINE_ROWS, RAMP_CHUNK,
-    RAMP_MAX_LISTS, RAMP_MAX_TOP, RAMP_THREADS, RampArgs, Rows, Shape,
+    RAMP_MAX_LISTS, RAMP_MAX_TOP, RAMP_THREADS, RampArgs, Rows, Shape, layers_a_turn,
 };
 use self::driver::{Current, Driver};
 use self::memory::{Buffer, List, Module, Pinned};
@@ -29,7 +29,7 @@ mod image;
 mod memory;
 
 /// Chunks of a row that there is scratch for when the host names no n_vocab.
-const DEFAULT_VOCAB: u32 = 64 * RAMP_CHUNK;
+const DEFAULT_VOCAB: u32 = 512 * 1024;
 
 struct Kernels {
     ramp: [CUfunction; 3],
@@ -179,14 +179,13 @@ impl Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        /// CUDA_ERROR_DEINITIALIZED, _INVALID_CONTEXT, _CONTEXT_IS_DESTROYED
-        const GONE: [i32; 3] = [4, 201, 709];
         let resources = self.resources.take();
         match self.enter() {
-            // With the context, all that was in it is gone, and the addresses
-            // may be somebody else's.
-            Err(Error::Driver { code, .. }) if GONE.contains(&code) => std::mem::forget(resources),
-            _current => drop(resources),
+            Ok(_current) => drop(resources),
+            // Most likely the context is gone, and with it all that was in it:
+            // the addresses may be somebody else's. If not, they would be looked
+            // for in a context that they are not of.
+            Err(_) => std::mem::forget(resources),
         }
     }
 }
@@ -263,15 +262,18 @@ fn forget(results: &Pinned, row: usize) {
 
 /// The first image that this driver and device take.
 fn load(driver: &'static Driver) -> Result<(Module, Kernels)> {
-    let mut module = Err(Error::Device("no image of the kernels"));
-    for image in image::ALL {
-        // SAFETY: an image that nvcc made.
-        module = unsafe { Module::new(driver, image) };
-        if module.is_ok() {
-            break;
+    /// CUDA_ERROR_INVALID_IMAGE, _NO_BINARY_FOR_GPU: for another device, or for
+    /// a driver that is newer.
+    const ANOTHER: [i32; 2] = [200, 209];
+    let [binary, ptx] = image::ALL;
+    // SAFETY: an image that nvcc made.
+    let module = match unsafe { Module::new(driver, binary) } {
+        Err(first @ Error::Driver { code, .. }) if ANOTHER.contains(&code) => {
+            // SAFETY: as above. What it says of this image is less to the point.
+            unsafe { Module::new(driver, ptx) }.map_err(|_| first)
         }
-    }
-    let module = module?;
+        module => module,
+    }?;
     let get = |name: &CStr| {
         /// CU_FUNC_ATTRIBUTE_NUM_REGS
         const REGISTERS: i32 = 4;
@@ -437,19 +439,27 @@ impl Cuda {
         let targets = bound.n_layers - 1 - source;
         let units = n * (u64::from(bound.shape[0].n) + u64::from(bound.shape[1].n));
         check_units(units)?;
-        // Enough threads to keep the memory busy, and beyond that as few
-        // reads of the source as can be.
-        const BUSY: u64 = 1 << 17;
-        let groups = BUSY.div_ceil(units.max(1)).clamp(1, targets.into()) as u32;
+        // So many threads keep any device's memory busy.
+        const BUSY: u32 = 1 << 17;
         let args = FillArgs {
             sides: bound.sides.at,
             n_layers: bound.n_layers,
             source,
-            layers_a_block: targets.div_ceil(groups),
+            busy: BUSY,
             shape: bound.shape,
             cells,
         };
-        let grid = (self.grid(units), targets.div_ceil(args.layers_a_block));
+        let most = units.max(1) as u32;
+        let groups = targets.div_ceil(layers_a_turn(most, targets, BUSY));
+        let one = u64::from(most.next_multiple_of(COPY_THREADS));
+        let mut threads = one * u64::from(groups);
+        if args.cells.there != 0 {
+            // It may have fewer when the launch runs, which then are spread over
+            // more layers.
+            let fewer = (2 * u64::from(BUSY)).min(one * u64::from(targets));
+            threads = threads.max(fewer);
+        }
+        let grid = (self.grid(threads), 1);
         // SAFETY: by this function's contract.
         unsafe { self.launch(kernel, grid, COPY_THREADS, stream, &args) }
     }
