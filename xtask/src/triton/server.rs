@@ -150,7 +150,7 @@ impl Triton {
     }
 
     pub fn last_words(&self) -> Result<String> {
-        Ok(process::tail(&self.log, 30)?.join("\n"))
+        Ok(process::tail(&self.log, 200)?.join("\n"))
     }
 
     pub fn pid(&self) -> u32 {
