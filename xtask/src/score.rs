@@ -120,10 +120,12 @@ pub struct Margins {
     pub margins: Vec<f64>,
 }
 
+/// `kv` is the type of the KV cache.
 pub fn margins(
     tool: &Path,
     model: &Path,
+    kv: &str,
     streams: &[(Vec<i64>, Vec<i64>)],
 ) -> Result<Vec<Margins>> {
-    run(tool, model, &["--margins"], streams)
+    run(tool, model, &["--margins", "-ctk", kv], streams)
 }

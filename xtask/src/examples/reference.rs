@@ -97,7 +97,7 @@ pub fn full_model(kit: &Kit) -> Result<()> {
     }
     drop(server);
 
-    let scores = score::margins(&tool, &model, &pairs(&streams))?;
+    let scores = score::margins(&tool, &model, "f16", &pairs(&streams))?;
     let (mut tokens, mut agree, mut nll) = (0, 0, 0.0_f64);
     for (stream, score) in streams.iter().zip(&scores) {
         let ours: f64 = stream.nll.iter().sum();
@@ -122,7 +122,7 @@ pub fn full_model(kit: &Kit) -> Result<()> {
 
     // A model without its last layer must not pass for this one.
     let cut = Cut::new(15)?;
-    let other = worst_margin(&score::margins(&tool, &cut.0, &pairs(&streams))?);
+    let other = worst_margin(&score::margins(&tool, &cut.0, "f16", &pairs(&streams))?);
     ensure!(
         other > LOGIT,
         "15 layers of 16 are within {other} too: the limit says nothing"

@@ -14,6 +14,7 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
     time::Instant,
 };
 
@@ -37,6 +38,8 @@ struct Bench {
     installed: Installed,
     reference: Runtime,
     patched: Runtime,
+    /// `drex-score` in the reference build.
+    score: PathBuf,
     /// What llama-server answered, by fill: it is asked once.
     expected: RefCell<BTreeMap<&'static str, Vec<Value>>>,
 }
@@ -72,6 +75,9 @@ pub fn run(
         .into_iter();
     let reference = runtimes.next().context("no reference build")?;
     let patched = runtimes.next().context("no patched build")?;
+    let mut tools = llama.tools(&reference)?.into_iter();
+    let score = tools.find(|tool| tool.ends_with("drex-score"));
+    let score = score.context("no score tool")?;
     let installed = setup::install(&cache, &patched)?;
     let machine = cache.lock_machine()?;
     let bench = Bench {
@@ -79,6 +85,7 @@ pub fn run(
         installed,
         reference,
         patched,
+        score,
         expected: RefCell::default(),
     };
     let chosen: Vec<_> = all()
