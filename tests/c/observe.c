@@ -93,10 +93,12 @@ static char *text_of(drex_engine *engine, const char *labels) {
   drex_status status = labels == NULL ? drex_snapshot(engine, NULL, 0, &length)
                                       : drex_metrics_text(engine, labels, NULL, 0, &length);
   if (status != DREX_OK || (text = malloc(length + 1)) == NULL) return NULL;
-  /* Too little room by the 0 byte: nothing is written. */
+  /* Too little room by the 0 byte: the length is said, and nothing is written. */
+  text[0] = '?';
   status = labels == NULL ? drex_snapshot(engine, text, length, &again)
                           : drex_metrics_text(engine, labels, text, length, &again);
-  if (status == DREX_ERROR_CAPACITY && again == 7) {
+  if (status == DREX_ERROR_CAPACITY && again == length && text[0] == '?') {
+    again = 7;
     status = labels == NULL ? drex_snapshot(engine, text, length + 1, &again)
                             : drex_metrics_text(engine, labels, text, length + 1, &again);
     if (status == DREX_OK && again == length && strlen(text) == length) return text;

@@ -87,7 +87,7 @@ has_seconds() { [ "$(left)" -gt "$1" ]; }
 
 # step NAME LIMIT COMMAND...: runs it for LIMIT seconds at most, or what is left; its output goes to the log
 step() {
-    # A dry run is slow, and nobody lent it the machine.
+    # A dry run is slow, and has no limit to keep.
     local name=$1 limit=$(($2*slow)) t0 status text=$work/step.$1
     shift 2
     [ "$limit" -gt "$(left)" ] && limit=$(left)
