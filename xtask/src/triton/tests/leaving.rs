@@ -276,7 +276,12 @@ fn fresh(bench: &Bench) -> Result<()> {
                 call.cancel()?;
                 call.finish()?;
             }
-            "hang up" | "hang up, stream" => hang_up(&server, 0, how != "hang up")?,
+            "hang up" | "hang up, stream" => {
+                hang_up(&server, 0, how != "hang up")?;
+                // The server itself forgets such a request on the connection's thread, after the backend's last response,
+                // and ends these threads first: who is faster then keeps the model until the exit timeout.
+                soon(&server, "drex_requests_running", |running| running == 0.0)?;
+            }
             _ => {
                 let mut request = request(0, 450);
                 request[how] = json!(3);
