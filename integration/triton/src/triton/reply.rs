@@ -115,7 +115,8 @@ impl Reply {
     }
 
     /// Sends one string output; `last` makes it the final response. After that, nothing more can be sent.
-    pub fn send_text(&mut self, output: &CStr, text: &str, last: bool) -> Result<(), Failure> {
+    #[cfg(test)]
+    fn send_text(&mut self, output: &CStr, text: &str, last: bool) -> Result<(), Failure> {
         self.send(&[(output, Tensor::Text(text))], &[], last)
     }
 
