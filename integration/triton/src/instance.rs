@@ -22,7 +22,7 @@ use crate::triton::statistics::Executions;
 use crate::triton::{abi, log};
 
 const UNLOADED: &str = "the model is being unloaded";
-/// How often /metrics gets new values while requests run.
+/// How often the counters at /metrics get new values while requests run.
 const METRICS_EVERY: Duration = Duration::from_millis(250);
 
 struct Queue<J> {
@@ -209,7 +209,10 @@ impl Instance {
         this.threads.push(spawn(
             "drex-engine",
             Box::new(move || {
-                let publish = move |now: &Snapshot| metrics.update(now);
+                let publish = move |now: &Snapshot, all| match all {
+                    true => metrics.update(now),
+                    false => metrics.update_gauges(now),
+                };
                 engine_thread(engine, publish, &executions, &for_engine, &last);
             }),
         )?);
@@ -281,7 +284,7 @@ impl Drop for Instance {
 /// happened, nobody waits for an answer that cannot come.
 fn engine_thread<W: Work>(
     engine: W,
-    publish: impl FnMut(&Snapshot),
+    publish: impl FnMut(&Snapshot, bool),
     executions: &Executions,
     shared: &Shared<W::Job>,
     sender: &Sender<Message>,
@@ -302,15 +305,16 @@ fn engine_thread<W: Work>(
     let _ = sender.send(Message::EngineGone(failure));
 }
 
+/// `publish` is told whether counters are due too.
 fn run<W: Work>(
     mut engine: W,
-    mut publish: impl FnMut(&Snapshot),
+    mut publish: impl FnMut(&Snapshot, bool),
     executions: &Executions,
     shared: &Shared<W::Job>,
 ) {
     let mut published = Instant::now();
     let mut before = engine.snapshot();
-    publish(&before);
+    publish(&before, true);
     loop {
         {
             let mut queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -348,14 +352,15 @@ fn run<W: Work>(
             let end = now_ns();
             executions.add(rows, end - (now.window_ns - before.window_ns), end);
         }
-        if engine.is_idle() || published.elapsed() >= METRICS_EVERY {
+        let all = engine.is_idle() || published.elapsed() >= METRICS_EVERY;
+        if all {
             published = Instant::now();
-            publish(&now);
         }
+        publish(&now, all);
         before = now;
     }
     engine.fail_all(&unavailable(UNLOADED));
-    publish(&engine.snapshot());
+    publish(&engine.snapshot(), true);
 }
 
 #[cfg(test)]
@@ -414,7 +419,7 @@ mod tests {
     }
 
     /// What the clients of these prompts are told, all of which are there before the engine starts, and `late` after.
-    fn serve(prompts: &[&str], late: &str, publish: impl FnMut(&Snapshot)) -> Vec<String> {
+    fn serve(prompts: &[&str], late: &str, publish: impl FnMut(&Snapshot, bool)) -> Vec<String> {
         let (sender, messages) = mpsc::channel();
         let shared = Shared::new();
         let inbox = Inbox {
@@ -461,7 +466,7 @@ mod tests {
 
     #[test]
     fn each_window_is_an_execution_of_its_rows() {
-        let told = serve(&["a", "b"], "c", |_| ());
+        let told = serve(&["a", "b"], "c", |_, _| ());
         let unloaded = "error the model is being unloaded";
         assert_eq!(told, ["error a", "error b", unloaded]);
         assert_eq!(host::take_executions(), [3, 3]);
@@ -470,7 +475,7 @@ mod tests {
 
     #[test]
     fn a_step_that_panics_fails_those_who_run() {
-        let told = serve(&["a", "step"], "b", |_| ());
+        let told = serve(&["a", "step"], "b", |_, _| ());
         let unloaded = "error the model is being unloaded";
         let failed = "error a step panicked: injected";
         assert_eq!(told, [failed, failed, unloaded]);
@@ -479,10 +484,10 @@ mod tests {
 
     #[test]
     fn a_panic_outside_of_a_step_leaves_no_request_unanswered() {
-        assert_eq!(serve(&["a", "push", "b"], "c", |_| ()), [GONE; 4]);
+        assert_eq!(serve(&["a", "push", "b"], "c", |_, _| ()), [GONE; 4]);
         let mut published = 0;
-        let told = serve(&["a", "b"], "c", |_| {
-            published += 1;
+        let told = serve(&["a", "b"], "c", |_, all| {
+            published += u32::from(all);
             assert_eq!(published, 1, "injected too");
         });
         // Those who ended before the panic have their own answers.

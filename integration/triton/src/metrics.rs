@@ -129,11 +129,34 @@ impl Metrics {
         }
     }
 
+    /// What counts, and what `update_gauges` brings.
     pub fn update(&mut self, now: &Snapshot) {
+        self.update_where(now, |_| true);
+        if let (false, Some(observe)) = (self.waits.is_null(), abi::TRITONSERVER_MetricObserve()) {
+            let us = now.stats.wait_us_sum - self.last_wait_us;
+            for seconds in observations(&self.last_waits, &now.stats.wait_us_buckets, us) {
+                // SAFETY: the metric lives as long as this.
+                let _ = unsafe { check(observe(self.waits, seconds)) };
+            }
+        }
+        self.last_waits = now.stats.wait_us_buckets;
+        self.last_wait_us = now.stats.wait_us_sum;
+    }
+
+    /// What goes up and down. After every step, so that whoever looks finds each value as often as it holds: taken once in
+    /// a while, after a step, it would be the one after the long steps, which are those that leave no row held.
+    pub fn update_gauges(&mut self, now: &Snapshot) {
+        self.update_where(now, |kind| kind == abi::METRIC_GAUGE);
+    }
+
+    fn update_where(&mut self, now: &Snapshot, which: impl Fn(u32) -> bool) {
         for m in &mut self.all {
             let about = &FAMILIES[m.family];
+            if m.refused || !which(about.kind) {
+                continue;
+            }
             let value = (about.value)(now, m.index);
-            if m.refused || !value.is_finite() {
+            if !value.is_finite() || (value == m.last && !m.metric.is_null()) {
                 continue;
             }
             if m.metric.is_null() {
@@ -154,15 +177,6 @@ impl Metrics {
                 m.last = value;
             }
         }
-        if let (false, Some(observe)) = (self.waits.is_null(), abi::TRITONSERVER_MetricObserve()) {
-            let us = now.stats.wait_us_sum - self.last_wait_us;
-            for seconds in observations(&self.last_waits, &now.stats.wait_us_buckets, us) {
-                // SAFETY: as above.
-                let _ = unsafe { check(observe(self.waits, seconds)) };
-            }
-        }
-        self.last_waits = now.stats.wait_us_buckets;
-        self.last_wait_us = now.stats.wait_us_sum;
     }
 }
 
@@ -329,6 +343,14 @@ mod tests {
         assert_eq!(get("drex_art_ratio", ""), None);
         assert_eq!(get("drex_rule_hold_rows", ""), None);
         assert_eq!(get("drex_exit_share", ",ramp=0,layer=4"), None);
+        // Between two updates the gauges go on.
+        (now.stats.tokens, now.running) = (6, 3);
+        old.update_gauges(&now);
+        assert_eq!(get("drex_tokens_total", ""), Some(5.0));
+        assert_eq!(get("drex_requests_running", ""), Some(3.0));
+        now.running = 4;
+        old.update(&now);
+        assert_eq!(get("drex_tokens_total", ""), Some(6.0));
 
         let mut new = Metrics::new("m", 1, "m_0", &[4, 8]);
         let mut other = snapshot();
@@ -338,10 +360,10 @@ mod tests {
         other.stats.predicted_off_tokens_per_s = 7.5;
         other.running = 1;
         new.update(&other);
-        assert_eq!(get("drex_tokens_total", ""), Some(7.0));
+        assert_eq!(get("drex_tokens_total", ""), Some(8.0));
         assert_eq!(get("drex_requests_running", ""), Some(5.0));
         drop(old);
-        assert_eq!(get("drex_tokens_total", ""), Some(7.0));
+        assert_eq!(get("drex_tokens_total", ""), Some(8.0));
         assert_eq!(get("drex_requests_running", ""), Some(1.0));
         assert_eq!(get("drex_rule_ramp", ",ramp=0,layer=4"), Some(0.0));
         assert_eq!(get("drex_rule_ramp", ",ramp=1,layer=8"), Some(1.0));

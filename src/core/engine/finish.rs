@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The end of a step: its rows go where they were sent, or back.
+
+use super::{Engine, Origin, Step, StepRow};
+use crate::core::NONE;
+use crate::core::auto::Load;
+use crate::core::config::Fill;
+use crate::core::counters::Miss;
+use crate::core::error::{Error, Result};
+use crate::core::policy::{Decision, Policy};
+use crate::core::queue::Entry;
+use crate::core::request::State;
+
+/// The search for a rule takes at most this share of a window's time, where
+/// the host does not call for it itself.
+const REPLAN_SHARE: u64 = 200;
+/// About what a simulated window takes.
+const WINDOW_NS: u64 = 40;
+const REPLAN_MIN: u64 = 50;
+const REPLAN_MAX: u64 = 20_000;
+
+impl Engine {
+    /// The planned step, if [`Engine::complete`] would end it.
+    pub fn expect_complete(&self) -> Result<Step> {
+        let Some(step) = self.step else {
+            return Err(Error::CallOrder(
+                "no step is planned; expected drex_plan first",
+            ));
+        };
+        if step.ramp.is_some() && !self.ramped {
+            return Err(Error::CallOrder(
+                "the planned window ends at a ramp; expected drex_ramp first",
+            ));
+        }
+        if step.ramp.is_none() && !self.verified && self.rows.iter().any(StepRow::is_draft) {
+            return Err(Error::CallOrder(
+                "the planned step has drafts; expected drex_verify first",
+            ));
+        }
+        Ok(step)
+    }
+
+    /// The planned step ran: its rows go where they were sent.
+    pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
+        let step = self.expect_complete()?;
+        self.tick(now_ns);
+        // 0 is "unknown", and no short window.
+        if duration_ns > 0 {
+            self.counters.window(duration_ns);
+        }
+        self.cost.observe(
+            step.layer_begin,
+            step.layer_end,
+            self.rows.len() as u32,
+            cells,
+            duration_ns,
+        );
+        self.counters.steps += 1;
+        self.counters.step_rows += self.rows.len() as u64;
+        self.counters.flushes[step.reason as usize] += 1;
+
+        for k in 0..self.rows.len() {
+            let row = self.rows[k];
+            let waited = |since: u64| step.now_ns.saturating_sub(since);
+            match row.origin {
+                Origin::Held(_) => {
+                    let ns = waited(self.buffer.node(row.slot).since_ns);
+                    self.counters.wait(ns);
+                    if !row.gone {
+                        let r = self.requests.get_mut(row.request);
+                        r.held_ns += ns;
+                        r.spent_ns[Miss::Held as usize] += ns;
+                    }
+                }
+                Origin::Ready if !row.gone => {
+                    let ns = waited(self.buffer.ready_node(row.request).since_ns);
+                    let r = self.requests.get_mut(row.request);
+                    // A row that exited may be ready again by now, and then
+                    // its node is not this token's.
+                    if r.state != State::Ready {
+                        r.spent_ns[Miss::Queue as usize] += ns;
+                    }
+                }
+                Origin::Ready | Origin::Stay(_) | Origin::Pending => {}
+            }
+            if !row.gone {
+                self.requests.get_mut(row.request).in_step = NONE;
+            }
+            self.leave(row, step.ramp, now_ns);
+        }
+        let held = u64::from(self.buffer.held());
+        self.counters.held_rows_max = self.counters.held_rows_max.max(held);
+        let tokens = self.counters.tokens - self.gaps.tokens;
+        self.gaps.pause(now_ns, self.counters.tokens);
+        self.end_step();
+        if self.config.policy == Policy::Auto {
+            let load = Load {
+                requests: self.decoding as u32,
+                often: self.often as u32,
+                gap_ns: self.gaps.gap_ns(),
+                prompt_ns: self.gaps.prompt_ns_per_token(),
+                keeping: self.share_keeping(),
+                verifying: self.share_of(Fill::Verify),
+            };
+            let allowed = self.allowed();
+            let (auto, known) = self.auto_and_known();
+            auto.step(tokens, load, allowed, known);
+            if !self.host_replans {
+                let share = duration_ns / REPLAN_SHARE / WINDOW_NS;
+                self.replan_some(share.clamp(REPLAN_MIN, REPLAN_MAX) as u32);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a row goes when its window has run.
+    fn leave(&mut self, row: StepRow, ramp: Option<usize>, now_ns: u64) {
+        if row.gone {
+            return self.buffer.return_slot(row.slot);
+        }
+        let r = self.requests.get_mut(row.request);
+        if row.back > 0 {
+            let settled = row.origin != Origin::Pending;
+            if let Some(ramp) = ramp {
+                // It stays pending, further on.
+                if settled {
+                    self.wait_at(row.request, ramp, row.slot, true, now_ns);
+                }
+                return;
+            }
+            let left = self.pending.left(row.slot);
+            self.acceptance.observe(left, row.decision);
+            let slot = self.pending.pop(&mut r.pending);
+            debug_assert_eq!(slot, Some(row.slot));
+            if settled {
+                r.settling = false;
+                r.state = State::Idle;
+                r.slot = NONE;
+            }
+            self.buffer.return_slot(row.slot);
+            let emits = row.decision.emits();
+            r.tokens += u64::from(emits);
+            let c = &mut self.counters;
+            c.rows_filled += u64::from(row.decision != Decision::Drop);
+            c.tokens += u64::from(emits);
+            c.drafts += u64::from(emits);
+            c.accepted += u64::from(row.decision == Decision::Accept);
+            c.dropped += u64::from(row.decision == Decision::Drop);
+            if emits {
+                self.emitted(row.request, now_ns);
+            }
+            return;
+        }
+        match (ramp, row.decision) {
+            (None, decision) => {
+                self.buffer.return_slot(row.slot);
+                r.state = State::Idle;
+                r.slot = NONE;
+                if decision == Decision::Drop {
+                    self.counters.dropped += 1;
+                    return;
+                }
+                r.tokens += 1;
+                self.counters.tokens += 1;
+                self.emitted(row.request, now_ns);
+            }
+            (Some(_), Decision::Exit) => {
+                if !row.fill.keeps() {
+                    self.buffer.return_slot(row.slot);
+                }
+                if row.fill != Fill::Verify {
+                    self.emitted(row.request, now_ns);
+                }
+            }
+            (Some(ramp), decision) => {
+                let stay = decision == Decision::Stay;
+                self.wait_at(row.request, ramp, row.slot, stay, now_ns);
+            }
+        }
+    }
+
+    fn emitted(&mut self, request: u32, now_ns: u64) {
+        let r = self.requests.get_mut(request);
+        let all = now_ns.saturating_sub(r.last_token_ns);
+        let spent: u64 = r.spent_ns.iter().sum();
+        if r.due_ns().is_some_and(|due| now_ns > due) {
+            r.deadline_misses += 1;
+            self.counters.deadline_misses += 1;
+            let mut reason = Miss::Run as usize;
+            let mut most = all.saturating_sub(spent);
+            for (i, &ns) in r.spent_ns.iter().enumerate() {
+                if ns > most {
+                    (reason, most) = (i, ns);
+                }
+            }
+            self.counters.misses[reason] += 1;
+        }
+        r.spent_ns = [0; 3];
+        r.last_token_ns = now_ns;
+        if r.state == State::Ready {
+            // Made ready before its step was complete: the deadline of its
+            // next token starts here.
+            let node = *self.buffer.ready_node(request);
+            let entry = Entry {
+                seq: node.seq,
+                since_ns: node.since_ns,
+                due_ns: r.due_ns().unwrap_or(0),
+                priority: node.priority,
+                plans: node.plans,
+            };
+            self.buffer.pop_ready(request);
+            self.buffer.push_ready(request, entry);
+        }
+    }
+
+    /// The planned step failed: its rows go back to where they were, as if it
+    /// had not been planned. Rows that a ramp already let out have given
+    /// their token, and stay out.
+    pub fn abandon(&mut self) -> Result<()> {
+        let Some(step) = self.step else {
+            return Err(Error::CallOrder(
+                "no step is planned; expected drex_plan first",
+            ));
+        };
+        for k in 0..self.rows.len() {
+            let row = self.rows[k];
+            // The ramp's verdicts are taken back with the step, those of
+            // requests that went away since included.
+            let undone = self.ramped && matches!(row.decision, Decision::Hold | Decision::Stay);
+            let forced = u64::from(undone && row.forced);
+            if undone {
+                self.counters.involuntary_stays -= forced;
+                self.counters.nonfinite_rows -= u64::from(row.score.confidence.is_nan());
+            }
+            if row.gone {
+                self.buffer.return_slot(row.slot);
+                continue;
+            }
+            let r = self.requests.get_mut(row.request);
+            r.in_step = NONE;
+            r.involuntary_stays -= forced;
+            if self.ramped && row.decision == Decision::Exit {
+                if !row.fill.keeps() {
+                    self.buffer.return_slot(row.slot);
+                }
+                continue;
+            }
+            if let (true, true, Some(after)) = (row.back > 0, r.settling, step.after) {
+                // Without a newer row that may have left, all of it goes back.
+                self.pending.advance(row.slot, after);
+            }
+            match row.origin {
+                Origin::Ready => {
+                    r.state = State::Ready;
+                    r.slot = NONE;
+                    r.ramp = NONE;
+                    self.buffer.return_slot(row.slot);
+                    self.buffer.restore_ready(row.request);
+                }
+                Origin::Held(ramp) => {
+                    r.ramp = ramp as u32;
+                    r.state = State::Held;
+                    self.buffer.restore(ramp, row.slot, false);
+                }
+                Origin::Stay(ramp) => {
+                    r.ramp = ramp as u32;
+                    self.buffer.restore(ramp, row.slot, true);
+                }
+                Origin::Pending => {}
+            }
+        }
+        self.end_step();
+        Ok(())
+    }
+
+    fn end_step(&mut self) {
+        self.step = None;
+        self.ramped = false;
+        self.rows.clear();
+    }
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! What the engine learns from the windows that ran, and the search for a rule over it.
+
+use super::Engine;
+use crate::core::auto::{Auto, Known};
+use crate::core::config::Fill;
+use crate::core::error::{Error, Result};
+use crate::core::profile::Profile;
+
+impl Engine {
+    pub(super) fn auto_and_known(&mut self) -> (&mut Auto, Known<'_>) {
+        let known = Known {
+            cost: &self.cost,
+            exits: &self.exits,
+            acceptance: &self.acceptance,
+        };
+        (&mut self.auto, known)
+    }
+
+    /// Share of the requests in decode that fill their holes so.
+    pub(super) fn share_of(&self, fill: Fill) -> f64 {
+        self.fills[fill as usize] as f64 / self.decoding.max(1) as f64
+    }
+
+    pub(super) fn share_keeping(&self) -> f64 {
+        let keep = Fill::ALL.into_iter().filter(|f| f.keeps());
+        keep.map(|f| self.share_of(f)).sum()
+    }
+
+    pub(super) fn replan_some(&mut self, windows: u32) -> bool {
+        let (auto, known) = self.auto_and_known();
+        auto.work(windows, known)
+    }
+
+    /// Does up to about `windows` simulated windows' worth of the search for
+    /// a better rule (0: all of it). After the first call, [`Engine::complete`]
+    /// leaves that work to the host. True when none is left.
+    pub fn replan(&mut self, windows: u32) -> bool {
+        self.host_replans = true;
+        self.replan_some(if windows == 0 { u32::MAX } else { windows })
+    }
+
+    /// A whole search for a rule from what is known now.
+    pub fn search_anew(&mut self) {
+        let (auto, known) = self.auto_and_known();
+        auto.begin(known);
+        self.replan_some(u32::MAX);
+    }
+
+    /// Starts from times learned before.
+    pub fn load_profile(&mut self, p: &Profile) -> Result<()> {
+        p.validate()?;
+        if p.n_layers != self.config.n_layers {
+            return Err(Error::Conflict {
+                field: "n_layers",
+                index: None,
+                value: p.n_layers.into(),
+                other: "the engine's n_layers",
+                other_value: self.config.n_layers.into(),
+                why: "a profile belongs to one model",
+            });
+        }
+        if p.ramp_layers != self.config.ramp_layers {
+            return Err(Error::int(
+                "ramp_layers",
+                p.ramp_layers.len() as u64,
+                "the engine's own exit layers",
+            ));
+        }
+        self.cost.load(p);
+        Ok(())
+    }
+
+    /// A timing that was not planned here.
+    pub fn observe(&mut self, begin: u32, end: u32, rows: u32, cells: u64, ns: u64) -> Result<()> {
+        if end > self.config.n_layers {
+            return Err(Error::Conflict {
+                field: "layer_end",
+                index: None,
+                value: end.into(),
+                other: "n_layers",
+                other_value: self.config.n_layers.into(),
+                why: "the window lies within the model",
+            });
+        }
+        if begin >= end {
+            return Err(Error::Conflict {
+                field: "layer_begin",
+                index: None,
+                value: begin.into(),
+                other: "layer_end",
+                other_value: end.into(),
+                why: "the window has at least one layer",
+            });
+        }
+        if rows == 0 {
+            return Err(Error::int("n_rows", rows, "at least 1"));
+        }
+        if ns == 0 {
+            return Err(Error::int("duration_ns", ns, "at least 1"));
+        }
+        self.cost.observe(begin, end, rows, cells, ns);
+        Ok(())
+    }
+}

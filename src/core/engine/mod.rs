@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Ties the parts together: the life of requests and rows through
+//! plan, ramp and complete.
+
+mod finish;
+mod learn;
+mod plan;
+mod requests;
+mod verdicts;
+
+use crate::core::auto::Auto;
+use crate::core::buffer::Buffer;
+use crate::core::config::{Config, Fill};
+use crate::core::cost::CostModel;
+use crate::core::counters::{Counters, Reason};
+use crate::core::drafts::Acceptance;
+use crate::core::error::Result;
+use crate::core::exits::Exits;
+use crate::core::gaps::Gaps;
+use crate::core::metric::{Metric, Score};
+use crate::core::pending::Pending;
+use crate::core::planner::{Marks, Planner};
+use crate::core::policy::{Decision, RampRow};
+use crate::core::request::{Request, Requests, State};
+use crate::core::routing::Routing;
+use crate::core::{MAX_RAMPS, memory};
+
+/// What the host is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    pub layer_begin: u32,
+    pub layer_end: u32,
+    /// The ramp at the window's end, if it is not the model's.
+    pub ramp: Option<usize>,
+    pub reason: Reason,
+    pub now_ns: u64,
+    /// The ramp that its rows were looked at before.
+    after: Option<usize>,
+    /// The window ends where pending rows wait, and nobody is to exit.
+    only_meets: bool,
+}
+
+/// Where a row of the step goes back to if the step fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    Ready,
+    Held(usize),
+    Stay(usize),
+    /// Stays in its request's chain.
+    Pending,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct StepRow {
+    /// Index of the request; meaningless once `gone`.
+    pub request: u32,
+    pub id: u64,
+    pub slot: u32,
+    /// 0: the request's own row. n: a pending one, n tokens before.
+    pub back: u32,
+    pub fill: Fill,
+    /// The request was removed since the plan.
+    pub gone: bool,
+    /// Set by `ramp` and `verify`.
+    pub decision: Decision,
+    pub forced: bool,
+    pub score: Score,
+    origin: Origin,
+}
+
+impl StepRow {
+    /// Left at the ramp, and wants the K/V of its skipped layers copied.
+    pub fn copies(&self) -> bool {
+        self.decision == Decision::Exit && !self.gone && self.fill == Fill::Copy
+    }
+
+    /// The ramp that it was held at before the step.
+    pub fn was_held_at(&self) -> Option<usize> {
+        match self.origin {
+            Origin::Held(ramp) => Some(ramp),
+            _ => None,
+        }
+    }
+
+    /// Waits for [`Engine::verify`] in a step that ends at the last layer.
+    pub fn is_draft(&self) -> bool {
+        self.back > 0 && self.fill == Fill::Verify && !self.gone
+    }
+}
+
+/// What the full model says to a draft.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Agrees {
+    No,
+    Yes,
+    /// The same token, and the request's last: what was made after it is void.
+    AndEnds,
+}
+
+pub struct Engine {
+    config: Config,
+    requests: Requests,
+    buffer: Buffer,
+    cost: CostModel,
+    counters: Counters,
+    planner: Planner,
+    exits: Exits,
+    auto: Auto,
+    routing: Routing,
+    gaps: Gaps,
+    /// The host calls [`Engine::replan`] itself.
+    host_replans: bool,
+    decoding: usize,
+    /// Those of them that exit often.
+    often: usize,
+    /// Those of them that fill their holes in each way.
+    fills: [usize; Fill::ALL.len()],
+    acceptance: Acceptance,
+    /// Requests alive that may exit at each ramp.
+    may_exit: [u32; MAX_RAMPS],
+    step: Option<Step>,
+    rows: Vec<StepRow>,
+    ramped: bool,
+    verified: bool,
+    pending: Pending,
+    /// Rows of the last step that had any.
+    last_rows: u32,
+    ramp_rows: Vec<RampRow>,
+    scratch: Vec<f32>,
+    seq: u64,
+    clock_ns: u64,
+}
+
+impl Engine {
+    pub fn new(config: Config) -> Result<Self> {
+        config.validate()?;
+        let requests = config.max_requests as usize;
+        let pass = config.pass_rows();
+        Ok(Engine {
+            requests: Requests::new(requests)?,
+            buffer: Buffer::new(config.n_slots as usize, requests, config.n_ramps())?,
+            cost: CostModel::new(config.n_layers, &config.ramp_layers),
+            counters: Counters::default(),
+            planner: Planner::new(&config)?,
+            exits: Exits::new(config.n_ramps()),
+            auto: Auto::new(&config),
+            routing: Routing::default(),
+            gaps: Gaps::default(),
+            host_replans: false,
+            decoding: 0,
+            often: 0,
+            fills: [0; Fill::ALL.len()],
+            acceptance: Acceptance::default(),
+            may_exit: [0; MAX_RAMPS],
+            step: None,
+            rows: memory::room(pass)?,
+            ramped: false,
+            verified: false,
+            pending: Pending::new(config.n_slots, config.max_requests)?,
+            last_rows: 0,
+            ramp_rows: memory::room(pass)?,
+            scratch: memory::room(pass)?,
+            seq: 0,
+            clock_ns: 0,
+            config,
+        })
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub fn counters_mut(&mut self) -> &mut Counters {
+        &mut self.counters
+    }
+
+    pub fn cost(&self) -> &CostModel {
+        &self.cost
+    }
+
+    pub fn exits(&self) -> &Exits {
+        &self.exits
+    }
+
+    pub fn auto(&self) -> &Auto {
+        &self.auto
+    }
+
+    /// The rule in force without probes, in rows.
+    pub fn chosen_marks(&self) -> Marks {
+        Marks::new(&self.config, self.decoding, self.auto.chosen())
+    }
+
+    pub fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    pub fn acceptance(&self) -> &Acceptance {
+        &self.acceptance
+    }
+
+    pub fn gaps(&self) -> &Gaps {
+        &self.gaps
+    }
+
+    /// Requests alive that have had a token to run.
+    pub fn decoding(&self) -> usize {
+        self.decoding
+    }
+
+    /// The latest time that any call named.
+    pub fn clock_ns(&self) -> u64 {
+        self.clock_ns
+    }
+
+    /// The requests alive whose row is held, in no order.
+    pub fn held_requests(&self) -> impl Iterator<Item = &Request> {
+        self.requests.iter().filter(|r| r.state == State::Held)
+    }
+
+    pub fn requests(&self) -> usize {
+        self.requests.alive()
+    }
+
+    pub fn request(&self, id: u64) -> Result<&Request> {
+        Ok(self.requests.get(self.requests.find(id)?))
+    }
+
+    pub fn step(&self) -> Option<&Step> {
+        self.step.as_ref()
+    }
+
+    /// The planned step's rows, in the order in which they run.
+    pub fn step_rows(&self) -> &[StepRow] {
+        &self.rows
+    }
+
+    /// `ramp` has been called for the planned step.
+    pub fn ramped(&self) -> bool {
+        self.ramped
+    }
+
+    pub fn metric_of(&self, row: &StepRow) -> Metric {
+        self.requests.get(row.request).metric
+    }
+
+    /// c/t_d at the first ramp for the last batch.
+    pub fn art_ratio(&self) -> Option<f64> {
+        self.config.art_ratio.map(f64::from).or_else(|| {
+            self.cost
+                .art_ratio(self.config.ramp_layers[0], self.last_rows)
+        })
+    }
+
+    /// Rows that left and have layers to go.
+    pub fn pending_rows(&self) -> u32 {
+        self.pending.total()
+    }
+
+    fn next_seq(&mut self) -> u64 {
+        self.seq += 1;
+        self.seq
+    }
+
+    /// The latest time that any call named.
+    fn tick(&mut self, now_ns: u64) {
+        self.clock_ns = self.clock_ns.max(now_ns);
+    }
+
+    /// Held rows per ramp, without those of the planned step.
+    pub fn held_rows_at(&self) -> [u64; MAX_RAMPS] {
+        let mut at = [0; MAX_RAMPS];
+        for (r, n) in at.iter_mut().enumerate().take(self.config.n_ramps()) {
+            *n = u64::from(self.buffer.held_at(r));
+        }
+        at
+    }
+}

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Requests: from the first token they have to run to their end.
+
+use super::Engine;
+use crate::core::NONE;
+use crate::core::config::check_threshold;
+use crate::core::counters::Miss;
+use crate::core::error::{Error, Result};
+use crate::core::queue::Entry;
+use crate::core::request::{RequestConfig, State};
+
+impl Engine {
+    pub fn add(&mut self, request: RequestConfig) -> Result<()> {
+        if let Some(t) = request.threshold {
+            check_threshold("threshold", t)?;
+        }
+        let fill = request.fill.unwrap_or(self.config.fill);
+        self.config.check_fill(fill)?;
+        let i = self.requests.add(request.id)?;
+        let mut may_exit = 0;
+        for (r, &t) in self.config.thresholds.iter().enumerate() {
+            if request.threshold.unwrap_or(t) <= 1.0 {
+                may_exit |= 1 << r;
+            }
+        }
+        let item = self.requests.get_mut(i);
+        item.metric = request.metric.unwrap_or(self.config.metric);
+        item.threshold = request.threshold;
+        item.fill = fill;
+        item.deadline_ns = match request.token_deadline_ns {
+            0 => self.config.token_deadline_ns,
+            ns => ns,
+        };
+        item.request_deadline_ns = request.request_deadline_ns;
+        item.max_tokens = request.max_tokens;
+        item.priority = request.priority;
+        item.may_exit = may_exit;
+        self.count_may_exit(may_exit, true);
+        Ok(())
+    }
+
+    fn count_may_exit(&mut self, mask: u32, more: bool) {
+        for (r, n) in self.may_exit.iter_mut().enumerate() {
+            let one = mask >> r & 1;
+            *n = if more { *n + one } else { *n - one };
+        }
+    }
+
+    /// Ramps at which some request alive may exit.
+    pub(super) fn allowed(&self) -> u32 {
+        let bit = |(r, &n): (usize, &u32)| u32::from(n > 0) << r;
+        self.may_exit.iter().enumerate().map(bit).sum()
+    }
+
+    /// The request has a token to run from now on.
+    pub fn ready(&mut self, id: u64, now_ns: u64) -> Result<()> {
+        let i = self.requests.find(id)?;
+        let state = self.requests.get(i).state;
+        if state != State::Idle {
+            return Err(Error::NotIdle {
+                id,
+                state: state.name(),
+            });
+        }
+        self.tick(now_ns);
+        let seq = self.next_seq();
+        let r = self.requests.get_mut(i);
+        if !r.started {
+            r.started = true;
+            r.started_ns = now_ns;
+            r.last_token_ns = now_ns;
+            self.decoding += 1;
+            self.often += r.kind.index();
+            self.fills[r.fill as usize] += 1;
+            self.gaps.began();
+        }
+        r.spent_ns[Miss::Host as usize] += now_ns.saturating_sub(r.last_token_ns);
+        r.state = State::Ready;
+        let entry = Entry {
+            seq,
+            since_ns: now_ns,
+            due_ns: r.due_ns().unwrap_or(0),
+            priority: r.priority,
+            plans: self.planner.plans,
+        };
+        self.buffer.push_ready(i, entry);
+        Ok(())
+    }
+
+    /// Sends an idle request's pending rows on to the last layer, without a
+    /// newer one: at its end, or where its K/V must be whole. False: it has
+    /// none, and stays idle.
+    pub fn settle(&mut self, id: u64, now_ns: u64) -> Result<bool> {
+        let i = self.requests.find(id)?;
+        let r = self.requests.get(i);
+        if r.state != State::Idle {
+            return Err(Error::NotIdle {
+                id,
+                state: r.state.name(),
+            });
+        }
+        let Some(slot) = r.pending.newest() else {
+            return Ok(false);
+        };
+        if r.in_step != NONE {
+            return Err(Error::CallOrder(
+                "the request's row is in the planned step; expected drex_complete first",
+            ));
+        }
+        self.tick(now_ns);
+        let ramp = self.pending.ramp(slot);
+        let r = self.requests.get_mut(i);
+        r.settling = true;
+        r.state = State::Running;
+        r.slot = slot;
+        self.wait_at(i, ramp, slot, true, now_ns);
+        Ok(true)
+    }
+
+    /// A row waits at a ramp from now on.
+    pub(super) fn wait_at(
+        &mut self,
+        request: u32,
+        ramp: usize,
+        slot: u32,
+        stay: bool,
+        now_ns: u64,
+    ) {
+        let seq = self.next_seq();
+        let r = self.requests.get_mut(request);
+        r.ramp = ramp as u32;
+        let entry = Entry {
+            seq,
+            since_ns: now_ns,
+            due_ns: r.due_ns().unwrap_or(0),
+            priority: r.priority,
+            plans: self.planner.plans,
+        };
+        self.buffer.push(ramp, slot, stay, entry);
+    }
+
+    /// Forgets a request, whatever it is doing. A row that is in the planned
+    /// step gives its slot back when the step ends.
+    pub fn remove(&mut self, id: u64) -> Result<()> {
+        let i = self.requests.find(id)?;
+        let r = self.requests.get(i);
+        let (state, slot, in_step, started) = (r.state, r.slot, r.in_step, r.started);
+        let (ramp, may_exit, kind, fill) = (r.ramp, r.may_exit, r.kind, r.fill);
+        let (settling, mut chain) = (r.settling, r.pending);
+        let in_step = match in_step {
+            NONE => 0..0,
+            first => first as usize..(first + r.step_rows) as usize,
+        };
+        let own = in_step.end > in_step.start;
+        for row in &mut self.rows[in_step.clone()] {
+            row.gone = true;
+        }
+        if state == State::Ready {
+            self.buffer.pop_ready(i);
+        }
+        if !own && slot != NONE {
+            debug_assert_ne!(ramp, NONE);
+            let stay = state == State::Running;
+            if !stay {
+                let since = self.buffer.node(slot).since_ns;
+                self.counters.wait(self.clock_ns.saturating_sub(since));
+            }
+            self.buffer.remove(slot, stay);
+            if !settling {
+                self.buffer.return_slot(slot);
+            }
+        }
+        while let Some(slot) = self.pending.pop(&mut chain) {
+            // Those in the step give theirs back with it.
+            if self.rows[in_step.clone()].iter().all(|r| r.slot != slot) {
+                self.buffer.return_slot(slot);
+            }
+        }
+        if started {
+            self.decoding -= 1;
+            self.often -= kind.index();
+            self.fills[fill as usize] -= 1;
+        }
+        self.count_may_exit(may_exit, false);
+        self.requests.remove(i);
+        Ok(())
+    }
+}
