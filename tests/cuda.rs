@@ -912,6 +912,47 @@ fn rows_go_to_the_arena_and_back() {
     }
 }
 
+/// The launch of a call that failed behind it still reads its rows from the list.
+#[test]
+fn a_launch_whose_event_failed_keeps_its_rows() {
+    let _alone = alone();
+    let shape = Shape {
+        rows: 300,
+        n_vocab: 20,
+        ..SHAPE
+    };
+    let world = World::new(shape, true).unwrap();
+    for id in 0..u64::from(shape.rows) {
+        world.engine.ready(id, 0).unwrap();
+    }
+    let (row, n) = (24usize, shape.rows as usize);
+    let dense_bytes = pattern(n * row, 5);
+    let mut dense = Bytes::new(true, &dense_bytes);
+    let mut memory = Bytes::new(true, &vec![0; n * row]);
+    let mut other = Bytes::new(true, &vec![0; n * row]);
+    let mut arena = sized!(drex_arena);
+    arena.row_bytes = row as u64;
+    (arena.arena_stride_bytes, arena.dense_stride_bytes) = (row as u64, row as u64);
+    (arena.arena, arena.dense) = (memory.at(), dense.at());
+    arena.stream = STREAM;
+    let rows = world.engine.plan(1, shape.rows).unwrap().rows;
+    fake::fail_call(c"cuEventRecord");
+    // SAFETY: valid pointers, here and below.
+    let status = unsafe { drex_scatter(world.engine.raw, &arena) };
+    assert_eq!(status, DREX_ERROR_DEVICE);
+    ok(unsafe { drex_abandon(world.engine.raw) }).unwrap();
+    // Fewer rows, to somewhere else.
+    world.engine.plan(2, 240).unwrap();
+    arena.arena = other.at();
+    ok(unsafe { drex_scatter(world.engine.raw, &arena) }).unwrap();
+    fake::wait(STREAM);
+    let inside = memory.read(n * row);
+    for (i, r) in rows.iter().enumerate() {
+        let s = r.slot as usize;
+        assert_eq!(inside[s * row..][..row], dense_bytes[i * row..][..row]);
+    }
+}
+
 #[test]
 fn what_a_device_cannot_take_is_said() {
     let _alone = alone();

@@ -94,6 +94,13 @@ pub fn fail_at(n: i64) {
     unsafe { function::<unsafe extern "C" fn(i64)>("drex_fake_fail_at")(n) }
 }
 
+/// Makes the next call of this name fail.
+pub fn fail_call(name: &CStr) {
+    let set = function::<unsafe extern "C" fn(*const c_char)>("drex_fake_fail_call");
+    // SAFETY: as declared there; the name is copied.
+    unsafe { set(name.as_ptr()) }
+}
+
 pub fn order(turned: bool) {
     // SAFETY: as declared there.
     unsafe { function::<unsafe extern "C" fn(c_int)>("drex_fake_order")(turned.into()) }

@@ -5,8 +5,9 @@
 // until somebody waits for the stream, as it may on a device, so a call that
 // reads a result too early, or writes what a launch has yet to read, is seen.
 //
-// drex_fake_fail_at(n) makes the n-th call from now fail. drex_fake_errors()
-// tells of what a program must not do.
+// drex_fake_fail_at(n) makes the n-th call from now fail, drex_fake_fail_call()
+// the next one of that name. drex_fake_errors() tells of what a program must
+// not do.
 
 #include <stdint.h>
 #include <stdio.h>
@@ -59,7 +60,7 @@ struct Event {
 
 thread_local std::vector<void *> contexts;
 int64_t fail_at = -1, calls = 0;
-std::string errors;
+std::string errors, fail_call;
 std::map<uintptr_t, size_t> device, pinned;
 std::set<void *> modules, events;
 std::map<void *, Stream> streams;
@@ -68,8 +69,12 @@ int order = 0;
 // What the next loads of images come to.
 std::deque<int> image_codes;
 
-int call(const char *) {
+int call(const char * name) {
     calls++;
+    if (fail_call == name) {
+        fail_call.clear();
+        return OUT_OF_MEMORY;
+    }
     return fail_at >= 0 && calls > fail_at ? (fail_at = -1, OUT_OF_MEMORY) : SUCCESS;
 }
 
@@ -157,6 +162,7 @@ void drex_fake_fail_at(int64_t n) {
     fail_at = n;
     calls = 0;
 }
+void drex_fake_fail_call(const char * name) { fail_call = name; }
 size_t drex_fake_armed() { return fail_at >= 0; }
 int64_t drex_fake_calls() { return calls; }
 void drex_fake_order(int o) { order = o; }

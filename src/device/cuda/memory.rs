@@ -103,6 +103,8 @@ pub struct List {
     event: CUevent,
     /// A launch that reads it was enqueued, and not waited for.
     busy: bool,
+    /// The same, where the event behind the launch could not be recorded.
+    unmarked: Option<CUstream>,
     capacity: usize,
 }
 
@@ -121,18 +123,22 @@ impl List {
             device,
             event,
             busy: false,
+            unmarked: None,
             capacity,
         })
     }
 
     /// A launch may still read it.
     pub fn busy(&self) -> bool {
-        self.busy
+        self.busy || self.unmarked.is_some()
     }
 
     /// Waits for what still reads it. That is over, where a ramp was waited for
     /// since, behind it on the same stream.
     pub fn wait(&mut self) -> Result<()> {
+        if let Some(stream) = self.unmarked {
+            self.read_on(stream)?;
+        }
         if self.busy {
             // SAFETY: ours.
             unsafe { self.driver.cuEventSynchronize(self.event)? };
@@ -163,8 +169,10 @@ impl List {
 
     /// A launch on this stream reads it.
     pub fn read_on(&mut self, stream: CUstream) -> Result<()> {
+        self.unmarked = Some(stream);
         // SAFETY: the host's stream.
         unsafe { self.driver.cuEventRecord(self.event, stream)? };
+        self.unmarked = None;
         self.busy = true;
         Ok(())
     }
