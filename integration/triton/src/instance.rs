@@ -4,12 +4,13 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::clock::now_ns;
 use crate::engine::{Engine, Job};
+use crate::exit::{self, Stop};
 use crate::families::Snapshot;
 use crate::llama::{Llama, Vocab};
 use crate::metrics::Metrics;
@@ -27,7 +28,10 @@ const METRICS_EVERY: Duration = Duration::from_millis(250);
 
 struct Queue<J> {
     jobs: Vec<J>,
-    stop: bool,
+    /// Why the engine is to stop.
+    stop: Option<&'static str>,
+    /// It has stopped, and every request is answered.
+    ended: bool,
 }
 
 struct Shared<J> {
@@ -85,16 +89,46 @@ fn unavailable(text: &str) -> Failure {
 
 impl<J> Shared<J> {
     fn new() -> Arc<Self> {
-        let (jobs, stop) = (Vec::new(), false);
         Arc::new(Self {
-            queue: Mutex::new(Queue { jobs, stop }),
+            queue: Mutex::new(Queue {
+                jobs: Vec::new(),
+                stop: None,
+                ended: false,
+            }),
             wake: Condvar::new(),
         })
     }
 
     fn change(&self, f: impl FnOnce(&mut Queue<J>)) {
         f(&mut self.queue.lock().unwrap_or_else(PoisonError::into_inner));
-        self.wake.notify_one();
+        // The engine's thread, and at the server's end the one that waits for it.
+        self.wake.notify_all();
+    }
+}
+
+impl<J: Send> Stop for Shared<J> {
+    fn stop(&self, why: &'static str) {
+        self.change(|queue| {
+            queue.stop.get_or_insert(why);
+        });
+    }
+
+    fn wait(&self, until: Instant) {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = until.saturating_duration_since(Instant::now());
+        // Who waits goes on in any case.
+        let _ = self
+            .wake
+            .wait_timeout_while(queue, left, |queue| !queue.ended);
+    }
+}
+
+/// Dropped when every request is answered.
+struct Ended<J>(Arc<Shared<J>>);
+
+impl<J> Drop for Ended<J> {
+    fn drop(&mut self) {
+        self.0.change(|queue| queue.ended = true);
     }
 }
 
@@ -117,7 +151,7 @@ impl<J> Inbox<J> {
         }
         self.shared.change(|queue| {
             // After that nobody takes jobs, and the sender refuses the request.
-            if !queue.stop {
+            if queue.stop.is_none() {
                 queue.jobs.push(job);
             }
         });
@@ -191,6 +225,7 @@ impl Instance {
         // SAFETY: by the caller; the thread is joined before this is gone.
         let executions = unsafe { Executions::of(instance) };
         let shared = Shared::new();
+        exit::add(Arc::downgrade(&shared) as Weak<dyn Stop>);
         let (for_engine, for_sender) = (shared.clone(), shared.clone());
         let spawn = |name: &str, f: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
@@ -271,7 +306,7 @@ impl Instance {
 impl Drop for Instance {
     fn drop(&mut self) {
         if let Some(inbox) = self.inbox.take() {
-            inbox.shared.change(|queue| queue.stop = true);
+            inbox.shared.stop(UNLOADED);
         }
         for thread in self.threads.drain(..) {
             // Neither ends with a panic.
@@ -286,12 +321,14 @@ fn engine_thread<W: Work>(
     engine: W,
     publish: impl FnMut(&Snapshot, bool),
     executions: &Executions,
-    shared: &Shared<W::Job>,
+    shared: &Arc<Shared<W::Job>>,
     sender: &Sender<Message>,
-) {
+) where
+    W::Job: Send + 'static,
+{
     let run = || run(engine, publish, executions, shared);
     let failure = match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(()) => unavailable(UNLOADED),
+        Ok(why) => unavailable(why),
         Err(panic) => {
             let text = log::panic_text(&*panic);
             log::error(&format!("the engine has ended by a panic: {text}"));
@@ -299,26 +336,29 @@ fn engine_thread<W: Work>(
         }
     };
     shared.change(|queue| {
-        queue.stop = true;
+        queue.stop.get_or_insert(UNLOADED);
         queue.jobs.clear();
     });
-    let _ = sender.send(Message::EngineGone(failure));
+    let _ = sender.send(Message::EngineGone(
+        failure,
+        Box::new(Ended(shared.clone())),
+    ));
 }
 
-/// `publish` is told whether counters are due too.
+/// `publish` is told whether counters are due too. Returns why it was to stop.
 fn run<W: Work>(
     mut engine: W,
     mut publish: impl FnMut(&Snapshot, bool),
     executions: &Executions,
     shared: &Shared<W::Job>,
-) {
+) -> &'static str {
     let mut published = Instant::now();
     let mut before = engine.snapshot();
     publish(&before, true);
-    loop {
+    let why = loop {
         {
             let mut queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
-            while engine.is_idle() && queue.jobs.is_empty() && !queue.stop {
+            while engine.is_idle() && queue.jobs.is_empty() && queue.stop.is_none() {
                 queue = shared
                     .wake
                     .wait(queue)
@@ -327,8 +367,8 @@ fn run<W: Work>(
             for job in queue.jobs.drain(..) {
                 engine.push(job);
             }
-            if queue.stop {
-                break;
+            if let Some(why) = queue.stop {
+                break why;
             }
         }
         let failure = match catch_unwind(AssertUnwindSafe(|| engine.step())) {
@@ -358,9 +398,10 @@ fn run<W: Work>(
         }
         publish(&now, all);
         before = now;
-    }
-    engine.fail_all(&unavailable(UNLOADED));
+    };
+    engine.fail_all(&unavailable(why));
     publish(&engine.snapshot(), true);
+    why
 }
 
 #[cfg(test)]
@@ -446,7 +487,7 @@ mod tests {
             steps: 0,
             out: Box::new(move |id, event| {
                 let _ = events.send(Message::Event { id, event, at: 1 });
-                stop.change(|queue| queue.stop = true);
+                stop.stop(UNLOADED);
             }),
         };
         // SAFETY: the fake host does not look at it.

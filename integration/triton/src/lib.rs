@@ -7,6 +7,7 @@
 pub mod clock;
 pub mod engine;
 pub mod entry;
+pub mod exit;
 pub mod families;
 pub mod instance;
 pub mod llama;

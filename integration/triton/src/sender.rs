@@ -29,8 +29,9 @@ pub enum Message {
     },
     /// What happened to a request, and when: the engine does not wait for the sender.
     Event { id: u64, event: Event, at: u64 },
-    /// The engine has ended: no request that is here or comes later will run.
-    EngineGone(Failure),
+    /// The engine has ended: no request that is here or comes later will run. The second is dropped when those that are here
+    /// are answered.
+    EngineGone(Failure, Box<dyn Send>),
 }
 
 struct Entry {
@@ -137,7 +138,7 @@ impl Entries {
                     },
                 );
             }
-            Message::EngineGone(failure) => {
+            Message::EngineGone(failure, _answered) => {
                 for (_, entry) in self.all.drain() {
                     entry.end(Err(failure.clone()), now_ns());
                 }
@@ -374,7 +375,9 @@ mod tests {
             code: abi::ERROR_UNAVAILABLE,
             text: "it is gone".into(),
         };
-        sender.send(Message::EngineGone(failure)).unwrap();
+        sender
+            .send(Message::EngineGone(failure, Box::new(())))
+            .unwrap();
         add(&sender, 3, false);
         event(&sender, 1, 120, token("late", None));
         drop(sender);

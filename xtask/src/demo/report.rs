@@ -157,10 +157,19 @@ impl Report {
         })
     }
 
+    fn rounds_text(&self) -> String {
+        let plural = if self.rounds == 1 { "" } else { "s" };
+        format!("{} round{plural}", self.rounds)
+    }
+
     pub fn table(&self) -> String {
         let mut out = format!(
-            "{}, threshold {}, {} rounds, {} tokens per request\n{}\n\n",
-            self.model, self.threshold, self.rounds, self.tokens_per_request, self.machine
+            "{}, threshold {}, {}, {} tokens per request\n{}\n\n",
+            self.model,
+            self.threshold,
+            self.rounds_text(),
+            self.tokens_per_request,
+            self.machine
         );
         let header = Row::header();
         let names = self.cells.iter().map(|c| c.policy.len());
@@ -243,7 +252,7 @@ impl Report {
             .replace("@MODEL@", &escape(&self.model))
             .replace("@MACHINE@", &escape(&self.machine))
             .replace("@THRESHOLD@", &self.threshold.to_string())
-            .replace("@ROUNDS@", &self.rounds.to_string())
+            .replace("@ROUNDS@", &self.rounds_text())
             .replace("@TOKENS@", &self.tokens_per_request.to_string())
             .replace("@HEADLINE@", &headline)
             .replace("@LEGEND@", &legend)

@@ -3,8 +3,8 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Result, ensure};
-use serde_json::json;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 use super::{Bench, PARAMETERS, Test, parameters, quiet, requests, whole};
 use crate::{
@@ -21,6 +21,7 @@ pub const TESTS: &[Test] = &[
     ("two models, one with two instances", several),
     ("unload with 32 requests in flight, and load again", unload),
     ("shutdown under load", shutdown),
+    ("shutdown that does not wait for the requests", outlasted),
 ];
 
 /// A user's folder has everything: nothing is loaded from the cache or from this clone.
@@ -129,8 +130,7 @@ fn unload(bench: &Bench) -> Result<()> {
     quiet(&server)
 }
 
-/// Within the exit timeout every request comes whole. Beyond it the server gives up on those that run; none may be told
-/// that it ended well, and none twice.
+/// Within the exit timeout every request comes whole.
 fn shutdown(bench: &Bench) -> Result<()> {
     const TOKENS: u32 = 60;
     let server = bench.start(&[])?;
@@ -152,5 +152,43 @@ fn shutdown(bench: &Bench) -> Result<()> {
         "        32 requests of {TOKENS} tokens, all whole; ended after {:.1} s",
         time.as_secs_f64()
     );
+    Ok(())
+}
+
+/// Beyond the exit timeout the server gives up on the requests that run and calls exit(), with status 1. None is told that
+/// it ended well, none twice, and the process ends soon and by itself.
+fn outlasted(bench: &Bench) -> Result<()> {
+    const TOKENS: u32 = 450;
+    for _ in 0..3 {
+        let server = bench.start(&["--exit-timeout-secs=1"])?;
+        let streams = server.spawn(&bench.installed, &requests(32, TOKENS), json!({}))?;
+        server.metrics_with("drex_requests_running", |running| running >= 32.0)?;
+        let (status, time) = server.stop(Duration::from_secs(25))?;
+        ensure!(
+            status.code() == Some(1) && time < Duration::from_secs(8),
+            "ended with {status} after {time:?}"
+        );
+        let answers = streams.finish()?;
+        let mut told = 0;
+        for (i, answer) in answers.iter().enumerate() {
+            let errors = answer["errors"].as_array().context("no errors")?;
+            ensure!(
+                answer["finals"].as_u64() <= Some(1)
+                    && answer["reason"] == ""
+                    && !errors.is_empty(),
+                "request {i}: {answer}"
+            );
+            let ours = |error: &Value| {
+                error
+                    .as_str()
+                    .is_some_and(|e| e.contains("the server is exiting"))
+            };
+            told += usize::from(errors.iter().any(ours));
+        }
+        println!(
+            "        32 requests of {TOKENS} tokens, {told} told that the server is exiting; ended after {:.1} s",
+            time.as_secs_f64()
+        );
+    }
     Ok(())
 }
