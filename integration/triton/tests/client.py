@@ -31,17 +31,19 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 SILENCE = 180  # seconds; generous, for slow machines
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 second_line = threading.Event()
+unread = b""
 
 
 def line():
     """Of standard input. Not through its buffer, whose lock a thread that waits would hold when this program ends."""
-    text = b""
-    while not text.endswith(b"\n"):
+    global unread
+    while b"\n" not in unread:
         part = os.read(0, 1 << 16)
         if not part:
-            return text
-        text += part
-    return text
+            return b""
+        unread += part
+    text, unread = unread.split(b"\n", 1)
+    return text + b"\n"
 
 
 def empty():
