@@ -37,6 +37,10 @@ const FIGURES: [(&str, &str, &str); 6] = [
     ("ms between tokens, p99", "inter_token_latency", "p99"),
 ];
 
+/// From drex's own metrics: what the engine spent in layer windows for a token. The rest is the server, and the load
+/// generator where they share cores.
+const WINDOWS: &str = "ms in windows per token";
+
 pub struct Load {
     pub requests: u32,
     pub concurrency: Vec<u32>,
@@ -217,11 +221,14 @@ pub fn run(cache: &Cache, installed: &Installed, load: &Load, quiet: bool) -> Re
                     round + 1,
                     load.rounds
                 );
-                let (found, _) = once(installed, &aiperf, &server, load.requests, concurrency)?;
-                figures[at].push(found);
-                let metrics =
-                    Metrics::parse(&server.metrics_with("drex_tokens_total", |n| n > 0.0)?);
+                let (mut found, _) = once(installed, &aiperf, &server, load.requests, concurrency)?;
+                // The counters are whole when nothing runs any more.
+                let idle = server.metrics_with("drex_requests_running", |n| n == 0.0)?;
+                let metrics = Metrics::parse(&idle);
                 let of = |name: &str| metrics.get(name).unwrap_or(0.0);
+                found
+                    .push(of("drex_window_seconds_total") / of("drex_tokens_total").max(1.0) * 1e3);
+                figures[at].push(found);
                 exits[at] = of("drex_exits_total") / of("drex_tokens_total").max(1.0);
                 ensure!(
                     of("drex_involuntary_exits_total") == 0.0,
@@ -234,7 +241,8 @@ pub fn run(cache: &Cache, installed: &Installed, load: &Load, quiet: bool) -> Re
             "early exits: {exits:?} of the tokens, by policy {POLICIES:?}"
         );
         let mut rows = Vec::new();
-        for (i, (name, _, _)) in FIGURES.iter().enumerate() {
+        let names = FIGURES.iter().map(|(name, _, _)| *name).chain([WINDOWS]);
+        for (i, name) in names.enumerate() {
             let of = |at: usize| figures[at].iter().map(|f| f[i]).collect::<Vec<_>>();
             let (off, auto) = (of(0), of(1));
             let ratios: Vec<f64> = off
