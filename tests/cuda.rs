@@ -103,6 +103,16 @@ fn pattern(n: usize, seed: usize) -> Vec<u8> {
     (0..n).map(|i| at(i) as u8).collect()
 }
 
+/// Rows of `row` bytes, without gaps.
+fn arena_of(arena: &mut Bytes, dense: &mut Bytes, row: usize, stream: *mut c_void) -> drex_arena {
+    let mut a = sized!(drex_arena);
+    (a.arena, a.dense) = (arena.at(), dense.at());
+    a.row_bytes = row as u64;
+    (a.arena_stride_bytes, a.dense_stride_bytes) = (row as u64, row as u64);
+    a.stream = stream;
+    a
+}
+
 fn config_of(shape: Shape, cuda: bool, ramps: &[u32; 1]) -> drex_config {
     let mut c = config(ramps, shape.rows, shape.rows, DREX_POLICY_LATENCY);
     c.n_layers = N_LAYERS as u32;
@@ -534,10 +544,7 @@ fn every_call_for_graphs_and_arenas_may_fail() {
         let arena_bytes = pattern(n_rows * row, 3);
         let mut arena_memory = Bytes::new(true, &arena_bytes);
         let mut dense_memory = Bytes::new(true, &vec![0; n_rows * row]);
-        let mut arena = sized!(drex_arena);
-        (arena.arena, arena.dense) = (arena_memory.at(), dense_memory.at());
-        arena.row_bytes = row as u64;
-        (arena.arena_stride_bytes, arena.dense_stride_bytes) = (row as u64, row as u64);
+        let mut arena = arena_of(&mut arena_memory, &mut dense_memory, row, STREAM);
         l.enqueued = 1;
         for (seed, (verdicts, kv)) in (1..).zip(&want) {
             for id in 0..u64::from(shape.rows) {
@@ -756,11 +763,7 @@ fn graphs_see_each_steps_rows() {
     let arena_bytes = pattern(shape.rows as usize * row, 77);
     let mut arena_memory = Bytes::new(true, &arena_bytes);
     let mut dense_memory = Bytes::new(true, &vec![0; shape.rows as usize * row]);
-    let mut arena = sized!(drex_arena);
-    (arena.arena, arena.dense) = (arena_memory.at(), dense_memory.at());
-    arena.row_bytes = row as u64;
-    (arena.arena_stride_bytes, arena.dense_stride_bytes) = (row as u64, row as u64);
-    arena.stream = gather_graph;
+    let mut arena = arena_of(&mut arena_memory, &mut dense_memory, row, gather_graph);
 
     let mut filled = 0;
     for seed in 0..6 {
@@ -878,11 +881,7 @@ fn rows_go_to_the_arena_and_back() {
         let mut dense = Bytes::new(cuda, &dense_bytes);
         let mut back = Bytes::new(cuda, &vec![0; n * row]);
         let mut memory = Bytes::new(cuda, &vec![0; n * row]);
-        let mut arena = sized!(drex_arena);
-        arena.row_bytes = row as u64;
-        (arena.arena_stride_bytes, arena.dense_stride_bytes) = (row as u64, row as u64);
-        (arena.arena, arena.dense) = (memory.at(), dense.at());
-        arena.stream = STREAM;
+        let mut arena = arena_of(&mut memory, &mut dense, row, STREAM);
         // SAFETY: valid pointers, here and below.
         let early = unsafe { drex_gather(world.engine.raw, &arena) };
         assert_eq!(early, DREX_ERROR_CALL_ORDER);
@@ -930,11 +929,7 @@ fn a_launch_whose_event_failed_keeps_its_rows() {
     let mut dense = Bytes::new(true, &dense_bytes);
     let mut memory = Bytes::new(true, &vec![0; n * row]);
     let mut other = Bytes::new(true, &vec![0; n * row]);
-    let mut arena = sized!(drex_arena);
-    arena.row_bytes = row as u64;
-    (arena.arena_stride_bytes, arena.dense_stride_bytes) = (row as u64, row as u64);
-    (arena.arena, arena.dense) = (memory.at(), dense.at());
-    arena.stream = STREAM;
+    let mut arena = arena_of(&mut memory, &mut dense, row, STREAM);
     let rows = world.engine.plan(1, shape.rows).unwrap().rows;
     fake::fail_call(c"cuEventRecord");
     // SAFETY: valid pointers, here and below.

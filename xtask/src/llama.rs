@@ -295,10 +295,16 @@ impl<'a> Llama<'a> {
         let lock = self.cache.lock()?;
         let tools = Tools::find(self.cache, &lock)?;
         let mut made = Vec::new();
-        for source in files(&folder, &|_| false)?
-            .into_iter()
-            .filter(|p| p.extension().is_some_and(|e| e == "cpp"))
-        {
+        let all = files(&folder, &|_| false)?;
+        let of = |extension: &'static str| {
+            let is = move |p: &&PathBuf| p.extension().is_some_and(|e| e == extension);
+            all.iter().filter(is)
+        };
+        let mut shared = Key::default().add(&tools.fingerprint);
+        for header in of("h") {
+            shared = shared.add(fs::read(folder.join(header))?);
+        }
+        for source in of("cpp") {
             let stem = source
                 .file_stem()
                 .context("no name")?
@@ -307,10 +313,7 @@ impl<'a> Llama<'a> {
             let source = folder.join(source);
             let program = runtime.dir.join(format!("{prefix}{stem}"));
             let stamp = runtime.dir.join(format!("{prefix}{stem}.key"));
-            let key = Key::default()
-                .add(fs::read(&source)?)
-                .add(&tools.fingerprint)
-                .short();
+            let key = shared.clone().add(fs::read(&source)?).short();
             if process::is_executable(&program)
                 && fs::read_to_string(&stamp).is_ok_and(|old| old == key)
             {

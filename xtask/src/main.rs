@@ -21,6 +21,7 @@ mod observe;
 mod process;
 mod python;
 mod score;
+mod serve;
 mod server;
 mod server_tests;
 mod sim;
@@ -28,9 +29,9 @@ mod test;
 mod tools;
 mod triton;
 
-use std::{ffi::OsString, os::unix::process::CommandExt, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
@@ -77,10 +78,8 @@ enum Cmd {
     },
     /// Run the patched llama-server in the foreground
     ///
-    /// Without -m/--model the bundled early-exit model is served; without any --drex flag the policy is `auto`.
-    #[command(
-        after_help = "Example: cargo xtask serve -- --port 8080 -np 8 -c 4096 --drex-threshold 0.8"
-    )]
+    /// Without -m/--model the bundled early-exit model is served; without --drex-policy the policy is `auto`.
+    #[command(after_help = serve::EXAMPLE)]
     Serve {
         #[command(flatten)]
         source: Source,
@@ -153,7 +152,7 @@ fn main() -> ExitCode {
             reference_only,
             source,
         } => build(exact, reference_only, &source).map(|()| true),
-        Cmd::Serve { source, args } => serve(&source, args).map(|()| true),
+        Cmd::Serve { source, args } => serve::run(source.llama_src.as_deref(), args).map(|()| true),
         Cmd::Demo(options) => demo::run(&options).map(|()| true),
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
         Cmd::Gpu { source, .. } => gpu::pack(&source).map(|()| true),
@@ -190,38 +189,4 @@ fn build(exact: bool, reference_only: bool, source: &Source) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn serve(source: &Source, mut args: Vec<OsString>) -> Result<()> {
-    let cache = Cache::open()?;
-    let llama = Llama::open(&cache, source.llama_src.as_deref())?;
-    let runtime = llama.ensure_one(Kind::Patched)?;
-    let has = |test: &dyn Fn(&str) -> bool| args.iter().any(|a| test(&a.to_string_lossy()));
-    let names_model = has(&|a| {
-        let name = a.split('=').next().unwrap_or(a);
-        matches!(
-            name,
-            "-m" | "--model"
-                | "-mu"
-                | "--model-url"
-                | "-hf"
-                | "-hfr"
-                | "--hf-repo"
-                | "--models-dir"
-                | "--models-preset"
-        )
-    });
-    let names_drex = has(&|a| a.starts_with("--drex"));
-    let only_asks = has(&|a| matches!(a, "-h" | "--help" | "--usage" | "--version"));
-    if !names_model && !only_asks {
-        args.extend(["-m".into(), cache::bundled_model()?.into()]);
-    }
-    if !names_drex && !only_asks {
-        args.extend(["--drex-policy".into(), "auto".into()]);
-    }
-    // exec, so that signals and the exit status are the server's own.
-    let error = std::process::Command::new(runtime.server())
-        .args(args)
-        .exec();
-    Err(error).with_context(|| format!("cannot run {}", runtime.server().display()))
 }

@@ -12,8 +12,7 @@
 // Then rows that leave for good: the first layer that they skip has what a full pass has, since it projects the same hidden
 // row, and all layers behind it have been written. Prints a line per case and exits 1 at the first difference.
 
-#include "llama.h"
-#include "llama-window.h"
+#include "rows.h"
 
 #include "ggml.h"
 
@@ -28,36 +27,6 @@
 // differences count in the largest value of a layer's K or V: this much always may be, and so many times the engine's own
 static const double tolerance = 0.02;
 static const double factor    = 3.0;
-
-static llama_context * make_context(llama_model * model, int n_seq, int n_tokens, ggml_type type_kv) {
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx           = n_seq*n_tokens;
-    params.n_seq_max       = n_seq;
-    params.n_batch         = 512;
-    params.n_ubatch        = 512;
-    params.kv_unified      = true;
-    params.n_threads       = 2;
-    params.n_threads_batch = 2;
-    params.type_k          = type_kv;
-    params.type_v          = type_kv;
-    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    return llama_init_from_model(model, params);
-}
-
-struct row {
-    llama_token  token;
-    llama_pos    pos;
-    llama_seq_id seq;
-};
-
-static void fill(llama_batch_ext * batch, const std::vector<row> & rows) {
-    llama_batch_ext_clear(batch);
-    for (const auto & r : rows) {
-        const int32_t i = llama_batch_ext_add_token(batch, r.seq, r.token);
-        llama_batch_ext_set_pos          (batch, i, &r.pos);
-        llama_batch_ext_set_output_logits(batch, i, true);
-    }
-}
 
 // a token that left at ramp `at` - 1 and waits for window `at`
 struct pending {
@@ -96,11 +65,7 @@ int main(int argc, char ** argv) {
     }
     const bool exact = argc > 2 && strcmp(argv[2], "--exact") == 0;
 
-    llama_log_set([](ggml_log_level level, const char * text, void *) {
-        if (level >= GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_CONT) {
-            fputs(text, stderr);
-        }
-    }, nullptr);
+    log_warnings_only();
 
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (!model) {
@@ -138,9 +103,9 @@ int main(int argc, char ** argv) {
             }
         }
 
-        llama_context * full = make_context(model, tc.n_seq, n_tokens, type_kv);
-        llama_context * solo = make_context(model, tc.n_seq, n_tokens, type_kv);
-        llama_context * part = make_context(model, tc.n_seq, n_tokens, type_kv);
+        llama_context * full = make_context(model, tc.n_seq*n_tokens, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED);
+        llama_context * solo = make_context(model, tc.n_seq*n_tokens, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED);
+        llama_context * part = make_context(model, tc.n_seq*n_tokens, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED);
         const char * why = llama_window_init(full, { 1, 1 });
         why = why ? why : llama_window_init(solo, { 1, 1 });
         why = why ? why : llama_window_init(part, { uint32_t(tc.n_seq*(1 + tc.most)), 32 });
@@ -292,7 +257,7 @@ int main(int argc, char ** argv) {
         llama_batch_ext_free(batch);
 
         // projection: one token of each sequence
-        llama_context * proj = make_context(model, tc.n_seq, n_tokens, type_kv);
+        llama_context * proj = make_context(model, tc.n_seq*n_tokens, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED);
         why = llama_window_init(proj, { uint32_t(tc.n_seq), 4 });
         batch = llama_batch_ext_init(proj);
         fill(batch, prompts);

@@ -8,8 +8,7 @@
 // not enough for F16 and F32 caches: ggml's flash attention on a CPU takes another path for a single row over 512 or
 // more cells, and for 64 or more rows. A quantised cache always takes the same one, hence Q8_0 in the large cases. Prints a line per case and exits 1 at the first difference.
 
-#include "llama.h"
-#include "llama-window.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -18,37 +17,6 @@
 #include <string>
 #include <vector>
 
-static llama_context * make_context(llama_model * model, int n_seq, ggml_type type_kv, bool flash) {
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx           = 64*n_seq;
-    params.n_seq_max       = n_seq;
-    params.n_batch         = 512;
-    params.n_ubatch        = 512;
-    params.kv_unified      = true;
-    params.n_threads       = 2;
-    params.n_threads_batch = 2;
-    params.type_k          = type_kv;
-    params.type_v          = type_kv;
-    params.flash_attn_type = flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    return llama_init_from_model(model, params);
-}
-
-struct row {
-    llama_token  token;
-    llama_pos    pos;
-    llama_seq_id seq;
-};
-
-// fills the batch with rows, every one an output
-static void fill(llama_batch_ext * batch, const std::vector<row> & rows) {
-    llama_batch_ext_clear(batch);
-    for (const auto & r : rows) {
-        const int32_t i = llama_batch_ext_add_token(batch, r.seq, r.token);
-        llama_batch_ext_set_pos          (batch, i, &r.pos);
-        llama_batch_ext_set_output_logits(batch, i, true);
-    }
-}
-
 int main(int argc, char ** argv) {
     if (argc < 2) {
         fprintf(stderr, "usage: %s MODEL [--regroup]\n", argv[0]);
@@ -56,11 +24,7 @@ int main(int argc, char ** argv) {
     }
     const bool regroup = argc > 2 && strcmp(argv[2], "--regroup") == 0;
 
-    llama_log_set([](ggml_log_level level, const char * text, void *) {
-        if (level >= GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_CONT) {
-            fputs(text, stderr);
-        }
-    }, nullptr);
+    log_warnings_only();
 
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (!model) {
@@ -108,7 +72,8 @@ int main(int argc, char ** argv) {
         // [seq][step][n_vocab]
         std::vector<std::vector<std::vector<float>>> expected(tc.n_seq, std::vector<std::vector<float>>(n_gen));
 
-        llama_context * ctx = make_context(model, tc.n_seq, tc.type_kv, tc.flash);
+        llama_context * ctx = make_context(model, 64*tc.n_seq, tc.n_seq, tc.type_kv,
+            tc.flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED);
         llama_batch_ext * batch = llama_batch_ext_init(ctx);
 
         auto prompts = [&]() {

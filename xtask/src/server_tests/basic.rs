@@ -1,11 +1,12 @@
 //! That the servers start, answer and end; and that the patched one without early exit is the unpatched one.
 
-use std::time::Duration;
+use std::{ffi::OsString, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::{Build, Suite, Test, generate, greedy};
+use super::{Build, Suite, Test, exits, generate, greedy};
+use crate::{cache, serve, server::Server};
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
@@ -15,6 +16,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
         Test::new("patched server answers, policy off", |suite| {
             answers(suite, &suite.patched, &["--drex-policy", "off"])
         }),
+        Test::new("as the README and --help start it, rows exit", as_told),
     ]
 };
 
@@ -74,3 +76,29 @@ fn answers(suite: &Suite, build: &Build, args: &[&str]) -> Result<()> {
     ensure!(status.success(), "the server ended with {status}");
     Ok(())
 }
+
+/// The first command of the README, and the example of `serve --help`, on the bundled model.
+fn as_told(suite: &Suite) -> Result<()> {
+    let readme = std::fs::read_to_string(cache::repo().join("README.md"))?;
+    let told = readme.lines().find(|line| line.starts_with(COMMAND));
+    for line in [
+        told.context("the README has no command to serve")?,
+        serve::EXAMPLE,
+    ] {
+        let (_, args) = line.split_once(COMMAND).context("another command")?;
+        let args = args.replace("-m model.gguf", "").replace("--port 8080", "");
+        let args = args.split_whitespace().map(OsString::from).collect();
+        let args = serve::completed(args, false, cache::bundled_model)?;
+        let server = Server::start(&suite.patched.0, &args)?;
+        let done = generate(server.client, &[greedy("Returns the", 40)], 1)?.remove(0);
+        ensure!(
+            done.tokens.len() == 40 && exits(&done).iter().sum::<u64>() > 0,
+            "{line}: {} tokens, exits {:?}",
+            done.tokens.len(),
+            exits(&done)
+        );
+    }
+    Ok(())
+}
+
+const COMMAND: &str = "cargo xtask serve -- ";
