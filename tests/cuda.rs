@@ -763,7 +763,7 @@ fn graphs_see_each_steps_rows() {
     let arena_bytes = pattern(shape.rows as usize * row, 77);
     let mut arena_memory = Bytes::new(true, &arena_bytes);
     let mut dense_memory = Bytes::new(true, &vec![0; shape.rows as usize * row]);
-    let mut arena = arena_of(&mut arena_memory, &mut dense_memory, row, gather_graph);
+    let arena = arena_of(&mut arena_memory, &mut dense_memory, row, gather_graph);
 
     let mut filled = 0;
     for seed in 0..6 {

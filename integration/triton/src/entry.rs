@@ -12,7 +12,7 @@ use crate::model::Model;
 use crate::triton::error::{Failure, check};
 use crate::triton::reply::{Reply, Times};
 use crate::triton::{abi, log, version};
-use crate::{exit, llama, metrics, request};
+use crate::{llama, metrics, request};
 
 fn entry(f: impl FnOnce() -> Result<(), Failure>) -> *mut abi::Error {
     let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
@@ -50,7 +50,6 @@ pub unsafe extern "C" fn TRITONBACKEND_Initialize(backend: *mut abi::Backend) ->
             PathBuf::from(CStr::from_ptr(location).to_string_lossy().into_owned())
         };
         llama::load(&folder)?;
-        exit::register();
         metrics::register();
         Ok(())
     })

@@ -37,6 +37,8 @@ struct Queue<J> {
 struct Shared<J> {
     queue: Mutex<Queue<J>>,
     wake: Condvar,
+    /// The process ends: nothing more is sent but refusals.
+    exiting: AtomicBool,
 }
 
 /// What the engine's thread runs; in tests it is not an engine.
@@ -96,6 +98,7 @@ impl<J> Shared<J> {
                 ended: false,
             }),
             wake: Condvar::new(),
+            exiting: AtomicBool::new(false),
         })
     }
 
@@ -104,22 +107,28 @@ impl<J> Shared<J> {
         // The engine's thread, and at the server's end the one that waits for it.
         self.wake.notify_all();
     }
-}
 
-impl<J: Send> Stop for Shared<J> {
-    fn stop(&self, why: &'static str) {
+    fn stop_because(&self, why: &'static str) {
         self.change(|queue| {
             queue.stop.get_or_insert(why);
         });
     }
+}
 
-    fn wait(&self, until: Instant) {
+impl<J: Send> Stop for Shared<J> {
+    fn stop(&self) {
+        self.exiting.store(true, Ordering::Relaxed);
+        self.stop_because(exit::EXITING);
+    }
+
+    fn wait(&self, until: Instant) -> bool {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let left = until.saturating_duration_since(Instant::now());
-        // Who waits goes on in any case.
-        let _ = self
+        let (queue, _) = self
             .wake
-            .wait_timeout_while(queue, left, |queue| !queue.ended);
+            .wait_timeout_while(queue, left, |queue| !queue.ended)
+            .unwrap_or_else(PoisonError::into_inner);
+        queue.ended
     }
 }
 
@@ -220,6 +229,7 @@ impl Instance {
                 let _ = events.send(Message::Event { id, event, at });
             }),
         )?;
+        exit::register();
         let ramps = engine.ramps.clone();
         let mut metrics = Metrics::new(&model.name, model.version, name, &ramps);
         // SAFETY: by the caller; the thread is joined before this is gone.
@@ -255,7 +265,8 @@ impl Instance {
             "drex-sender",
             Box::new(move || {
                 let wake = || for_sender.change(|_| ());
-                let run = || sender::run(&messages, wake);
+                let exiting = || for_sender.exiting.load(Ordering::Relaxed);
+                let run = || sender::run(&messages, wake, exiting);
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
                     log::error(&format!(
                         "the thread that sends has ended by a panic: {}",
@@ -306,7 +317,7 @@ impl Instance {
 impl Drop for Instance {
     fn drop(&mut self) {
         if let Some(inbox) = self.inbox.take() {
-            inbox.shared.stop(UNLOADED);
+            inbox.shared.stop_because(UNLOADED);
         }
         for thread in self.threads.drain(..) {
             // Neither ends with a panic.
@@ -352,7 +363,7 @@ fn run<W: Work>(
     executions: &Executions,
     shared: &Shared<W::Job>,
 ) -> &'static str {
-    let mut published = Instant::now();
+    let (mut published, mut has_run) = (Instant::now(), false);
     let mut before = engine.snapshot();
     publish(&before, true);
     let why = loop {
@@ -388,6 +399,9 @@ fn run<W: Work>(
         }
         let now = engine.snapshot();
         if now.stats.steps > before.stats.steps {
+            if !std::mem::replace(&mut has_run, true) {
+                exit::register();
+            }
             let rows = now.stats.step_rows - before.stats.step_rows;
             let end = now_ns();
             executions.add(rows, end - (now.window_ns - before.window_ns), end);
@@ -411,7 +425,7 @@ mod tests {
     use crate::request::Want;
     use crate::triton::fake_host as host;
 
-    /// Answers each job in its second step; "push" and "step" in a prompt are where it panics.
+    /// Answers each job in its second step, "forever" never; "push" and "step" in a prompt are where it panics.
     struct Fake {
         jobs: Vec<(u64, String)>,
         steps: u64,
@@ -434,7 +448,8 @@ mod tests {
             );
             self.steps += 1;
             if self.steps.is_multiple_of(2) {
-                for (id, prompt) in self.jobs.drain(..) {
+                let done = |job: &mut (u64, String)| !job.1.contains("forever");
+                for (id, prompt) in self.jobs.extract_if(.., done) {
                     (self.out)(id, Event::Failed(Failure::invalid(prompt)));
                 }
             }
@@ -487,7 +502,7 @@ mod tests {
             steps: 0,
             out: Box::new(move |id, event| {
                 let _ = events.send(Message::Event { id, event, at: 1 });
-                stop.stop(UNLOADED);
+                stop.stop_because(UNLOADED);
             }),
         };
         // SAFETY: the fake host does not look at it.
@@ -495,12 +510,65 @@ mod tests {
         engine_thread(engine, publish, &executions, &shared, &sender);
         submit(100, late);
         drop((sender, inbox));
-        sender::run(&messages, || ());
+        sender::run(&messages, || (), || false);
         host::take_responses();
         assert_eq!(host::live(), 0);
         let log = host::take_log();
         let sent = log.iter().filter_map(|line| line.strip_prefix("send 1 "));
         sent.map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn at_exit_who_runs_is_told_and_waited_for() {
+        let (sender, messages) = mpsc::channel();
+        let shared = Shared::new();
+        for id in 0..2 {
+            let message = Message::Add {
+                id,
+                reply: Box::new(host::reply()),
+                stream: true,
+                want: Want::default(),
+                cancelled: Arc::new(AtomicBool::new(false)),
+            };
+            let inbox = Inbox {
+                shared: shared.clone(),
+                sender: sender.clone(),
+            };
+            inbox.put(message, (id, "forever".to_owned()));
+        }
+        let engine = Fake {
+            jobs: Vec::new(),
+            steps: 0,
+            out: {
+                let events = sender.clone();
+                Box::new(move |id, event| {
+                    let _ = events.send(Message::Event { id, event, at: 1 });
+                })
+            },
+        };
+        // SAFETY: the fake host does not look at it.
+        let executions = unsafe { Executions::of(std::ptr::null_mut()) };
+        let at_exit = {
+            let shared = shared.clone();
+            std::thread::spawn(move || {
+                let in_vain = shared.wait(Instant::now() + Duration::from_millis(20));
+                shared.stop();
+                let stopped = shared.wait(Instant::now() + Duration::from_secs(60));
+                (in_vain, stopped)
+            })
+        };
+        engine_thread(engine, |_, _| (), &executions, &shared, &sender);
+        drop(sender);
+        sender::run(&messages, || (), || false);
+        assert_eq!(at_exit.join().unwrap(), (false, true));
+        let log = host::take_log();
+        let sent: Vec<_> = log.iter().filter(|line| line.starts_with("send")).collect();
+        assert_eq!(
+            sent, ["send 1 error the server is exiting"; 2],
+            "one final response each"
+        );
+        host::take_responses();
+        assert_eq!(host::live(), 0);
     }
 
     const GONE: &str = "error the model's engine has ended by a panic; load the model again";

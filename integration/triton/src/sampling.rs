@@ -298,7 +298,25 @@ fn tokens(name: &str, value: &Value) -> Result<Vec<i32>, Failure> {
         Value::Array(items) => items.iter().map(one).collect(),
         other => one(other).map(|token| vec![token]),
     };
-    all.ok_or_else(|| wrong(name, value, "a list of token numbers"))
+    let mut all: Vec<i32> = all.ok_or_else(|| wrong(name, value, "a list of token numbers"))?;
+    all.sort_unstable();
+    all.dedup();
+    at_most(name, "different tokens", all.len(), MAX_STOP_TOKENS)?;
+    Ok(all)
+}
+
+/// Each token of the answer is held against all of them, on the thread that runs everybody's.
+const MAX_STOP_TOKENS: usize = 4096;
+const MAX_TEXTS: usize = 256;
+const MAX_BYTES: usize = 1 << 16;
+
+fn at_most(name: &str, what: &str, is: usize, most: usize) -> Result<(), Failure> {
+    if is <= most {
+        return Ok(());
+    }
+    Err(Failure::invalid(format!(
+        "sampling_parameters: {name} has {is} {what}, the most is {most}"
+    )))
 }
 
 fn strings(name: &str, value: &Value) -> Result<Vec<String>, Failure> {
@@ -307,12 +325,40 @@ fn strings(name: &str, value: &Value) -> Result<Vec<String>, Failure> {
         Value::Array(items) => items.iter().map(one).collect(),
         other => one(other).map(|text| vec![text]),
     };
-    all.ok_or_else(|| wrong(name, value, "a string or a list of strings"))
+    let all: Vec<String> =
+        all.ok_or_else(|| wrong(name, value, "a string or a list of strings"))?;
+    at_most(name, "texts", all.len(), MAX_TEXTS)?;
+    at_most(name, "bytes", all.iter().map(String::len).sum(), MAX_BYTES)?;
+    Ok(all)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_every_token_is_held_against_is_bounded() {
+        let parse = |name: &str, value: Value| {
+            Sampling::from_value(&serde_json::json!({ name: value })).map_err(|f| f.text)
+        };
+        let many: Vec<i32> = (0..5000).map(|i| i % 4096).collect();
+        let tokens = parse("stop_token_ids", many.into()).unwrap();
+        assert_eq!(tokens.stop_token_ids.len(), 4096);
+        let more: Vec<i32> = (0..4097).collect();
+        assert_eq!(
+            parse("stop_token_ids", more.into()).unwrap_err(),
+            "sampling_parameters: stop_token_ids has 4097 different tokens, the most is 4096"
+        );
+        assert_eq!(
+            parse("stop", vec!["x"; 257].into()).unwrap_err(),
+            "sampling_parameters: stop has 257 texts, the most is 256"
+        );
+        assert_eq!(
+            parse("bad_words", "x".repeat(65_537).into()).unwrap_err(),
+            "sampling_parameters: bad_words has 65537 bytes, the most is 65536"
+        );
+        assert!(parse("stop", vec!["x"; 256].into()).is_ok());
+    }
 
     #[test]
     fn names_of_the_vllm_backend() {

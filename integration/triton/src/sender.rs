@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock::now_ns;
 use crate::engine::{Event, Figures, Finish};
+use crate::exit::EXITING;
 use crate::request::Want;
 use crate::triton::abi;
 use crate::triton::error::Failure;
@@ -76,8 +77,9 @@ struct Entries {
     gone: Option<Failure>,
 }
 
-/// Until every sending end is gone. `wake` is called after a request was seen to be cancelled.
-pub fn run(messages: &Receiver<Message>, wake: impl Fn()) {
+/// Until every sending end is gone. `wake` is called after a request was seen to be cancelled. Once the process is `exiting`,
+/// requests are refused and nothing else is sent: where it would be written may be gone.
+pub fn run(messages: &Receiver<Message>, wake: impl Fn(), exiting: impl Fn() -> bool) {
     let mut entries = Entries::default();
     let mut polled = Instant::now();
     loop {
@@ -87,7 +89,7 @@ pub fn run(messages: &Receiver<Message>, wake: impl Fn()) {
             messages.recv_timeout(POLL)
         };
         match message {
-            Ok(message) => entries.handle(message),
+            Ok(message) => entries.handle(message, &exiting),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
@@ -108,7 +110,7 @@ pub fn run(messages: &Receiver<Message>, wake: impl Fn()) {
 }
 
 impl Entries {
-    fn handle(&mut self, message: Message) {
+    fn handle(&mut self, message: Message, exiting: impl Fn() -> bool) {
         match message {
             Message::Add {
                 id,
@@ -144,7 +146,18 @@ impl Entries {
                 }
                 self.gone = Some(failure);
             }
-            Message::Event { id, event, at } => self.event(id, event, at),
+            Message::Event { id, event, at } => {
+                let token = matches!(event, Event::Token { .. });
+                if !(token && exiting()) {
+                    self.event(id, event, at);
+                } else if let Some(entry) = self.all.remove(&id) {
+                    let failure = Failure {
+                        code: abi::ERROR_UNAVAILABLE,
+                        text: EXITING.into(),
+                    };
+                    entry.end(Err(failure), at);
+                }
+            }
         }
     }
 
@@ -328,7 +341,7 @@ mod tests {
         event(&sender, 1, 120, token("a", None));
         event(&sender, 1, 150, token("b", Some(Finish::Length)));
         drop(sender);
-        run(&messages, || {});
+        run(&messages, || (), || false);
         assert_eq!(sends(&host::take_log()), ["send 0 a", "send 1 b"]);
         let [exec_start, compute_start, compute_end, exec_end] = host::times();
         assert_eq!((exec_start, compute_start, compute_end), (100, 100, 150));
@@ -350,7 +363,7 @@ mod tests {
         event(&sender, 1, 150, token("", Some(Finish::Cancelled)));
         drop(sender);
         host::set_memory(7);
-        run(&messages, || {});
+        run(&messages, || (), || false);
         host::set_memory(abi::MEMORY_CPU);
         let log = host::take_log();
         let [only] = sends(&log)[..] else {
@@ -381,7 +394,7 @@ mod tests {
         add(&sender, 3, false);
         event(&sender, 1, 120, token("late", None));
         drop(sender);
-        run(&messages, || {});
+        run(&messages, || (), || false);
         assert_eq!(
             sends(&host::take_log()),
             ["send 1 error it is gone"; 3],
@@ -393,12 +406,30 @@ mod tests {
     }
 
     #[test]
+    fn at_exit_nothing_is_written_any_more() {
+        let (sender, messages) = channel();
+        let cancelled = add(&sender, 1, true);
+        event(&sender, 1, 100, Event::Started { prompt_tokens: 3 });
+        event(&sender, 1, 120, token("a", None));
+        event(&sender, 1, 150, token("b", Some(Finish::Length)));
+        drop(sender);
+        run(&messages, || (), || true);
+        assert_eq!(
+            sends(&host::take_log()),
+            ["send 1 error the server is exiting"]
+        );
+        assert!(cancelled.load(Ordering::Relaxed), "the engine goes on");
+        host::take_responses();
+        assert_eq!(host::live(), 0);
+    }
+
+    #[test]
     fn a_sender_that_dies_answers_and_cancels_all() {
         let (sender, messages) = channel();
         let cancelled = add(&sender, 1, true);
         host::cancel(true);
         let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            run(&messages, || panic!("injected"));
+            run(&messages, || panic!("injected"), || false);
         }));
         host::cancel(false);
         assert!(died.is_err());

@@ -61,11 +61,31 @@ impl Engine {
                 why: "a profile belongs to one model",
             });
         }
-        if p.ramp_layers != self.config.ramp_layers {
-            return Err(Error::int(
+        let (theirs, ours) = (&p.ramp_layers, &self.config.ramp_layers);
+        let conflict = |field, index, value: u64, other, other_value: u64| Error::Conflict {
+            field,
+            index,
+            value,
+            other,
+            other_value,
+            why: "a profile belongs to one list of exit layers",
+        };
+        if theirs.len() != ours.len() {
+            return Err(conflict(
+                "number of ramp_layers",
+                None,
+                theirs.len() as u64,
+                "the engine's",
+                ours.len() as u64,
+            ));
+        }
+        if let Some(i) = (0..ours.len()).find(|&i| theirs[i] != ours[i]) {
+            return Err(conflict(
                 "ramp_layers",
-                p.ramp_layers.len() as u64,
-                "the engine's own exit layers",
+                Some(i),
+                theirs[i].into(),
+                "the engine's",
+                ours[i].into(),
             ));
         }
         self.cost.load(p);

@@ -16,15 +16,9 @@ use crate::text::Text;
 use crate::triton::error::Failure;
 
 impl<D: Decoder> Engine<D> {
-    /// Queues a request, or ends it where too many wait.
+    /// Queues a request.
     pub fn push(&mut self, job: Job) {
-        if let Err(job) = self.queue.push(job) {
-            let failure = unavailable(format!(
-                "{} requests wait, which is max_queue; try again later",
-                self.settings.max_queue
-            ));
-            (self.out)(job.id, Event::Failed(failure));
-        }
+        self.queue.push(job);
     }
 
     /// Ends what is cancelled, and what waits for longer than its timeout.
@@ -61,7 +55,7 @@ impl<D: Decoder> Engine<D> {
     pub(super) fn admit(&mut self) {
         while let Some(&at) = self.free.front() {
             let Some(job) = self.queue.pop() else {
-                return;
+                break;
             };
             let id = job.id;
             match self.slot(job) {
@@ -76,6 +70,14 @@ impl<D: Decoder> Engine<D> {
                 }
                 Err(failure) => (self.out)(id, Event::Failed(failure)),
             }
+        }
+        // Only now: who came in the same step and finds a slot does not wait.
+        for job in self.queue.too_many() {
+            let failure = unavailable(format!(
+                "{} requests wait, which is max_queue; try again later",
+                self.settings.max_queue
+            ));
+            (self.out)(job.id, Event::Failed(failure));
         }
     }
 

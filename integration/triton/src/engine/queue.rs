@@ -90,6 +90,7 @@ struct Waiting {
 pub struct Queue {
     /// The oldest first.
     jobs: Vec<Waiting>,
+    /// So many may wait for longer than a step.
     most: usize,
     /// The last one was taken for its age.
     aged: bool,
@@ -104,13 +105,14 @@ impl Queue {
         }
     }
 
-    /// Gives the job back when too many wait.
-    pub fn push(&mut self, job: Job) -> Result<(), Box<Job>> {
-        if self.jobs.len() >= self.most {
-            return Err(Box::new(job));
-        }
+    pub fn push(&mut self, job: Job) {
         self.jobs.push(Waiting { job, passed: 0 });
-        Ok(())
+    }
+
+    /// Gives the youngest back where too many wait: those that came since a slot was last free.
+    pub fn too_many(&mut self) -> Vec<Job> {
+        let rest = self.most.min(self.jobs.len());
+        self.jobs.drain(rest..).map(|w| w.job).collect()
     }
 
     pub fn pop(&mut self) -> Option<Job> {
@@ -171,7 +173,7 @@ mod tests {
     fn priority_then_age() {
         let mut queue = Queue::new(8);
         for (id, priority) in [(1, 0), (2, 5), (3, -1), (4, 5)] {
-            assert!(queue.push(job(id, priority)).is_ok());
+            queue.push(job(id, priority));
         }
         let order: Vec<u64> = std::iter::from_fn(|| queue.pop())
             .map(|job| job.id)
@@ -183,12 +185,12 @@ mod tests {
     fn low_priority_does_not_starve_and_takes_at_most_every_second_turn() {
         let mut queue = Queue::new(64);
         for id in 0..4 {
-            assert!(queue.push(job(id, -1)).is_ok());
+            queue.push(job(id, -1));
         }
         // As many of high priority as are taken, for ever.
         let taken: Vec<bool> = (0..40)
             .map(|i| {
-                assert!(queue.push(job(100 + i, 1)).is_ok());
+                queue.push(job(100 + i, 1));
                 queue.pop().unwrap().id < 100
             })
             .collect();
@@ -197,11 +199,15 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_gives_the_job_back() {
+    fn a_full_queue_gives_the_youngest_back() {
         let mut queue = Queue::new(1);
-        assert!(queue.push(job(1, 0)).is_ok());
-        assert_eq!(queue.push(job(2, 9)).err().map(|job| job.id), Some(2));
+        for (id, priority) in [(1, 0), (2, 9), (3, 0)] {
+            queue.push(job(id, priority));
+        }
+        let gone: Vec<u64> = queue.too_many().iter().map(|job| job.id).collect();
+        assert_eq!(gone, [2, 3]);
         assert_eq!(queue.take(|job| job.id == 1).len(), 1);
-        assert!(queue.push(job(3, 0)).is_ok());
+        queue.push(job(4, 0));
+        assert!(queue.too_many().is_empty());
     }
 }

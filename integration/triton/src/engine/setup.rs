@@ -65,11 +65,13 @@ impl<D: Decoder> Engine<D> {
             check(drex_policy_from_name(
                 name(&settings.policy).as_ptr(),
                 &mut config.policy,
-            ))?;
+            ))
+            .map_err(parameter("policy", &settings.policy))?;
             check(drex_metric_from_name(
                 name(&settings.metric).as_ptr(),
                 &mut config.metric,
-            ))?;
+            ))
+            .map_err(parameter("metric", &settings.metric))?;
             check(drex_create(&config, &mut engine))?;
         }
         let ends = 0..decoder.n_vocab() as i32;
@@ -142,6 +144,19 @@ fn ramps(decoder: &impl Decoder, settings: &Settings) -> Result<Vec<u32>, Failur
              with the parameter exit_layers",
         ));
     }
+    let n_layer = decoder.n_layer();
+    let up = ramps.windows(2).all(|pair| pair[0] < pair[1]);
+    if !up || ramps.iter().any(|layer| !(1..n_layer).contains(layer)) {
+        let whose = if settings.exit_layers.is_empty() {
+            "the model's early_exit.layers"
+        } else {
+            "parameters: exit_layers"
+        };
+        return Err(Failure::invalid(format!(
+            "{whose} is {ramps:?}, must be numbers from 1 to {}, each above the one before",
+            n_layer - 1
+        )));
+    }
     let head = decoder.exit_head();
     if head != "shared" {
         return Err(Failure::unsupported(format!(
@@ -156,4 +171,12 @@ fn ramps(decoder: &impl Decoder, settings: &Settings) -> Result<Vec<u32>, Failur
         )));
     }
     Ok(ramps)
+}
+
+/// Names the parameter that drex refused.
+fn parameter<'a>(name: &'a str, value: &'a str) -> impl FnOnce(Failure) -> Failure + 'a {
+    move |failure| Failure {
+        text: format!("parameters: {name} is \"{value}\": {}", failure.text),
+        ..failure
+    }
 }

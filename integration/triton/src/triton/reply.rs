@@ -158,6 +158,9 @@ impl Reply {
 
     /// Ends the request with an error.
     pub fn fail(mut self, failure: Failure) {
+        if self.times.exec_start == 0 {
+            self.times = Times::at(now_ns());
+        }
         self.send_failure(failure);
     }
 

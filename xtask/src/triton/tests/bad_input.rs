@@ -255,9 +255,12 @@ fn configurations(bench: &Bench) -> Result<()> {
     let mut cases = Vec::new();
     for (i, (more, parameters, part)) in [
         ("", &[("polizy", "hold")][..], "polizy"),
-        ("", &[("policy", "hope")], "hope"),
+        ("", &[("policy", "hope")], "policy is \"hope\""),
+        ("", &[("metric", "gab")], "metric is \"gab\""),
         ("", &[("slots", "0")], "slots"),
-        ("", &[("exit_layers", "4,99")], "ramp_layers"),
+        ("", &[("exit_layers", "4,99")], "exit_layers is [4, 99]"),
+        ("", &[("exit_layers", "8,4")], "exit_layers is [8, 4]"),
+        ("", &[("exit_layers", "16")], "exit_layers is [16]"),
         ("", &[("threshold", "0.5,0.5")], "threshold has 2 values"),
         ("", &[("kv_type", "q9_9")], "q9_9"),
         // types of ggml that a KV cache cannot have

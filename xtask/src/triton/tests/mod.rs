@@ -38,6 +38,8 @@ struct Bench {
     installed: Installed,
     reference: Runtime,
     patched: Runtime,
+    /// Patched, and built as users get it.
+    usual: Runtime,
     /// `drex-score` in the reference build.
     score: PathBuf,
     /// What llama-server answered, by fill: it is asked once.
@@ -71,10 +73,11 @@ pub fn run(
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, source)?;
     let mut runtimes = llama
-        .ensure(&[Kind::ReferenceExact, Kind::PatchedExact])?
+        .ensure(&[Kind::ReferenceExact, Kind::PatchedExact, Kind::Patched])?
         .into_iter();
     let reference = runtimes.next().context("no reference build")?;
     let patched = runtimes.next().context("no patched build")?;
+    let usual = runtimes.next().context("no usual build")?;
     let mut tools = llama.tools(&reference)?.into_iter();
     let score = tools.find(|tool| tool.ends_with("drex-score"));
     let score = score.context("no score tool")?;
@@ -85,6 +88,7 @@ pub fn run(
         installed,
         reference,
         patched,
+        usual,
         score,
         expected: RefCell::default(),
     };

@@ -21,6 +21,8 @@ fn too_many_wait_or_too_long() {
         Vec::new(),
     );
     bench.push(greedy(4));
+    // The late one does not count.
+    bench.push(greedy(4));
     let refused = bench.push(greedy(4));
     let answers = bench.run();
     for (id, words) in [(late, "timeout of 5 us"), (refused, "max_queue")] {
@@ -30,6 +32,29 @@ fn too_many_wait_or_too_long() {
         assert!(answers[&id].tokens.is_empty());
     }
     assert_eq!(answers[&3].ends, [Ok(Finish::Length)]);
+    assert_eq!(answers[&4].ends, [Ok(Finish::Length)]);
+}
+
+#[test]
+fn only_who_finds_no_slot_is_one_too_many() {
+    for (max_queue, waiting) in [(0, 0), (1, 1)] {
+        let mut bench = Bench::new(Settings {
+            slots: 2,
+            max_queue,
+            ..settings("hold", "copy")
+        });
+        // All in one step.
+        let ids: Vec<u64> = (0..4).map(|_| bench.push(greedy(4))).collect();
+        let answers = bench.run();
+        for (i, id) in ids.iter().enumerate() {
+            let served = answers[id].ends[0] == Ok(Finish::Length);
+            assert_eq!(
+                served,
+                i < 2 + waiting,
+                "max_queue {max_queue}, request {i}"
+            );
+        }
+    }
 }
 
 #[test]
