@@ -206,17 +206,17 @@ pub fn failing_windows(kit: &Kit) -> Result<()> {
             "0.6",
         ];
         let (whole, totals) = run(kit, "host", &common)?;
-        // Alone: windows from tokens and from arena rows, early and late ones. Then many in one run, and two in a row.
+        // One at a time: windows from tokens and from arena rows, early and late. Then many in one run, some twice in a row.
         let last = totals.windows.to_string();
-        let third: Vec<String> = (1..totals.windows)
+        let many: Vec<String> = (1..totals.windows)
             .filter(|n| n % 3 != 0)
             .map(|n| n.to_string())
             .collect();
-        let mut cases: Vec<Vec<&str>> = ["1", "2", "3", "4", "5", "7", "12", "31", &last]
+        let mut cases: Vec<Vec<&str>> = ["1", "2", "3", "5", "12", &last]
             .iter()
             .map(|n| vec![*n])
             .collect();
-        cases.push(third.iter().map(String::as_str).collect());
+        cases.push(many.iter().map(String::as_str).collect());
         for case in cases {
             let fail: Vec<&str> = case.iter().flat_map(|n| ["--fail", n]).collect();
             let (streams, again) = run(kit, "host", &[&common[..], &fail].concat())?;
