@@ -147,7 +147,8 @@
  * stand: emit their tokens, and call drex_fill() first, else their holes stay
  * open; the other rows go back. Rows that go back start once more from what
  * their arena rows had when the step was planned: a window that failed must not
- * have changed those that it started from.
+ * have changed those that it started from. Where one has, as a window above layer
+ * 0 that ran to its ramp in place, complete the step instead.
  *
  * The same calls with the same arguments always give the same results.
  *
