@@ -107,7 +107,17 @@ class host {
 
       const std::vector<model_row> rows = translate(step.n_rows);
       const uint64_t start = now_ns();
-      const std::vector<float> logits = model_.window(step.layer_begin, step.layer_end, rows);
+      std::vector<float> logits;
+      model_.fail = options_.fail.count(++n_windows_) != 0;
+      try {
+        logits = model_.window(step.layer_begin, step.layer_end, rows);
+      } catch (const window_failed &) {
+        // Nobody has left, and the arena rows are as they were, since the model writes them last: all rows come again.
+        // A server counts these, and ends requests whose windows fail for good.
+        n_failed_++;
+        check(drex_abandon(engine_));
+        continue;
+      }
       uint64_t duration = now_ns() - start;
 
       cancel();  // clients go when they like, here in the middle of a step
@@ -131,6 +141,7 @@ class host {
     return s;
   }
   uint32_t slots() const { return n_slots_; }
+  uint64_t failed() const { return n_failed_; }
   const tokenizer &vocabulary() const { return tokenizer_; }
   const std::map<uint64_t, request> &done() const { return done_; }
 
@@ -317,6 +328,7 @@ class host {
   std::vector<uint32_t> free_sequences_;
   std::deque<request> waiting_;
   std::map<uint64_t, request> alive_, done_;
+  uint64_t n_windows_ = 0, n_failed_ = 0;  // planned, and of these failed
   std::vector<uint64_t> advanced_;  // requests that got a token, or the last word on one, in this step
 };
 
@@ -364,17 +376,17 @@ int serve(const options &o) {
     }
   }
   const drex_stats s = h.stats();
-  uint64_t exits = 0;
+  uint64_t exits = 0;  // under `verify` drafts, of which some never become tokens
   for (uint32_t i = 0; i < s.n_ramps; i++) exits += s.exits[i];
   std::printf(o.json ? "{\"tokens\": %llu, \"exits\": %llu, \"windows\": %llu, \"rows\": %llu, \"held_max\": %llu, \"held\": %llu, \"slots_free\": %llu, "
-                       "\"slots\": %u, \"involuntary_exits\": %llu, \"drafts\": %llu, \"drafts_accepted\": %llu, \"seconds\": %.6f}\n"
-                     : "---\n%llu tokens, %llu of them at a ramp, in %llu windows of %llu rows in all; held at most %llu, now %llu; "
-                       "%llu of %u slots free; involuntary exits %llu; drafts %llu, accepted %llu; %.2f s\n",
+                       "\"slots\": %u, \"involuntary_exits\": %llu, \"drafts\": %llu, \"drafts_accepted\": %llu, \"failed\": %llu, \"seconds\": %.6f}\n"
+                     : "---\n%llu tokens, %llu rows left at a ramp, in %llu windows of %llu rows in all; held at most %llu, now %llu; "
+                       "%llu of %u slots free; involuntary exits %llu; drafts %llu, accepted %llu; windows failed %llu; %.2f s\n",
               static_cast<unsigned long long>(s.tokens), static_cast<unsigned long long>(exits), static_cast<unsigned long long>(s.steps),
               static_cast<unsigned long long>(s.step_rows), static_cast<unsigned long long>(s.held_rows_max),
               static_cast<unsigned long long>(s.held_rows), static_cast<unsigned long long>(s.slots_free), h.slots(),
               static_cast<unsigned long long>(s.involuntary_exits), static_cast<unsigned long long>(s.drafts),
-              static_cast<unsigned long long>(s.drafts_accepted), seconds);
+              static_cast<unsigned long long>(s.drafts_accepted), static_cast<unsigned long long>(h.failed()), seconds);
   return 0;
 }
 

@@ -135,14 +135,21 @@
  *     }
  *     if (status != DREX_OK) {
  *       fprintf(stderr, "%s\n", drex_last_error());
- *       // This host ends. One that goes on calls drex_abandon(engine) first, and
- *       // the rows of a step that was not completed go back to where they were.
+ *       // This host ends. One that goes on calls drex_abandon(engine) first: what
+ *       // it does to the rows of a step that was not completed is said below.
  *     }
  *     drex_destroy(engine);
  *     return status == DREX_OK ? 0 : 1;
  *   }
  *
  * If a window fails, call drex_abandon() instead of what is left of the step.
+ * Before drex_ramp(), every row goes back to where it was. After it, the exits
+ * stand: emit their tokens, and call drex_fill() first, else their holes stay
+ * open; the other rows go back. Rows that go back start once more from what
+ * their arena rows had when the step was planned: a window that failed must not
+ * have changed those that it started from. Where one has, as a window above layer
+ * 0 that ran to its ramp in place, complete the step instead.
+ *
  * The same calls with the same arguments always give the same results.
  *
  *
@@ -165,8 +172,11 @@
  * drex_speculate(), drex_complete(), drex_abandon(), drex_observe(),
  * drex_replan() and drex_stats_get(), and of pages all but drex_pages_create()
  * and drex_pages_destroy(). A log or a trace does not change that; a Rust host's
- * tracing subscriber does what it does. No call starts a thread, opens a file,
- * installs a signal handler or prints. No panic and no exception leaves a call.
+ * tracing subscriber does what it does. No call starts a thread, installs a
+ * signal handler or prints. None opens a file, but for drex_create(), which loads
+ * libraries: libcuda for a CUDA engine, and with the process's first engine the
+ * one that NVTX_INJECTION64_PATH names, which a profiler sets. No panic and no
+ * exception leaves a call.
  *
  *
  * 4. STRUCTS THAT BEGIN WITH THEIR SIZE
@@ -199,7 +209,10 @@
  *
  *   units    Times are in nanoseconds, sizes and strides in bytes, layers count
  *            from 0 and windows are half open.
- *   arrays   [n] before a text: what the pointer points to has n elements.
+ *   arrays   [n] before a text: what the pointer points to has n elements. Of
+ *            the host's memory only what drex_speculate() reads and the tables of
+ *            drex_pages_*() must be aligned, to 4 bytes, else it is
+ *            DREX_ERROR_INVALID_ARGUMENT.
  *   NULL     No pointer may be NULL: DREX_ERROR_NULL_ARGUMENT.
  *   owner    What is passed in stays the caller's, is not changed where it is
  *            const, and is not kept beyond the call; exceptions are the tensors
@@ -711,7 +724,9 @@ typedef struct drex_request_info {
   uint32_t slot;
   // Tokens decoded through drex so far.
   uint64_t tokens;
-  // Of these, emitted at each ramp.
+  // Rows that left at each ramp. With DREX_FILL_VERIFY they are drafts, and
+  // count here also where they were replaced or dropped later, so there may
+  // be more of them than tokens.
   uint64_t exits[DREX_MAX_RAMPS];
   // Of the exits, those below the row's threshold; see drex_policy.
   uint64_t involuntary_exits;
@@ -912,9 +927,12 @@ typedef struct drex_stats {
   uint32_t size;
   // The engine's; the entries of the arrays beyond it are 0.
   uint32_t n_ramps;
-  // Rows that emitted a token, at a ramp or at the end.
+  // Rows that emitted a token, at a ramp or at the end. With
+  // DREX_FILL_VERIFY a draft counts when it is accepted or replaced.
   uint64_t tokens;
-  // Of these, at each ramp.
+  // Rows that left at each ramp. With DREX_FILL_VERIFY they are drafts, and
+  // count here also where they were replaced or dropped later, so there may
+  // be more of them than tokens.
   uint64_t exits[DREX_MAX_RAMPS];
   // Of the exits, those below the row's threshold; see drex_policy.
   uint64_t involuntary_exits;
@@ -1204,7 +1222,7 @@ drex_status drex_destroy(drex_engine *engine);
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; UNSUPPORTED,
 // with the layers named, where state-copy cannot work; CALL_ORDER while a step
-// is planned.
+// is planned; DEVICE. After a failure, what was bound before still is.
 // Since 0.1.
 drex_status drex_bind_kv(drex_engine *engine,
                          const drex_kv_layer *layers,
@@ -1288,7 +1306,7 @@ drex_status drex_request_get(const drex_engine *engine,
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0, or has no
 // room for the pending rows of the request that comes first; CALL_ORDER while
-// a step is planned.
+// a step is planned; DEVICE, and then no step is planned.
 // Since 0.1.
 drex_status drex_plan(drex_engine *engine,
                       const drex_plan_input *input,
@@ -1311,8 +1329,9 @@ drex_status drex_plan(drex_engine *engine,
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
 // CALL_ORDER when no step is planned, when it ends at the last layer, when
-// it had its verdicts, or when cells are missing. After a failure, the call
-// may be made again.
+// it had its verdicts, when cells are missing, or when logits.enqueued is 1
+// and nothing was enqueued; DEVICE. After a failure, the call may be made
+// again.
 // Since 0.1.
 drex_status drex_ramp(drex_engine *engine,
                       const drex_logits *logits,
@@ -1330,7 +1349,8 @@ drex_status drex_ramp(drex_engine *engine,
 // launch, and not waited for.
 //
 // Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
-// called since the last plan; DEVICE.
+// called since the last plan; DEVICE, and CAPACITY for more memory than one
+// launch can move.
 // Since 0.1.
 drex_status drex_fill(drex_engine *engine);
 
@@ -1423,10 +1443,12 @@ drex_status drex_complete(drex_engine *engine,
                           const drex_completion *completion);
 
 // The planned step failed. Its rows go back to where they were, in their old
-// order, and may be planned again; the step is not counted. Rows that
-// drex_ramp() let out before have given their token: they stay out, and
-// their holes stay open unless drex_fill() was called. What drex_verify() said
-// is void: its tokens do not count, and the rows come back with their drafts.
+// order, and may be planned again; the step is not counted. Their arena rows
+// must be as they were when it was planned, where its window starts from them.
+// Rows that drex_ramp() let out before have given their token: they stay out,
+// and their holes stay open unless drex_fill() was called before this. What
+// drex_verify() said is void: its tokens do not count, and the rows come back
+// with their drafts.
 //
 // Errors: CALL_ORDER when no step is planned.
 // Since 0.1.
@@ -1526,7 +1548,8 @@ drex_status drex_top_get(const drex_engine *engine,
 // device in one launch on arena->stream; may be captured.
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
-// step is planned; DEVICE.
+// step is planned; DEVICE, and CAPACITY for more memory than one launch can
+// move.
 // Since 0.1.
 drex_status drex_gather(drex_engine *engine, const drex_arena *arena);
 
@@ -1541,7 +1564,8 @@ drex_status drex_scatter(drex_engine *engine, const drex_arena *arena);
 //
 // stream  the CUstream that is being captured
 //
-// Errors: CALL_ORDER when no K/V is bound; DEVICE; UNSUPPORTED on the host.
+// Errors: CALL_ORDER when no K/V is bound; DEVICE, and CAPACITY as for
+// drex_fill(); UNSUPPORTED on the host.
 // Since 0.1.
 drex_status drex_fill_enqueue(drex_engine *engine, void *stream);
 
@@ -1550,7 +1574,7 @@ drex_status drex_fill_enqueue(drex_engine *engine, void *stream);
 // graph must be launched before drex_complete(), on the stream of the last
 // ramp's logits or ordered behind it.
 //
-// Errors: as drex_fill(); UNSUPPORTED on the host.
+// Errors: CALL_ORDER as for drex_fill(); DEVICE; UNSUPPORTED on the host.
 // Since 0.1.
 drex_status drex_fill_plan(drex_engine *engine);
 

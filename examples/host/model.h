@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <memory>
+#include <utility>
 
 #include "gguf.h"
 
@@ -81,6 +82,10 @@ struct q8_matrix {
   }
 };
 
+struct window_failed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // A row of a window, as the engine sees it.
 struct model_row {
   int32_t token;      // read by windows that begin at layer 0
@@ -123,6 +128,9 @@ class model {
   uint32_t n_layers, n_vocab, context, n_cells, kv_width;
   // [n_layers][n_cells * kv_width] each. A cell belongs to one position of one sequence.
   std::vector<std::vector<float>> k, v;
+
+  // The next window breaks off in its first layer, whose K/V it has written: for --fail. No arena row has changed then.
+  bool fail = false;
 
   uint32_t cell(const model_row &row) const { return row.sequence * context + row.position; }
 
@@ -233,6 +241,7 @@ class model {
     const layer_weights &w = layers_[l];
     const q8_matrix in = normed(x, w.attention_norm);
     write_kv(l, rows, in);
+    if (std::exchange(fail, false)) throw window_failed("a window failed");
     std::vector<float> q = w.q.times(in), mixed(q.size()), weights;
     const size_t stride = heads_ * head_;
     for (size_t i = 0; i < rows.size(); i++) {

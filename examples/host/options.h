@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -29,6 +30,7 @@ struct options {
   drex_policy policy = DREX_POLICY_HOLD;
   drex_fill_mode fill = DREX_FILL_COPY;
   std::map<uint64_t, size_t> cancel;
+  std::set<uint64_t> fail;
   bool json = false;
 
   static void help() {
@@ -44,6 +46,7 @@ struct options {
         "  --policy NAME     auto, hold, latency, off, ... (hold)\n"
         "  --fill NAME       copy, propagate, postfill, verify (copy)\n"
         "  --cancel ID:N     request ID, from 0, goes away when it has N tokens\n"
+        "  --fail N          the N-th window fails, once, and its step is given up; may be repeated\n"
         "  --json            one JSON object per request, and one with totals");
   }
 
@@ -111,6 +114,8 @@ struct options {
         const size_t colon = value.find(':');
         if (colon == std::string::npos) throw usage_error("--cancel: expected ID:N");
         cancel[number(name, value.substr(0, colon))] = number(name, value.substr(colon + 1));
+      } else if (name == "--fail") {
+        fail.insert(number(name, value));
       } else throw usage_error(name + ": unknown option");
     }
     if (prompts.empty()) prompts = {"Returns the number of elements in the", "Creates an empty map", "# Panics\n\nPanics if", "This function will"};

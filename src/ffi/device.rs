@@ -165,7 +165,8 @@ pub unsafe extern "C" fn drex_top_get(
 /// device in one launch on arena->stream; may be captured.
 ///
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
-/// step is planned; DEVICE.
+/// step is planned; DEVICE, and CAPACITY for more memory than one launch can
+/// move.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_gather(
     engine: *mut drex_engine,
@@ -244,7 +245,8 @@ unsafe fn copy_rows(
 ///
 /// stream  the CUstream that is being captured
 ///
-/// Errors: CALL_ORDER when no K/V is bound; DEVICE; UNSUPPORTED on the host.
+/// Errors: CALL_ORDER when no K/V is bound; DEVICE, and CAPACITY as for
+/// drex_fill(); UNSUPPORTED on the host.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_fill_enqueue(
     engine: *mut drex_engine,
@@ -262,7 +264,7 @@ pub unsafe extern "C" fn drex_fill_enqueue(
 /// graph must be launched before drex_complete(), on the stream of the last
 /// ramp's logits or ordered behind it.
 ///
-/// Errors: as drex_fill(); UNSUPPORTED on the host.
+/// Errors: CALL_ORDER as for drex_fill(); DEVICE; UNSUPPORTED on the host.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_fill_plan(engine: *mut drex_engine) -> drex_status {
     with("drex_fill_plan", engine, |instance| {

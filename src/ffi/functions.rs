@@ -353,7 +353,7 @@ pub unsafe extern "C" fn drex_destroy(engine: *mut drex_engine) -> drex_status {
 ///
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; UNSUPPORTED,
 /// with the layers named, where state-copy cannot work; CALL_ORDER while a step
-/// is planned.
+/// is planned; DEVICE. After a failure, what was bound before still is.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_bind_kv(
     engine: *mut drex_engine,
@@ -588,7 +588,7 @@ pub unsafe extern "C" fn drex_request_get(
 ///
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0, or has no
 /// room for the pending rows of the request that comes first; CALL_ORDER while
-/// a step is planned.
+/// a step is planned; DEVICE, and then no step is planned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_plan(
     engine: *mut drex_engine,
@@ -649,8 +649,9 @@ pub unsafe extern "C" fn drex_plan(
 ///
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
 /// CALL_ORDER when no step is planned, when it ends at the last layer, when
-/// it had its verdicts, or when cells are missing. After a failure, the call
-/// may be made again.
+/// it had its verdicts, when cells are missing, or when logits.enqueued is 1
+/// and nothing was enqueued; DEVICE. After a failure, the call may be made
+/// again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_ramp(
     engine: *mut drex_engine,
@@ -714,7 +715,8 @@ pub unsafe extern "C" fn drex_ramp(
 /// launch, and not waited for.
 ///
 /// Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
-/// called since the last plan; DEVICE.
+/// called since the last plan; DEVICE, and CAPACITY for more memory than one
+/// launch can move.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_fill(engine: *mut drex_engine) -> drex_status {
     with("drex_fill", engine, |instance| {
@@ -922,10 +924,12 @@ pub unsafe extern "C" fn drex_complete(
 }
 
 /// The planned step failed. Its rows go back to where they were, in their old
-/// order, and may be planned again; the step is not counted. Rows that
-/// drex_ramp() let out before have given their token: they stay out, and
-/// their holes stay open unless drex_fill() was called. What drex_verify() said
-/// is void: its tokens do not count, and the rows come back with their drafts.
+/// order, and may be planned again; the step is not counted. Their arena rows
+/// must be as they were when it was planned, where its window starts from them.
+/// Rows that drex_ramp() let out before have given their token: they stay out,
+/// and their holes stay open unless drex_fill() was called before this. What
+/// drex_verify() said is void: its tokens do not count, and the rows come back
+/// with their drafts.
 ///
 /// Errors: CALL_ORDER when no step is planned.
 #[unsafe(no_mangle)]

@@ -408,7 +408,9 @@ pub struct drex_request_info {
     pub slot: u32,
     /// Tokens decoded through drex so far.
     pub tokens: u64,
-    /// Of these, emitted at each ramp.
+    /// Rows that left at each ramp. With DREX_FILL_VERIFY they are drafts, and
+    /// count here also where they were replaced or dropped later, so there may
+    /// be more of them than tokens.
     pub exits: [u64; DREX_MAX_RAMPS],
     /// Of the exits, those below the row's threshold; see drex_policy.
     pub involuntary_exits: u64,
@@ -598,9 +600,12 @@ pub struct drex_stats {
     pub size: u32,
     /// The engine's; the entries of the arrays beyond it are 0.
     pub n_ramps: u32,
-    /// Rows that emitted a token, at a ramp or at the end.
+    /// Rows that emitted a token, at a ramp or at the end. With
+    /// DREX_FILL_VERIFY a draft counts when it is accepted or replaced.
     pub tokens: u64,
-    /// Of these, at each ramp.
+    /// Rows that left at each ramp. With DREX_FILL_VERIFY they are drafts, and
+    /// count here also where they were replaced or dropped later, so there may
+    /// be more of them than tokens.
     pub exits: [u64; DREX_MAX_RAMPS],
     /// Of the exits, those below the row's threshold; see drex_policy.
     pub involuntary_exits: u64,

@@ -14,6 +14,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define EXPECT(what)                                                  \
@@ -122,7 +123,7 @@ static void loop() {
     ok(planned->complete(++now, 1000));
     for (const auto id : emitted) {
       if (++count[id] < tokens) {
-        ok(engine.ready(id, now, count[id]));
+        ok(engine.ready(id, now));
       } else {
         ok(engine.remove(id));
         alive--;
@@ -200,6 +201,17 @@ static void errors() {
   ok(step->complete(8, 10));
   EXPECT(step->complete(8).status() == DREX_ERROR_NULL_ARGUMENT);
 }
+
+// drex_request_ready() has one argument more, in the middle: a call that was taken
+// over from C must not compile.
+template <class... Args>
+using readied = decltype(std::declval<drex::engine &>().ready(std::declval<Args>()...));
+template <class, class... Args>
+constexpr bool takes = false;
+template <class... Args>
+constexpr bool takes<std::void_t<readied<Args...>>, Args...> = true;
+static_assert(takes<void, std::uint64_t, std::uint64_t>, "id, now_ns");
+static_assert(!takes<void, std::uint64_t, std::uint32_t, std::uint64_t>, "C's order");
 
 static void ownership() {
   static_assert(!std::is_copy_constructible_v<drex::engine>, "one owner");

@@ -243,8 +243,8 @@ class Engine:
             config.fill = _index(FILLS, fill, "fill")
         _check(lib.drex_request_add(self._handle, config))
 
-    def ready(self, request, now_ns, n_kv=0):
-        _check(lib.drex_request_ready(self._handle, _unsigned(request, "request", 64), _unsigned(n_kv, "n_kv"), _unsigned(now_ns, "now_ns", 64)))
+    def ready(self, request, now_ns):
+        _check(lib.drex_request_ready(self._handle, _unsigned(request, "request", 64), 0, _unsigned(now_ns, "now_ns", 64)))
 
     def remove(self, request):
         _check(lib.drex_request_remove(self._handle, _unsigned(request, "request", 64)))

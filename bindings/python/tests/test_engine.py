@@ -161,6 +161,8 @@ class Errors(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "request is -1"):
                 e.add(-1)
             e.add(0)
+            with self.assertRaises(TypeError):
+                e.ready(0, 1, 0)  # as in C, where n_kv comes before the time
             e.ready(0, 0)
             e.plan(0)
             with self.assertRaisesRegex(ValueError, "expected \\[n_rows, n_vocab\\]"):

@@ -35,6 +35,8 @@ pub struct Totals {
     pub involuntary_exits: u64,
     pub drafts: u64,
     pub drafts_accepted: u64,
+    pub failed: u64,
+    pub windows: u64,
 }
 
 /// Lengths that differ, so that requests come and go while others run.
@@ -105,7 +107,7 @@ pub fn rebatched_is_alone(kit: &Kit) -> Result<()> {
         exits += totals.exits;
     }
     println!(
-        "        {tokens} tokens, {exits} of them at a ramp, 8 at a time, equal to the last bit"
+        "        {tokens} tokens, {exits} rows left at a ramp, 8 at a time, equal to the last bit"
     );
     Ok(())
 }
@@ -187,6 +189,56 @@ pub fn cancel(kit: &Kit) -> Result<()> {
     Ok(())
 }
 
+/// A step that is given up is as if it had never been planned.
+pub fn failing_windows(kit: &Kit) -> Result<()> {
+    let mut failed = 0;
+    for fill in ["copy", "verify"] {
+        let common = [
+            "-n",
+            LENGTHS,
+            "-np",
+            "8",
+            "--ramps",
+            "4,8",
+            "--fill",
+            fill,
+            "--threshold",
+            "0.6",
+        ];
+        let (whole, totals) = run(kit, "host", &common)?;
+        // One at a time: windows from tokens and from arena rows, early and late. Then many in one run, some twice in a row.
+        let last = totals.windows.to_string();
+        let many: Vec<String> = (1..totals.windows)
+            .filter(|n| n % 3 != 0)
+            .map(|n| n.to_string())
+            .collect();
+        let mut cases: Vec<Vec<&str>> = ["1", "2", "3", "5", "12", &last]
+            .iter()
+            .map(|n| vec![*n])
+            .collect();
+        cases.push(many.iter().map(String::as_str).collect());
+        for case in cases {
+            let fail: Vec<&str> = case.iter().flat_map(|n| ["--fail", n]).collect();
+            let (streams, again) = run(kit, "host", &[&common[..], &fail].concat())?;
+            ensure!(
+                again.failed == case.len() as u64,
+                "{fill}, {fail:?}: {again:?}"
+            );
+            for (a, b) in whole.iter().zip(&streams) {
+                ensure!(a == b, "{fill}, {fail:?}: without {a:?}\nwith {b:?}");
+            }
+            ensure!(whole.len() == streams.len(), "requests are missing");
+            ensure!(
+                (again.tokens, again.windows) == (totals.tokens, totals.windows),
+                "{fill}, {fail:?}: {again:?}, without {totals:?}"
+            );
+            failed += again.failed;
+        }
+    }
+    println!("        {failed} windows failed, and nothing came of it");
+    Ok(())
+}
+
 pub fn bad_input(kit: &Kit) -> Result<()> {
     let model = fs::read(cache::bundled_model()?)?;
     let short = kit.dir.join("short.gguf");
@@ -232,6 +284,10 @@ pub fn sanitized(kit: &Kit) -> Result<()> {
             "8",
             "--cancel",
             "2:2",
+            "--fail",
+            "2",
+            "--fail",
+            "9",
             "--threshold",
             "0.4",
         ];

@@ -52,6 +52,10 @@ pub const TESTS: &[Test] = &[
         run: host::cancel,
     },
     Test {
+        name: "examples: host.cpp, windows that fail are given up, and the output is the same",
+        run: host::failing_windows,
+    },
+    Test {
         name: "examples: host.cpp, bad input has a sentence",
         run: host::bad_input,
     },

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::{CPP17, MINIMAL, SMOKE};
+use super::{CPP17, MINIMAL, SKELETON, SMOKE};
 use crate::{
     cache::{self, repo},
     consumers::kit::Kit,
@@ -19,9 +19,13 @@ use crate::{
 
 /// The commands that a guide gives for a way of using drex.
 pub fn block(page: &str, way: &str) -> Result<String> {
+    block_in("sh", page, way)
+}
+
+fn block_in(language: &str, page: &str, way: &str) -> Result<String> {
     let text = fs::read_to_string(repo().join(page))?;
     let (_, rest) = text
-        .split_once(&format!("<!-- consumer: {way} -->\n```sh\n"))
+        .split_once(&format!("<!-- consumer: {way} -->\n```{language}\n"))
         .with_context(|| format!("{page} says nothing on {way}"))?;
     let (script, _) = rest.split_once("```").context("a block without an end")?;
     Ok(script.to_owned())
@@ -169,6 +173,25 @@ pub fn examples(kit: &Kit) -> Result<()> {
         }
         let n = u32::try_from(script.matches("-std=").count())?;
         kit.count(n, n, 0);
+    }
+    Ok(())
+}
+
+/// The C++ that the bindings' page begins a host with, over a host that is made up.
+pub fn skeleton(kit: &Kit) -> Result<()> {
+    let dir = kit.scratch("skeleton")?;
+    for way in ["skeleton", "callables"] {
+        let code = block_in("cpp", "bindings/README.md", way)?;
+        fs::write(dir.join(format!("{way}.inc")), code)?;
+    }
+    let include = format!("-I{}", dir.display());
+    for (compiler, more) in [
+        ("g++", &["-fno-exceptions", "-fno-rtti"][..]),
+        ("clang++", &["-g", "-fsanitize=address,undefined"]),
+    ] {
+        let flags = [&["-std=c++17", &include], more].concat();
+        let exe = kit.compile(compiler, &flags, SKELETON)?;
+        kit.run(&[], &exe, SKELETON)?;
     }
     Ok(())
 }

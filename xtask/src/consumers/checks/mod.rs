@@ -15,7 +15,7 @@ use super::kit::Kit;
 
 type Check = fn(&Kit) -> Result<()>;
 
-pub const ALL: [(&str, Check); 17] = [
+pub const ALL: [(&str, Check); 18] = [
     ("what the libraries export", libraries::exports),
     (
         "what cargo-c's library is built like exports",
@@ -39,6 +39,7 @@ pub const ALL: [(&str, Check); 17] = [
         "the examples, as they and docs/port.md say",
         guide::examples,
     ),
+    ("C++, as bindings/README.md says", guide::skeleton),
     ("C99 to C++17, gcc and clang", programs::matrix),
     ("what a C program sees of an engine", programs::observed),
     ("ASan and UBSan", programs::sanitizers),
@@ -86,6 +87,10 @@ const CPP11: Program = Program::new("tests/consumers/header.cpp", "drex VERSION:
 const CPP17: Program = Program::new(
     "bindings/cpp/tests/host.cpp",
     "drex VERSION: 30 tokens early, 15 deep",
+);
+const SKELETON: Program = Program::new(
+    "tests/consumers/skeleton.cpp",
+    "drex VERSION: 9 tokens at the ramp, 9 deep, all right, 0 holes, 0 requests left; seen",
 );
 const HOST: Program = Program {
     source: "examples/host.cpp",

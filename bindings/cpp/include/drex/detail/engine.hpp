@@ -57,8 +57,9 @@ class engine {
   result<void> add(const drex_request_config &r) {
     return result<void>::of(drex_request_add(raw_, &r));
   }
-  result<void> ready(std::uint64_t id, std::uint64_t now_ns, std::uint32_t n_kv = 0) {
-    return result<void>::of(drex_request_ready(raw_, id, n_kv, now_ns));
+  // drex_request_ready(), without its n_kv: drex does not use it.
+  result<void> ready(std::uint64_t id, std::uint64_t now_ns) {
+    return result<void>::of(drex_request_ready(raw_, id, 0, now_ns));
   }
   result<void> remove(std::uint64_t id) {
     return result<void>::of(drex_request_remove(raw_, id));
@@ -112,7 +113,7 @@ class engine {
     return out;
   }
   // drex_top_get(): the greatest logits of a row of the last ramp's, whose logits
-  // had n_top > 0, until the next plan. They go into `room`; the result is that
+  // had n_top > 0, until its step ends. They go into `room`; the result is that
   // part of it.
   result<span<top>> top_of(std::uint32_t row, span<top> room) const {
     std::uint32_t n = 0;
