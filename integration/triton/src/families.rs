@@ -63,7 +63,7 @@ macro_rules! families {
 }
 
 families! {
-    COUNTER "drex_exits_total" Ramps "Tokens emitted at an exit ramp",
+    COUNTER "drex_exits_total" Ramps "Rows that left at an exit ramp, drafts among them",
         |s, i| s.stats.exits[i] as f64;
     COUNTER "drex_tokens_total" One "Tokens decoded, at a ramp or after the last layer",
         |s, _| s.stats.tokens as f64;
