@@ -511,6 +511,39 @@ impl Model {
     }
 }
 
+/// Under art a row that stayed may be held at the next ramp, and then its step be given up.
+#[test]
+fn a_row_that_stayed_and_was_to_be_held_stays_again() {
+    let mut model = Model::new(DREX_POLICY_ART, 3, 2, 0.0, 0);
+    let step = |confidences: [usize; 2], end| Op::Step {
+        confidences: confidences.to_vec(),
+        end,
+        remove: None,
+        eager_ready: false,
+        capacity: 2,
+    };
+    let add = |id| Op::Add {
+        id,
+        threshold: 0,
+        priority: 0,
+    };
+    let (unsure, sure) = (0, 3);
+    let ops = [
+        add(5),
+        add(6),
+        Op::Ready(5),
+        Op::Ready(6),
+        step([unsure; 2], 0),
+        step([sure, unsure], 2),
+    ];
+    for op in &ops {
+        model.apply(op);
+        model.check();
+    }
+    assert_eq!(model.count(|at| at == At::Stay(0)), 1);
+    model.drain();
+}
+
 fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig {
         cases,

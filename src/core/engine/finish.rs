@@ -265,6 +265,8 @@ impl Engine {
                 }
                 Origin::Stay(ramp) => {
                     r.ramp = ramp as u32;
+                    // The ramp may have wanted it held.
+                    r.state = State::Running;
                     self.buffer.restore(ramp, row.slot, true);
                 }
                 Origin::Pending => {}
