@@ -541,7 +541,8 @@ typedef uint32_t drex_fill_mode;
 // As POSTFILL, and the token is a draft: emitted, that is given to the
 // client, when the full model's logits for the pending row agree; else
 // replaced, and what was made after it is void. See drex_verify(). The output
-// is that of the full model.
+// is that of the full model. Deadlines do not hurry drafts on: the tokens of
+// up to max_pending rows come together, when the rows have gone deep.
 #define DREX_FILL_VERIFY 2
 // The host fills them: after drex_ramp(), before the arena row is used again,
 // it runs the skipped layers' own K and V projections over the rows that left,
@@ -881,7 +882,9 @@ typedef struct drex_verdict {
   // In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for a
   // row that is gone. -Inf beside other logits is a mask, and fine.
   float confidence;
-  // 1: an involuntary exit or an involuntary stay.
+  // 1: an involuntary exit or an involuntary stay. A row is not asked, and
+  // does not count, at a ramp that the rule of DREX_POLICY_AUTO passes by and
+  // where its window ends only because pending rows wait there.
   uint32_t forced;
 } drex_verdict;
 
@@ -1446,9 +1449,10 @@ drex_status drex_complete(drex_engine *engine,
 // order, and may be planned again; the step is not counted. Their arena rows
 // must be as they were when it was planned, where its window starts from them.
 // Rows that drex_ramp() let out before have given their token: they stay out,
-// and their holes stay open unless drex_fill() was called before this. What
-// drex_verify() said is void: its tokens do not count, and the rows come back
-// with their drafts.
+// and their holes stay open unless drex_fill() was called before this. Pending
+// rows that came along with one of these stay at this ramp: their arena rows
+// must be what the window left. What drex_verify() said is void: its tokens do
+// not count, and the rows come back with their drafts.
 //
 // Errors: CALL_ORDER when no step is planned.
 // Since 0.1.

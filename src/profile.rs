@@ -144,6 +144,7 @@ mod tests {
             ("[4,8]", "[8,4]", "ramp_layers[1] is 4"),
             ("[4,8]", "[8]", "segments"),
             ("0.25", "-1", "window.ns_per_row is -1"),
+            ("0.125", "1e30", "segments.ns_per_cell[0] is"),
             ("0.125", "null", "segments[0].ns_per_cell is null"),
             ("{\"", "", "not JSON"),
         ] {

@@ -163,6 +163,7 @@ struct Seen {
     along: usize,
     settled: usize,
     cancelled: usize,
+    given_up: usize,
 }
 
 struct World {
@@ -256,6 +257,7 @@ fn run(w: &World, seed: u64) -> Seen {
                 *h = attend(&clients[&id].kv, layer, pos, *h);
             }
         }
+        let before = arena.clone();
         for (r, &h) in p.rows.iter().zip(&hidden) {
             arena[r.slot as usize] = h;
         }
@@ -299,7 +301,22 @@ fn run(w: &World, seed: u64) -> Seen {
             left = Some(id);
             seen.cancelled += 1;
         }
-        e.complete(now + 500, 400).unwrap();
+        if w.chaos && p.step.ramp != DREX_NO_RAMP && rng.below(20) == 0 {
+            // The exits stand, with what came along with them; all else is as it was.
+            e.abandon().unwrap();
+            seen.given_up += 1;
+            let left: Vec<u64> = (at.iter().zip(&decisions))
+                .filter(|(_, d)| **d == DREX_DECISION_EXIT)
+                .map(|((id, _), _)| *id)
+                .collect();
+            for (r, &(id, _)) in p.rows.iter().zip(&at) {
+                if !left.contains(&id) {
+                    arena[r.slot as usize] = before[r.slot as usize];
+                }
+            }
+        } else {
+            e.complete(now + 500, 400).unwrap();
+        }
         let mut again = Vec::new();
         for (k, (&(id, pos), &d)) in at.iter().zip(&decisions).enumerate() {
             if left == Some(id) {
@@ -432,6 +449,7 @@ fn the_full_models_tokens_and_cache_come_out() {
                         all.along += s.along;
                         all.settled += s.settled;
                         all.cancelled += s.cancelled;
+                        all.given_up += s.given_up;
                     }
                 }
             }
@@ -447,6 +465,7 @@ fn the_full_models_tokens_and_cache_come_out() {
         "{all:?}"
     );
     assert!(all.settled > 300 && all.cancelled > 300, "{all:?}");
+    assert!(all.given_up > 1_000, "{all:?}");
 }
 
 #[test]

@@ -216,6 +216,53 @@ fn a_deadline_flushes_in_time_and_a_miss_is_counted() {
     assert_eq!(h.e.stats().deadline_misses, 1);
 }
 
+/// Ready before the step is complete, as in the header's loop: the time until then is the window's.
+#[test]
+fn a_late_token_is_its_windows_and_not_the_hosts() {
+    let e = Engine::new(&config(&RAMPS, 1, 1, DREX_POLICY_LATENCY));
+    e.add_with(0, |c| c.token_deadline_ns = 50).unwrap();
+    e.ready(0, 1).unwrap();
+    for (begin, end) in [(2, 60), (62, 130)] {
+        e.plan(begin, 1).unwrap();
+        assert_eq!(e.ramp(&[0.9]).unwrap()[0].decision, DREX_DECISION_EXIT);
+        e.ready(0, end).unwrap();
+        e.complete(end, end - begin).unwrap();
+    }
+    let misses = e.stats().misses;
+    assert_eq!(misses[DREX_MISS_RUN as usize], 2, "{misses:?}");
+    // Later, it is the host's.
+    e.plan(131, 1).unwrap();
+    e.ramp(&[0.9]).unwrap();
+    e.complete(140, 9).unwrap();
+    e.ready(0, 200).unwrap();
+    e.plan(201, 1).unwrap();
+    e.ramp(&[0.9]).unwrap();
+    e.complete(210, 9).unwrap();
+    let misses = e.stats().misses;
+    assert_eq!(misses[DREX_MISS_HOST as usize], 1, "{misses:?}");
+}
+
+/// It is out: the next one's deadline counts from it, and it may be late itself.
+#[test]
+fn a_token_counts_though_its_step_is_given_up() {
+    let e = Engine::new(&config(&RAMPS, 1, 1, DREX_POLICY_LATENCY));
+    e.add_with(0, |c| c.token_deadline_ns = 50).unwrap();
+    e.ready(0, 0).unwrap();
+    e.plan(30, 1).unwrap();
+    e.ramp(&[0.9]).unwrap();
+    e.abandon().unwrap();
+    e.ready(0, 31).unwrap();
+    e.plan(32, 1).unwrap();
+    e.ramp(&[0.9]).unwrap();
+    e.complete(70, 30).unwrap();
+    assert_eq!(e.stats().deadline_misses, 0);
+    e.ready(0, 71).unwrap();
+    e.plan(140, 1).unwrap();
+    e.ramp(&[0.9]).unwrap();
+    e.abandon().unwrap();
+    assert_eq!(e.stats().deadline_misses, 1);
+}
+
 #[test]
 fn a_deadline_goes_before_age_and_depth() {
     let mut h = Host::new(2, 4, DREX_POLICY_HOLD, |c| {

@@ -68,7 +68,7 @@ impl Counters {
     pub fn wait(&mut self, ns: u64) {
         let us = ns / 1000;
         self.wait_us_buckets[bucket(us)] += 1;
-        self.wait_us_sum += us;
+        self.wait_us_sum = self.wait_us_sum.saturating_add(us);
     }
 
     pub fn window(&mut self, ns: u64) {

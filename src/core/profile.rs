@@ -53,6 +53,9 @@ pub struct Profile {
     pub segments: Vec<Segment>,
 }
 
+/// Eleven days. Sums and squares of such numbers are still finite.
+const MAX_NS: f64 = 1e15;
+
 impl Profile {
     /// Predicted ns of a window over segments `[first, last)`.
     pub fn time(&self, first: usize, last: usize, rows: f64, cells: f64) -> f64 {
@@ -75,10 +78,10 @@ impl Profile {
             ));
         }
         let check = |field, index: Option<usize>, v: f64| {
-            if v.is_finite() && v >= 0.0 {
+            if (0.0..=MAX_NS).contains(&v) {
                 return Ok(());
             }
-            let e = Error::float(field, v as f32, "a finite number >= 0");
+            let e = Error::float(field, v as f32, "a number from 0 to 1e15");
             Err(match index {
                 Some(i) => e.at(i),
                 None => e,

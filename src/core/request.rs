@@ -4,6 +4,7 @@
 //! once; adding, finding and removing touch no allocator.
 
 use super::config::Fill;
+use super::counters::Miss;
 use super::error::{Error, Result};
 use super::exits::Kind;
 use super::metric::Metric;
@@ -81,6 +82,8 @@ pub struct Request {
     pub id: u64,
 
     pub last_token_ns: u64,
+    /// When its last row left, whether with a token or with a draft.
+    pub left_ns: u64,
     /// Where the time since its last token went: the host's part, waiting for
     /// the first window, held.
     pub spent_ns: [u64; 3],
@@ -101,6 +104,11 @@ pub struct Request {
 }
 
 impl Request {
+    pub fn spend(&mut self, on: Miss, ns: u64) {
+        let spent = &mut self.spent_ns[on as usize];
+        *spent = spent.saturating_add(ns);
+    }
+
     /// When its next token is due: a token deadline after the last one, and
     /// an even share of what is left until the request's own.
     pub fn due_ns(&self) -> Option<u64> {
@@ -142,6 +150,7 @@ const VACANT: Request = Request {
     started: false,
     started_ns: 0,
     last_token_ns: 0,
+    left_ns: 0,
     spent_ns: [0; 3],
     tokens: 0,
     exits: [0; MAX_RAMPS],

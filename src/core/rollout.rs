@@ -196,7 +196,8 @@ pub fn play(
         let often = if b == there {
             rows[k][1]
         } else {
-            (rows[k][1] * b + there / 2) / there
+            let (rows, b, there) = (u64::from(rows[k][1]), u64::from(b), u64::from(there));
+            ((rows * b + there / 2) / there) as u32
         };
         let taken = [b - often, often];
         if k == 0 {

@@ -927,9 +927,10 @@ pub unsafe extern "C" fn drex_complete(
 /// order, and may be planned again; the step is not counted. Their arena rows
 /// must be as they were when it was planned, where its window starts from them.
 /// Rows that drex_ramp() let out before have given their token: they stay out,
-/// and their holes stay open unless drex_fill() was called before this. What
-/// drex_verify() said is void: its tokens do not count, and the rows come back
-/// with their drafts.
+/// and their holes stay open unless drex_fill() was called before this. Pending
+/// rows that came along with one of these stay at this ramp: their arena rows
+/// must be what the window left. What drex_verify() said is void: its tokens do
+/// not count, and the rows come back with their drafts.
 ///
 /// Errors: CALL_ORDER when no step is planned.
 #[unsafe(no_mangle)]

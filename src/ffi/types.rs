@@ -151,7 +151,8 @@ pub const DREX_FILL_POSTFILL: drex_fill_mode = 1;
 /// As POSTFILL, and the token is a draft: emitted, that is given to the
 /// client, when the full model's logits for the pending row agree; else
 /// replaced, and what was made after it is void. See drex_verify(). The output
-/// is that of the full model.
+/// is that of the full model. Deadlines do not hurry drafts on: the tokens of
+/// up to max_pending rows come together, when the rows have gone deep.
 pub const DREX_FILL_VERIFY: drex_fill_mode = 2;
 /// The host fills them: after drex_ramp(), before the arena row is used again,
 /// it runs the skipped layers' own K and V projections over the rows that left,
@@ -551,7 +552,9 @@ pub struct drex_verdict {
     /// In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for a
     /// row that is gone. -Inf beside other logits is a mask, and fine.
     pub confidence: f32,
-    /// 1: an involuntary exit or an involuntary stay.
+    /// 1: an involuntary exit or an involuntary stay. A row is not asked, and
+    /// does not count, at a ramp that the rule of DREX_POLICY_AUTO passes by and
+    /// where its window ends only because pending rows wait there.
     pub forced: u32,
 }
 

@@ -69,8 +69,8 @@ impl Engine {
                     self.counters.wait(ns);
                     if !row.gone {
                         let r = self.requests.get_mut(row.request);
-                        r.held_ns += ns;
-                        r.spent_ns[Miss::Held as usize] += ns;
+                        r.held_ns = r.held_ns.saturating_add(ns);
+                        r.spend(Miss::Held, ns);
                     }
                 }
                 Origin::Ready if !row.gone => {
@@ -79,13 +79,15 @@ impl Engine {
                     // A row that exited may be ready again by now, and then
                     // its node is not this token's.
                     if r.state != State::Ready {
-                        r.spent_ns[Miss::Queue as usize] += ns;
+                        r.spend(Miss::Queue, ns);
                     }
                 }
                 Origin::Ready | Origin::Stay(_) | Origin::Pending => {}
             }
             if !row.gone {
-                self.requests.get_mut(row.request).in_step = NONE;
+                let r = self.requests.get_mut(row.request);
+                r.in_step = NONE;
+                r.left_ns = now_ns;
             }
             self.leave(row, step.ramp, now_ns);
         }
@@ -183,7 +185,7 @@ impl Engine {
     fn emitted(&mut self, request: u32, now_ns: u64) {
         let r = self.requests.get_mut(request);
         let all = now_ns.saturating_sub(r.last_token_ns);
-        let spent: u64 = r.spent_ns.iter().sum();
+        let spent = r.spent_ns.iter().fold(0, |a, &ns| ns.saturating_add(a));
         if r.due_ns().is_some_and(|due| now_ns > due) {
             r.deadline_misses += 1;
             self.counters.deadline_misses += 1;
@@ -237,18 +239,24 @@ impl Engine {
                 self.buffer.return_slot(row.slot);
                 continue;
             }
+            let clock = self.clock_ns;
+            // Rows that came along stay where a newer one has left: it may not
+            // wait deeper than they do. Else they go back as well.
+            if let (true, false, Some(after)) = (row.back > 0, self.newer_left(k), step.after) {
+                self.pending.advance(row.slot, after);
+            }
             let r = self.requests.get_mut(row.request);
             r.in_step = NONE;
             r.involuntary_stays -= forced;
             if self.ramped && row.decision == Decision::Exit {
+                r.left_ns = clock;
                 if !row.fill.keeps() {
                     self.buffer.return_slot(row.slot);
                 }
+                if row.fill != Fill::Verify {
+                    self.emitted(row.request, clock);
+                }
                 continue;
-            }
-            if let (true, true, Some(after)) = (row.back > 0, r.settling, step.after) {
-                // Without a newer row that may have left, all of it goes back.
-                self.pending.advance(row.slot, after);
             }
             match row.origin {
                 Origin::Ready => {
@@ -274,6 +282,13 @@ impl Engine {
         }
         self.end_step();
         Ok(())
+    }
+
+    /// The own row of the request whose pending row is the `k`-th has left.
+    fn newer_left(&self, k: usize) -> bool {
+        let request = self.rows[k].request;
+        let its = self.rows[k..].iter().take_while(|r| r.request == request);
+        self.ramped && its.last().is_some_and(|r| r.decision == Decision::Exit)
     }
 
     fn end_step(&mut self) {

@@ -24,7 +24,7 @@ use crate::core::planner::{Marks, Planner};
 use crate::core::policy::{Decision, RampRow};
 use crate::core::request::{Request, Requests, State};
 use crate::core::routing::Routing;
-use crate::core::{MAX_RAMPS, memory};
+use crate::core::{MAX_RAMPS, NONE, memory};
 
 /// What the host is to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -218,9 +218,11 @@ impl Engine {
         self.clock_ns
     }
 
-    /// The requests alive whose row is held, in no order.
+    /// The requests alive whose row is held, in no order; without those that
+    /// the planned step's ramp wants held.
     pub fn held_requests(&self) -> impl Iterator<Item = &Request> {
-        self.requests.iter().filter(|r| r.state == State::Held)
+        let held = |r: &&Request| r.state == State::Held && r.in_step == NONE;
+        self.requests.iter().filter(held)
     }
 
     pub fn requests(&self) -> usize {

@@ -70,12 +70,16 @@ impl Engine {
             r.started = true;
             r.started_ns = now_ns;
             r.last_token_ns = now_ns;
+            r.left_ns = now_ns;
             self.decoding += 1;
             self.often += r.kind.index();
             self.fills[r.fill as usize] += 1;
             self.gaps.began();
         }
-        r.spent_ns[Miss::Host as usize] += now_ns.saturating_sub(r.last_token_ns);
+        // Before its step is complete, the time since then is its window's.
+        if r.in_step == NONE {
+            r.spend(Miss::Host, now_ns.saturating_sub(r.left_ns));
+        }
         r.state = State::Ready;
         let entry = Entry {
             seq,

@@ -586,8 +586,13 @@ impl Device for Cuda {
         // SAFETY: the same contract.
         unsafe { self.launch_ramp(logits, n_rows, weighted)? };
         let _current = self.enter()?;
-        self.ramp_captured |= self.capturing(logits.stream.cast())?;
-        self.enqueued = true;
+        let stream = logits.stream.cast();
+        if self.capturing(stream)? {
+            self.ramp_captured = true;
+        } else {
+            self.enqueued = true;
+            self.stream = stream;
+        }
         Ok(())
     }
 
@@ -709,6 +714,12 @@ impl Device for Cuda {
     }
 
     fn plan_rows(&mut self, slots: &mut dyn ExactSizeIterator<Item = u32>) -> Result<()> {
+        if self.enqueued {
+            // The step was given up: what it enqueued must not come after this.
+            let _current = self.enter()?;
+            // SAFETY: the host's stream.
+            unsafe { self.driver.cuStreamSynchronize(self.stream)? };
+        }
         if self.enqueued || self.ramp_captured {
             // A step that was given up may have left its results.
             let rows = self.limits.rows;
