@@ -553,7 +553,7 @@ fn cases(cases: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(cases(300))]
+    #![proptest_config(cases(2000))]
 
     #[test]
     fn the_engine_agrees_with_the_model(
