@@ -69,6 +69,10 @@ fn flags(suite: &Suite) -> Result<()> {
             &["--drex-max-batch", "4096"],
             &["--drex-max-batch 4096", "--ubatch-size 512"],
         ),
+        (
+            &["--drex-max-batch", "128", "--batch-size", "64"],
+            &["--drex-max-batch 128", "--batch-size 64"],
+        ),
         (&["--drex-art-ratio", "-0.5"], &["art_ratio", "-0.5"]),
         (&["--drex-flush-rows", "-1"], &["--drex-flush-rows is -1"]),
         (&["--drex-max-hold-ms", "-3"], &["--drex-max-hold-ms is -3"]),
@@ -82,7 +86,8 @@ fn flags(suite: &Suite) -> Result<()> {
         ),
         (&["--drex-graphs", "0"], &["n_graphs must be at least 1"]),
         (&["--context-shift"], &["--context-shift"]),
-        (&["--no-kv-unified"], &["--kv-unified"]),
+        (&["--backend-sampling"], &["--backend-sampling"]),
+        (&["--no-cont-batching"], &["--no-cont-batching"]),
         (&["--embedding"], &["--embedding"]),
     ];
     for (args, texts) in cases {

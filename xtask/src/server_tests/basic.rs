@@ -17,6 +17,10 @@ pub const TESTS: fn() -> Vec<Test> = || {
             answers(suite, &suite.patched, &["--drex-policy", "off"])
         }),
         Test::new("as the README and --help start it, rows exit", as_told),
+        Test::new(
+            "a policy unifies the KV cache, whatever the flags say",
+            unified,
+        ),
     ]
 };
 
@@ -96,6 +100,25 @@ fn as_told(suite: &Suite) -> Result<()> {
             "{line}: {} tokens, exits {:?}",
             done.tokens.len(),
             exits(&done)
+        );
+    }
+    Ok(())
+}
+
+fn unified(suite: &Suite) -> Result<()> {
+    let model = suite.model.to_string_lossy();
+    let common = ["-m", &model, "-np", "2", "-c", "1024", "-t", "2"];
+    for flags in [
+        &["--drex-policy", "auto"][..],
+        &["--no-kv-unified", "--drex-policy", "auto"],
+        &["--drex-policy", "auto", "--no-kv-unified"],
+    ] {
+        let server = Server::start(&suite.patched.0, common.iter().chain(flags))?;
+        let done = generate(server.client, &vec![greedy("Returns the", 20); 2], 2)?;
+        ensure!(
+            done.iter()
+                .all(|g| g.tokens.len() == 20 && !exits(g).is_empty()),
+            "{flags:?}: {done:?}"
         );
     }
     Ok(())

@@ -11,6 +11,10 @@ pub const TESTS: fn() -> Vec<Test> = || {
     vec![
         Test::new("clients that go away leave nothing behind", cancels),
         Test::new("more requests than fit wait and finish", overload),
+        Test::new(
+            "a request that is refused leaves its place in the queue to the next",
+            refused_in_queue,
+        ),
     ]
 };
 
@@ -113,4 +117,40 @@ fn overload(suite: &Suite) -> Result<()> {
         metrics.get("drex_tokens_total")
     );
     Ok(())
+}
+
+fn refused_in_queue(suite: &Suite) -> Result<()> {
+    let server = suite.start(&suite.patched, 1, &["--drex-policy", "hold"])?;
+    let client = server.client;
+    let waiting = |n: f64| -> Result<()> {
+        let start = Instant::now();
+        while client.metrics()?.get("requests_deferred") != Some(n) {
+            ensure!(
+                start.elapsed() < Duration::from_secs(10),
+                "{n} requests should wait"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let mut body = greedy(&prompt(0), 480);
+        body["stream"] = json!(true);
+        let mut running = client.stream("/completion", &body)?;
+        ensure!(running.next().is_some_and(|event| event.is_ok()));
+        let refused = scope.spawn(move || {
+            let mut body = greedy(&prompt(1), 4);
+            body["backend_sampling"] = json!(true);
+            client.post("/completion", &body)
+        });
+        waiting(1.0)?;
+        let good = scope.spawn(move || generate(client, &[greedy(&prompt(2), 4)], 1));
+        waiting(2.0)?;
+        drop(running);
+        let status = refused.join().expect("no panic")?.status;
+        ensure!(status == 400, "HTTP {status}");
+        let n = good.join().expect("no panic")?[0].tokens.len();
+        ensure!(n == 4, "{n} tokens");
+        Ok(())
+    })
 }

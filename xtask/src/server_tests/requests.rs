@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::{Suite, Test, exits, generate, greedy, prompt};
+use crate::load::Generation;
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
@@ -15,6 +16,10 @@ pub const TESTS: fn() -> Vec<Test> = || {
         Test::new(
             "sampling, probabilities, grammar, stop strings and n work at ramps",
             features,
+        ),
+        Test::new(
+            "a bias towards the end of the text counts at ramps",
+            end_bias,
         ),
         Test::new("timings, /slots and /metrics tell of early exit", figures),
     ]
@@ -188,6 +193,55 @@ fn features(suite: &Suite) -> Result<()> {
     let body =
         json!({"messages": [{"role": "user", "content": "What is a slice?"}], "max_tokens": 16});
     client.post("/v1/chat/completions", &body)?.ok()?;
+    Ok(())
+}
+
+fn end_bias(suite: &Suite) -> Result<()> {
+    let server = suite.start(
+        &suite.patched,
+        1,
+        &["--drex-policy", "hold", "--drex-fill", "copy"],
+    )?;
+    let client = server.client;
+    let props = client.get("/props")?.ok()?.json()?;
+    let body = json!({"content": props["eos_token"], "parse_special": true});
+    let eos = client.post("/tokenize", &body)?.ok()?.json()?["tokens"][0].clone();
+    ensure!(eos.is_number(), "{} is not a token", props["eos_token"]);
+
+    let biased = |bias: f64, more: &[(&str, Value)]| -> Result<Generation> {
+        let mut body = greedy(&prompt(0), 40);
+        body["ignore_eos"] = json!(false);
+        body["logit_bias"] = json!([[eos, bias]]);
+        for (key, value) in more {
+            body[key] = value.clone();
+        }
+        Ok(generate(client, &[body], 1)?.remove(0))
+    };
+    let ended = biased(100.0, &[])?;
+    ensure!(
+        ended.tokens.len() <= 1 && ended.last["stop_type"] == "eos",
+        "{} tokens, then {}",
+        ended.tokens.len(),
+        ended.last["stop_type"]
+    );
+    // The first token comes with the prompt, the others from ramps that leave the bias to the sampler.
+    for (bias, threshold, some) in [
+        (-100.0, None, true),
+        (0.01, None, false),
+        (0.01, Some(0.0), true),
+    ] {
+        let more: Vec<_> = threshold
+            .map(|t: f64| ("drex_threshold", json!(t)))
+            .into_iter()
+            .collect();
+        let g = biased(bias, &more)?;
+        let n: u64 = exits(&g).iter().sum();
+        ensure!(
+            g.tokens.len() > 1 && (n > 0) == some,
+            "bias {bias}, threshold {threshold:?}: {} tokens, {n} exits",
+            g.tokens.len()
+        );
+    }
     Ok(())
 }
 
