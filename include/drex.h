@@ -274,7 +274,8 @@
  *   ramp      One launch that reads the logits once, a copy of 20 bytes a row to
  *             pinned memory, and a wait for the stream. drex_ramp_enqueue()
  *             splits off the wait. No other call of a step waits, unless more
- *             than 224 rows are used on several streams.
+ *             than 224 rows are used on several streams, or the step before was
+ *             abandoned after drex_ramp_enqueue(): then drex_plan() waits for it.
  *   fill      One launch on the stream of the ramp's logits, not waited for.
  *   streams   Work is enqueued on the streams that the host names, and is in
  *             order with what the host enqueues there. The legacy default stream

@@ -82,8 +82,6 @@ pub struct Request {
     pub id: u64,
 
     pub last_token_ns: u64,
-    /// When its last row left, whether with a token or with a draft.
-    pub left_ns: u64,
     /// Where the time since its last token went: the host's part, waiting for
     /// the first window, held.
     pub spent_ns: [u64; 3],
@@ -95,13 +93,19 @@ pub struct Request {
     pub pending: Chain,
     /// Rows in the planned step, from `in_step` on.
     pub step_rows: u32,
+    /// When its last row left, whether with a token or with a draft.
+    pub left_ns: u64,
     pub held_ns: u64,
     pub involuntary_exits: u64,
-    pub involuntary_stays: u64,
-    pub deadline_misses: u64,
+    pub involuntary_stays: u32,
+    pub deadline_misses: u32,
     pub exits: [u64; MAX_RAMPS],
     pub recent: Recent,
 }
+
+const _: () = assert!(size_of::<Request>() == 5 * 64);
+const _: () = assert!(std::mem::offset_of!(Request, last_token_ns) == 64);
+const _: () = assert!(std::mem::offset_of!(Request, pending) == 128);
 
 impl Request {
     pub fn spend(&mut self, on: Miss, ns: u64) {

@@ -546,9 +546,9 @@ pub unsafe extern "C" fn drex_request_get(
             tokens: r.tokens,
             exits: r.exits,
             involuntary_exits: r.involuntary_exits,
-            involuntary_stays: r.involuntary_stays,
+            involuntary_stays: r.involuntary_stays.into(),
             held_ns: r.held_ns,
-            deadline_misses: r.deadline_misses,
+            deadline_misses: r.deadline_misses.into(),
             last_confidence: r.last_confidence,
             n_pending: r.pending.len(),
         };

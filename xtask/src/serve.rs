@@ -22,8 +22,8 @@ pub fn run(source: Option<&Path>, args: Vec<OsString>) -> Result<()> {
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, source)?;
     let runtime = llama.ensure_one(Kind::Patched)?;
-    let policy = std::env::var_os("LLAMA_ARG_DREX_POLICY").is_some();
-    let args = completed(args, policy, cache::bundled_model)?;
+    let in_env = |name: &str| std::env::var_os(name).is_some();
+    let args = completed(args, in_env, cache::bundled_model)?;
     // exec, so that signals and the exit status are the server's own.
     let error = std::process::Command::new(runtime.server())
         .args(args)
@@ -31,13 +31,13 @@ pub fn run(source: Option<&Path>, args: Vec<OsString>) -> Result<()> {
     Err(error).with_context(|| format!("cannot run {}", runtime.server().display()))
 }
 
-/// Arguments of llama-server with a model and a policy, where they name none. `has_policy`: the environment does.
+/// Arguments of llama-server with a model and a policy, where neither they nor the environment name any.
 pub fn completed(
     mut args: Vec<OsString>,
-    has_policy: bool,
+    in_env: impl Fn(&str) -> bool,
     bundled: impl FnOnce() -> Result<PathBuf>,
 ) -> Result<Vec<OsString>> {
-    const MODELS: [&str; 9] = [
+    const MODELS: [&str; 11] = [
         "-m",
         "--model",
         "-mu",
@@ -47,6 +47,16 @@ pub fn completed(
         "--hf-repo",
         "--models-dir",
         "--models-preset",
+        "-dr",
+        "--docker-repo",
+    ];
+    const VARIABLES: [&str; 6] = [
+        "LLAMA_ARG_MODEL",
+        "LLAMA_ARG_MODEL_URL",
+        "LLAMA_ARG_HF_REPO",
+        "LLAMA_ARG_DOCKER_REPO",
+        "LLAMA_ARG_MODELS_DIR",
+        "LLAMA_ARG_MODELS_PRESET",
     ];
     let has = |test: &dyn Fn(&str) -> bool| {
         args.iter()
@@ -55,8 +65,8 @@ pub fn completed(
     if has(&|a| matches!(a, "-h" | "--help" | "--usage" | "--version")) {
         return Ok(args);
     }
-    let names_model = has(&|a| MODELS.contains(&a));
-    let names_policy = has_policy || has(&|a| a == "--drex-policy");
+    let names_model = has(&|a| MODELS.contains(&a)) || VARIABLES.iter().any(|name| in_env(name));
+    let names_policy = has(&|a| a == "--drex-policy") || in_env("LLAMA_ARG_DREX_POLICY");
     if !names_model {
         args.extend(["-m".into(), bundled()?.into()]);
     }
@@ -70,24 +80,26 @@ pub fn completed(
 mod tests {
     use super::*;
 
-    fn of(args: &str, has_policy: bool) -> String {
+    fn of(args: &str, variable: &str) -> String {
         let args = args.split_whitespace().map(OsString::from).collect();
-        let all = completed(args, has_policy, || Ok("bundled.gguf".into())).unwrap();
+        let all = completed(args, |name| name == variable, || Ok("bundled.gguf".into())).unwrap();
         let all: Vec<_> = all.iter().map(|a| a.to_string_lossy()).collect();
         all.join(" ")
     }
 
     #[test]
     fn a_model_and_a_policy_unless_they_are_named() {
-        assert_eq!(of("", false), "-m bundled.gguf --drex-policy auto");
-        assert_eq!(of("", true), "-m bundled.gguf");
-        assert_eq!(of("--version", false), "--version");
+        assert_eq!(of("", ""), "-m bundled.gguf --drex-policy auto");
+        assert_eq!(of("", "LLAMA_ARG_DREX_POLICY"), "-m bundled.gguf");
+        assert_eq!(of("", "LLAMA_ARG_MODEL"), "--drex-policy auto");
+        assert_eq!(of("-dr x", ""), "-dr x --drex-policy auto");
+        assert_eq!(of("--version", ""), "--version");
         assert_eq!(
-            of("-hf=a/b --drex-threshold 0.8", false),
+            of("-hf=a/b --drex-threshold 0.8", ""),
             "-hf=a/b --drex-threshold 0.8 --drex-policy auto"
         );
         assert_eq!(
-            of("--model=x --drex-policy=off", false),
+            of("--model=x --drex-policy=off", ""),
             "--model=x --drex-policy=off"
         );
     }

@@ -62,28 +62,7 @@ impl Engine {
 
         for k in 0..self.rows.len() {
             let row = self.rows[k];
-            let waited = |since: u64| step.now_ns.saturating_sub(since);
-            match row.origin {
-                Origin::Held(_) => {
-                    let ns = waited(self.buffer.node(row.slot).since_ns);
-                    self.counters.wait(ns);
-                    if !row.gone {
-                        let r = self.requests.get_mut(row.request);
-                        r.held_ns = r.held_ns.saturating_add(ns);
-                        r.spend(Miss::Held, ns);
-                    }
-                }
-                Origin::Ready if !row.gone => {
-                    let ns = waited(self.buffer.ready_node(row.request).since_ns);
-                    let r = self.requests.get_mut(row.request);
-                    // A row that exited may be ready again by now, and then
-                    // its node is not this token's.
-                    if r.state != State::Ready {
-                        r.spend(Miss::Queue, ns);
-                    }
-                }
-                Origin::Ready | Origin::Stay(_) | Origin::Pending => {}
-            }
+            self.count_wait(row, step.now_ns);
             if !row.gone {
                 let r = self.requests.get_mut(row.request);
                 r.in_step = NONE;
@@ -114,6 +93,32 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// What a row waited before its step was planned, which did not fail it.
+    fn count_wait(&mut self, row: StepRow, planned_ns: u64) {
+        let waited = |since: u64| planned_ns.saturating_sub(since);
+        match row.origin {
+            Origin::Held(_) => {
+                let ns = waited(self.buffer.node(row.slot).since_ns);
+                self.counters.wait(ns);
+                if !row.gone {
+                    let r = self.requests.get_mut(row.request);
+                    r.held_ns = r.held_ns.saturating_add(ns);
+                    r.spend(Miss::Held, ns);
+                }
+            }
+            Origin::Ready if !row.gone => {
+                let ns = waited(self.buffer.ready_node(row.request).since_ns);
+                let r = self.requests.get_mut(row.request);
+                // A row that exited may be ready again by now, and then
+                // its node is not this token's.
+                if r.state != State::Ready {
+                    r.spend(Miss::Queue, ns);
+                }
+            }
+            Origin::Ready | Origin::Stay(_) | Origin::Pending => {}
+        }
     }
 
     /// Where a row goes when its window has run.
@@ -245,10 +250,14 @@ impl Engine {
             if let (true, false, Some(after)) = (row.back > 0, self.newer_left(k), step.after) {
                 self.pending.advance(row.slot, after);
             }
+            let left = self.ramped && row.decision == Decision::Exit;
+            if left {
+                self.count_wait(row, step.now_ns);
+            }
             let r = self.requests.get_mut(row.request);
             r.in_step = NONE;
-            r.involuntary_stays -= forced;
-            if self.ramped && row.decision == Decision::Exit {
+            r.involuntary_stays -= forced as u32;
+            if left {
                 r.left_ns = clock;
                 if !row.fill.keeps() {
                     self.buffer.return_slot(row.slot);

@@ -132,11 +132,11 @@ impl Engine {
                 Decision::Hold => {
                     r.state = State::Held;
                     r.ramp = ramp as u32;
-                    r.involuntary_stays += u64::from(forced);
+                    r.involuntary_stays += u32::from(forced);
                     self.counters.involuntary_stays += u64::from(forced);
                 }
                 Decision::Stay => {
-                    r.involuntary_stays += u64::from(forced);
+                    r.involuntary_stays += u32::from(forced);
                     self.counters.involuntary_stays += u64::from(forced);
                 }
                 _ => {}

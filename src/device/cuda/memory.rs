@@ -136,8 +136,11 @@ impl List {
     /// Waits for what still reads it. That is over, where a ramp was waited for
     /// since, behind it on the same stream.
     pub fn wait(&mut self) -> Result<()> {
-        if let Some(stream) = self.unmarked {
-            self.read_on(stream)?;
+        // Tried once more: the host may have taken that stream down since.
+        if let Some(stream) = self.unmarked.take() {
+            // SAFETY: the host's stream.
+            unsafe { self.driver.cuEventRecord(self.event, stream)? };
+            self.busy = true;
         }
         if self.busy {
             // SAFETY: ours.

@@ -583,11 +583,14 @@ impl Device for Cuda {
     }
 
     unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize, weighted: bool) -> Result<()> {
+        let stream = logits.stream.cast();
+        let capturing = {
+            let _current = self.enter()?;
+            self.capturing(stream)?
+        };
         // SAFETY: the same contract.
         unsafe { self.launch_ramp(logits, n_rows, weighted)? };
-        let _current = self.enter()?;
-        let stream = logits.stream.cast();
-        if self.capturing(stream)? {
+        if capturing {
             self.ramp_captured = true;
         } else {
             self.enqueued = true;
@@ -714,18 +717,19 @@ impl Device for Cuda {
     }
 
     fn plan_rows(&mut self, slots: &mut dyn ExactSizeIterator<Item = u32>) -> Result<()> {
-        if self.enqueued {
-            // The step was given up: what it enqueued must not come after this.
+        let given_up = std::mem::take(&mut self.enqueued);
+        if given_up {
+            // What the step enqueued must not come after this. Tried once: the
+            // host may have taken its stream down with the step.
             let _current = self.enter()?;
             // SAFETY: the host's stream.
             unsafe { self.driver.cuStreamSynchronize(self.stream)? };
         }
-        if self.enqueued || self.ramp_captured {
+        if given_up || self.ramp_captured {
             // A step that was given up may have left its results.
             let rows = self.limits.rows;
             let results = &self.resources().results;
             (0..rows).for_each(|i| forget(results, i));
-            self.enqueued = false;
         }
         let captured = self.rows_captured;
         if !captured && !self.resources().rows.busy() {

@@ -334,7 +334,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
             if l.want.is_some_and(|n| l.made >= n) {
                 completions.0 += 1;
                 completions.1 += host.clock - l.arrived_ns;
-                let missed = engine.request(id)?.deadline_misses;
+                let missed = u64::from(engine.request(id)?.deadline_misses);
                 if let Some(class) = classes.iter_mut().find(|c| c.0 == w.priority(id)) {
                     class.1 += missed;
                 }
@@ -354,7 +354,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         host.clock += setup.gap_ns;
     }
     for &id in host.live.keys() {
-        let missed = engine.request(id)?.deadline_misses;
+        let missed = u64::from(engine.request(id)?.deadline_misses);
         if let Some(class) = classes.iter_mut().find(|c| c.0 == w.priority(id)) {
             class.1 += missed;
         }

@@ -92,7 +92,7 @@ fn as_told(suite: &Suite) -> Result<()> {
         let (_, args) = line.split_once(COMMAND).context("another command")?;
         let args = args.replace("-m model.gguf", "").replace("--port 8080", "");
         let args = args.split_whitespace().map(OsString::from).collect();
-        let args = serve::completed(args, false, cache::bundled_model)?;
+        let args = serve::completed(args, |_| false, cache::bundled_model)?;
         let server = Server::start(&suite.patched.0, &args)?;
         let done = generate(server.client, &[greedy("Returns the", 40)], 1)?.remove(0);
         ensure!(
