@@ -474,6 +474,17 @@ mod tests {
         }
     }
 
+    fn submit(inbox: &Inbox<(u64, String)>, id: u64, prompt: &str) {
+        let message = Message::Add {
+            id,
+            reply: Box::new(host::reply()),
+            stream: true,
+            want: Want::default(),
+            cancelled: Arc::new(AtomicBool::new(false)),
+        };
+        inbox.put(message, (id, prompt.to_owned()));
+    }
+
     /// What the clients of these prompts are told, all of which are there before the engine starts, and `late` after.
     fn serve(prompts: &[&str], late: &str, publish: impl FnMut(&Snapshot, bool)) -> Vec<String> {
         let (sender, messages) = mpsc::channel();
@@ -482,18 +493,8 @@ mod tests {
             shared: shared.clone(),
             sender: sender.clone(),
         };
-        let submit = |id: u64, prompt: &str| {
-            let message = Message::Add {
-                id,
-                reply: Box::new(host::reply()),
-                stream: true,
-                want: Want::default(),
-                cancelled: Arc::new(AtomicBool::new(false)),
-            };
-            inbox.put(message, (id, prompt.to_owned()));
-        };
         for (id, prompt) in prompts.iter().enumerate() {
-            submit(id as u64, prompt);
+            submit(&inbox, id as u64, prompt);
         }
         let stop = shared.clone();
         let events = sender.clone();
@@ -508,7 +509,7 @@ mod tests {
         // SAFETY: the fake host does not look at it.
         let executions = unsafe { Executions::of(std::ptr::null_mut()) };
         engine_thread(engine, publish, &executions, &shared, &sender);
-        submit(100, late);
+        submit(&inbox, 100, late);
         drop((sender, inbox));
         sender::run(&messages, || (), || false);
         host::take_responses();
@@ -522,20 +523,11 @@ mod tests {
     fn at_exit_who_runs_is_told_and_waited_for() {
         let (sender, messages) = mpsc::channel();
         let shared = Shared::new();
-        for id in 0..2 {
-            let message = Message::Add {
-                id,
-                reply: Box::new(host::reply()),
-                stream: true,
-                want: Want::default(),
-                cancelled: Arc::new(AtomicBool::new(false)),
-            };
-            let inbox = Inbox {
-                shared: shared.clone(),
-                sender: sender.clone(),
-            };
-            inbox.put(message, (id, "forever".to_owned()));
-        }
+        let inbox = Inbox {
+            shared: shared.clone(),
+            sender: sender.clone(),
+        };
+        (0..2).for_each(|id| submit(&inbox, id, "forever"));
         let engine = Fake {
             jobs: Vec::new(),
             steps: 0,
@@ -558,7 +550,7 @@ mod tests {
             })
         };
         engine_thread(engine, |_, _| (), &executions, &shared, &sender);
-        drop(sender);
+        drop((sender, inbox));
         sender::run(&messages, || (), || false);
         assert_eq!(at_exit.join().unwrap(), (false, true));
         let log = host::take_log();

@@ -64,7 +64,6 @@ impl Engine {
             });
         }
         self.tick(now_ns);
-        let seq = self.next_seq();
         let r = self.requests.get_mut(i);
         if !r.started {
             r.started = true;
@@ -81,15 +80,22 @@ impl Engine {
             r.spend(Miss::Host, now_ns.saturating_sub(r.left_ns));
         }
         r.state = State::Ready;
-        let entry = Entry {
+        let entry = self.entry(i, now_ns);
+        self.buffer.push_ready(i, entry);
+        Ok(())
+    }
+
+    /// For a row that waits from now on.
+    fn entry(&mut self, request: u32, now_ns: u64) -> Entry {
+        let seq = self.next_seq();
+        let r = self.requests.get(request);
+        Entry {
             seq,
             since_ns: now_ns,
             due_ns: r.due_ns().unwrap_or(0),
             priority: r.priority,
             plans: self.planner.plans,
-        };
-        self.buffer.push_ready(i, entry);
-        Ok(())
+        }
     }
 
     /// Sends an idle request's pending rows on to the last layer, without a
@@ -131,16 +137,8 @@ impl Engine {
         stay: bool,
         now_ns: u64,
     ) {
-        let seq = self.next_seq();
-        let r = self.requests.get_mut(request);
-        r.ramp = ramp as u32;
-        let entry = Entry {
-            seq,
-            since_ns: now_ns,
-            due_ns: r.due_ns().unwrap_or(0),
-            priority: r.priority,
-            plans: self.planner.plans,
-        };
+        self.requests.get_mut(request).ramp = ramp as u32;
+        let entry = self.entry(request, now_ns);
         self.buffer.push(ramp, slot, stay, entry);
     }
 
