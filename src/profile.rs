@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use crate::core::profile::{Line, Profile, Segment};
+use crate::core::profile::{Line, MAX_NS, Profile, Segment};
 
 /// The format's version, under this key.
 const KEY: &str = "drex_profile";
@@ -102,8 +102,10 @@ fn array<'a>(root: &'a Value, key: &str) -> Result<&'a Vec<Value>, String> {
 fn number(v: &Value, name: &str, key: &str) -> Result<f64, String> {
     let n = v.get(key).unwrap_or(&Value::Null);
     match n.as_f64() {
-        Some(x) if x.is_finite() && x >= 0.0 => Ok(x),
-        _ => Err(format!("{name}.{key} is {n}; expected a number >= 0")),
+        Some(x) if (0.0..=MAX_NS).contains(&x) => Ok(x),
+        _ => Err(format!(
+            "{name}.{key} is {n}; expected a number from 0 to {MAX_NS:e}"
+        )),
     }
 }
 
@@ -144,7 +146,7 @@ mod tests {
             ("[4,8]", "[8,4]", "ramp_layers[1] is 4"),
             ("[4,8]", "[8]", "segments"),
             ("0.25", "-1", "window.ns_per_row is -1"),
-            ("0.125", "1e30", "segments.ns_per_cell[0] is"),
+            ("0.125", "1e308", "segments[0].ns_per_cell is 1e+308"),
             ("0.125", "null", "segments[0].ns_per_cell is null"),
             ("{\"", "", "not JSON"),
         ] {

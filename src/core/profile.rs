@@ -54,7 +54,7 @@ pub struct Profile {
 }
 
 /// Eleven days. Sums and squares of such numbers are still finite.
-const MAX_NS: f64 = 1e15;
+pub const MAX_NS: f64 = 1e15;
 
 impl Profile {
     /// Predicted ns of a window over segments `[first, last)`.

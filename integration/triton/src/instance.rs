@@ -82,13 +82,6 @@ impl Work for Engine {
     }
 }
 
-fn unavailable(text: &str) -> Failure {
-    Failure {
-        code: abi::ERROR_UNAVAILABLE,
-        text: text.into(),
-    }
-}
-
 impl<J> Shared<J> {
     fn new() -> Arc<Self> {
         Arc::new(Self {
@@ -152,7 +145,7 @@ impl<J> Inbox<J> {
     fn put(&self, message: Message, job: J) {
         if let Err(mpsc::SendError(message)) = self.sender.send(message) {
             if let Message::Add { reply, .. } = message {
-                reply.fail(unavailable(
+                reply.fail(Failure::unavailable(
                     "the model's thread that sends has ended by a panic; load the model again",
                 ));
             }
@@ -289,7 +282,7 @@ impl Instance {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let cancelled = Arc::new(AtomicBool::new(false));
         let Some(inbox) = &self.inbox else {
-            return reply.fail(unavailable(UNLOADED));
+            return reply.fail(Failure::unavailable(UNLOADED));
         };
         // Here and not on the engine's thread, which others wait for.
         let job = match Job::new(
@@ -339,11 +332,11 @@ fn engine_thread<W: Work>(
 {
     let run = || run(engine, publish, executions, shared);
     let failure = match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(why) => unavailable(why),
+        Ok(why) => Failure::unavailable(why),
         Err(panic) => {
             let text = log::panic_text(&*panic);
             log::error(&format!("the engine has ended by a panic: {text}"));
-            unavailable("the model's engine has ended by a panic; load the model again")
+            Failure::unavailable("the model's engine has ended by a panic; load the model again")
         }
     };
     shared.change(|queue| {
@@ -413,7 +406,7 @@ fn run<W: Work>(
         publish(&now, all);
         before = now;
     };
-    engine.fail_all(&unavailable(why));
+    engine.fail_all(&Failure::unavailable(why));
     publish(&engine.snapshot(), true);
     why
 }

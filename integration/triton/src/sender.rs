@@ -151,11 +151,7 @@ impl Entries {
                 if !(token && exiting()) {
                     self.event(id, event, at);
                 } else if let Some(entry) = self.all.remove(&id) {
-                    let failure = Failure {
-                        code: abi::ERROR_UNAVAILABLE,
-                        text: EXITING.into(),
-                    };
-                    entry.end(Err(failure), at);
+                    entry.end(Err(Failure::unavailable(EXITING)), at);
                 }
             }
         }
@@ -384,10 +380,7 @@ mod tests {
         add(&sender, 1, true);
         event(&sender, 1, 100, Event::Started { prompt_tokens: 3 });
         add(&sender, 2, false);
-        let failure = Failure {
-            code: abi::ERROR_UNAVAILABLE,
-            text: "it is gone".into(),
-        };
+        let failure = Failure::unavailable("it is gone");
         sender
             .send(Message::EngineGone(failure, Box::new(())))
             .unwrap();

@@ -51,42 +51,36 @@ impl Engine {
     /// Starts from times learned before.
     pub fn load_profile(&mut self, p: &Profile) -> Result<()> {
         p.validate()?;
-        if p.n_layers != self.config.n_layers {
-            return Err(Error::Conflict {
-                field: "n_layers",
-                index: None,
-                value: p.n_layers.into(),
-                other: "the engine's n_layers",
-                other_value: self.config.n_layers.into(),
-                why: "a profile belongs to one model",
-            });
-        }
-        let (theirs, ours) = (&p.ramp_layers, &self.config.ramp_layers);
-        let conflict = |field, index, value: u64, other, other_value: u64| Error::Conflict {
-            field,
-            index,
-            value,
-            other,
-            other_value,
-            why: "a profile belongs to one list of exit layers",
+        let same = |field, index, value: u64, other, other_value: u64| match value == other_value {
+            true => Ok(()),
+            false => Err(Error::Conflict {
+                field,
+                index,
+                value,
+                other,
+                other_value,
+                why: "a profile belongs to one model and its exit layers",
+            }),
         };
-        if theirs.len() != ours.len() {
-            return Err(conflict(
-                "number of ramp_layers",
-                None,
-                theirs.len() as u64,
-                "the engine's",
-                ours.len() as u64,
-            ));
-        }
-        if let Some(i) = (0..ours.len()).find(|&i| theirs[i] != ours[i]) {
-            return Err(conflict(
-                "ramp_layers",
-                Some(i),
-                theirs[i].into(),
-                "the engine's",
-                ours[i].into(),
-            ));
+        let (theirs, ours) = (&p.ramp_layers, &self.config.ramp_layers);
+        let n_layers = [p.n_layers, self.config.n_layers].map(u64::from);
+        same(
+            "n_layers",
+            None,
+            n_layers[0],
+            "the engine's n_layers",
+            n_layers[1],
+        )?;
+        let n_ramps = [theirs, ours].map(|layers| layers.len() as u64);
+        same(
+            "number of ramp_layers",
+            None,
+            n_ramps[0],
+            "the engine's",
+            n_ramps[1],
+        )?;
+        for (i, (&a, &b)) in theirs.iter().zip(ours).enumerate() {
+            same("ramp_layers", Some(i), a.into(), "the engine's", b.into())?;
         }
         self.cost.load(p);
         Ok(())

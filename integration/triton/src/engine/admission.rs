@@ -8,9 +8,7 @@ use drex::ffi::types::*;
 
 use super::decoder::Decoder;
 use super::queue::Job;
-use super::{
-    Engine, Event, Figures, Finish, Slot, check, nanoseconds, now_ns, unavailable, zeroed,
-};
+use super::{Engine, Event, Figures, Finish, Slot, check, nanoseconds, now_ns, zeroed};
 use crate::llama::SamplerParams;
 use crate::text::Text;
 use crate::triton::error::Failure;
@@ -38,7 +36,7 @@ impl<D: Decoder> Engine<D> {
             .queue
             .take(|job| job.deadline_ns().is_some_and(|deadline| now >= deadline))
         {
-            let failure = unavailable(format!(
+            let failure = Failure::unavailable(format!(
                 "the timeout of {} us is over and the request has not begun",
                 job.sampling.timeout_us
             ));
@@ -73,7 +71,7 @@ impl<D: Decoder> Engine<D> {
         }
         // Only now: who came in the same step and finds a slot does not wait.
         for job in self.queue.too_many() {
-            let failure = unavailable(format!(
+            let failure = Failure::unavailable(format!(
                 "{} requests wait, which is max_queue; try again later",
                 self.settings.max_queue
             ));

@@ -164,13 +164,6 @@ fn check(status: drex_status) -> Result<(), Failure> {
     })
 }
 
-fn unavailable(text: impl Into<String>) -> Failure {
-    Failure {
-        code: abi::ERROR_UNAVAILABLE,
-        text: text.into(),
-    }
-}
-
 /// A struct of drex.h with all fields 0, which is valid for each of them.
 fn zeroed<T: Copy>() -> T {
     // SAFETY: only used for the plain structs of drex.h, whose pointers may be NULL.

@@ -27,6 +27,13 @@ impl Failure {
         }
     }
 
+    pub fn unavailable(text: impl Into<String>) -> Self {
+        Self {
+            code: abi::ERROR_UNAVAILABLE,
+            text: text.into(),
+        }
+    }
+
     pub fn internal(text: impl Into<String>) -> Self {
         Self {
             code: abi::ERROR_INTERNAL,
