@@ -22,6 +22,7 @@ fn engine(policy: Policy, requests: u32, batch: u32, ramps: u32, deadlines: bool
         n_slots: requests,
         max_requests: requests,
         max_batch: batch,
+        max_pass_rows: 0,
         policy,
         metric: Metric::Gap,
         fill: Fill::Copy,
@@ -73,7 +74,7 @@ fn serve(engine: &mut Engine, rows: usize, iterations: u64) -> Spent {
     let mut done = Vec::new();
     while spent.steps < iterations {
         let t0 = Instant::now();
-        let step = engine.plan(clock, rows).unwrap().unwrap();
+        let step = engine.plan(clock, rows, 0).unwrap().unwrap();
         let t1 = Instant::now();
         scores.clear();
         for _ in 0..engine.step_rows().len() {

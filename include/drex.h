@@ -41,8 +41,29 @@
  *   complete  drex_complete() ends the step and says how long the window took.
  *
  * For each token that was emitted, drex_request_ready() when the next one can
- * run, or drex_request_remove() when the request is finished. Prompts are the
- * host's: run them through all layers, then say ready.
+ * run, or drex_request_remove() when the request is finished.
+ *
+ * Prompts are the host's: a request is said to be ready when its prompt has run.
+ * The host runs prompts between steps, as it likes; or, better, in windows.
+ * Decode rows then ride along in the passes that prompts need anyway, and a
+ * pass that is cut at a ramp takes held rows along from there, at no cost but
+ * their own. Such a host
+ *
+ *   plan      says in drex_plan_input.n_prompt_rows how many prompt rows wait at
+ *             layer 0. step.n_prompt_rows of them run along in a window from
+ *             layer 0: the host takes them in its own order, whole prompts or
+ *             parts. In a window from another layer, those run along that the
+ *             last window with prompt rows left there: the next step always is
+ *             theirs. drex only counts them.
+ *   window    runs both kinds of rows through the layers in one batch, and keeps
+ *             the hidden states of prompt rows in arena rows of its own, beyond
+ *             n_slots. Prompt rows never exit; they need no logits, but for a
+ *             prompt's last row at n_layers, whose logits give the first token.
+ *   ramp      hands over the logits of the decode rows alone, if there are any.
+ *   complete  counts the KV cells of the decode rows alone.
+ *
+ * drex_config.max_pass_rows bounds both kinds together. A request that ends
+ * while its prompt is on its way simply has no rows in the next window.
  *
  * With DREX_FILL_POSTFILL and DREX_FILL_VERIFY, rows that exited come back in
  * later steps as *pending rows* (drex_row.back > 0), before their request's own
@@ -82,6 +103,7 @@
  *
  *     input.now_ns = begin;
  *     status = drex_plan(engine, &input, rows, BATCH, &step);
+ *     // A host without prompts in windows never gets step.n_prompt_rows.
  *     *idle = status == DREX_OK && step.n_rows == 0;
  *     if (status != DREX_OK || *idle) return status;
  *
@@ -148,7 +170,8 @@
  * open; the other rows go back. Rows that go back start once more from what
  * their arena rows had when the step was planned: a window that failed must not
  * have changed those that it started from. Where one has, as a window above layer
- * 0 that ran to its ramp in place, complete the step instead.
+ * 0 that ran to its ramp in place, complete the step instead. Prompt rows of a
+ * step that is abandoned are forgotten: they wait at layer 0 again.
  *
  * The same calls with the same arguments always give the same results.
  *
@@ -325,7 +348,7 @@
 #define DREX_CONFIG_INITIALIZER                                              \
   { sizeof(drex_config), DREX_ABI_VERSION, 0, 0, NULL, 0, 0, 0,              \
     DREX_POLICY_AUTO, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
-    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0, 0, 0 }
+    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* n_cells, and the fields of K, V or both, must be set. */
 #define DREX_KV_LAYER_INITIALIZER                                            \
@@ -345,7 +368,7 @@
 
 /* Of an output: nothing must be set, here and in the two _INFO and _STATS ones. */
 #define DREX_STEP_INITIALIZER                                                \
-  { sizeof(drex_step), 0, 0, 0, DREX_NO_RAMP, DREX_FLUSH_NONE }
+  { sizeof(drex_step), 0, 0, 0, DREX_NO_RAMP, DREX_FLUSH_NONE, 0 }
 
 /* dtype F32. data, row_stride_bytes, n_rows and n_vocab must be set. */
 #define DREX_LOGITS_INITIALIZER                                              \
@@ -360,7 +383,7 @@
 
 /* n_rows, the layers and duration_ns must be set. */
 #define DREX_OBSERVATION_INITIALIZER                                         \
-  { sizeof(drex_observation), 0, 0, 0, 0, 0 }
+  { sizeof(drex_observation), 0, 0, 0, 0, 0, 0, 0 }
 
 #define DREX_STATS_INITIALIZER                                               \
   { sizeof(drex_stats), 0, 0, { 0 }, 0, 0, { 0 }, 0, { 0 }, 0, 0, 0, 0, 0,   \
@@ -585,7 +608,7 @@ typedef struct drex_config {
   uint32_t n_slots;
   // Most requests alive at once, 1..1048576.
   uint32_t max_requests;
-  // B: most rows in one pass, 1..1048576.
+  // B: most decode rows in one pass, pending ones included, 1..1048576.
   uint32_t max_batch;
   // Who leaves at a ramp.
   drex_policy policy;
@@ -608,8 +631,9 @@ typedef struct drex_config {
   uint32_t flush_rows;
   // HOLD: flush when fewer rows than this are ready. 0 means 1.
   uint32_t min_ready;
-  // Flush a row that was held this long, in ns. 0: no limit by time; a row
-  // is still flushed once 256 other steps have passed it by.
+  // Flush a row that was held this long, in ns. 0: 8 times the predicted time
+  // of its remaining layers, for as many rows as are held there; while no time
+  // is known, once 256 other steps have passed it by.
   uint64_t max_hold_ns;
   // Time between two tokens that a request may take, in ns; 0: none. A
   // request may name its own.
@@ -633,6 +657,14 @@ typedef struct drex_config {
   // Most of the greatest logits that a ramp is asked to list, see
   // drex_top_get(); 0..DREX_MAX_TOP.
   uint32_t n_top;
+  // Most rows of one window, decode rows and prompt rows together; 0:
+  // max_batch. At least max_batch, at most 1048576. For hosts that name
+  // drex_plan_input.n_prompt_rows.
+  // Since 0.2.
+  uint32_t max_pass_rows;
+  // 0
+  // Since 0.2.
+  uint32_t reserved2;
 } drex_config;
 
 // The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -750,8 +782,10 @@ typedef struct drex_request_info {
 typedef struct drex_plan_input {
   // sizeof(drex_plan_input)
   uint32_t size;
-  // Prompt rows that wait beside the decode rows. A hint that this version
-  // does not use: what prompts cost is learned from the time between steps.
+  // Prompt rows that wait at layer 0 and could run now, without those that a
+  // window left at a ramp. 0, always: the host runs prompts between steps, and
+  // what they cost is learned from the time between steps. Taken for 0 where
+  // drex_plan()'s out is too small for drex_step.n_prompt_rows.
   uint32_t n_prompt_rows;
   // Now, in ns of any monotonic clock; the same clock in all calls.
   uint64_t now_ns;
@@ -778,12 +812,12 @@ typedef uint32_t drex_flush_reason;
 
 // How many reasons there are; a later version may have more, up to
 // DREX_MAX_FLUSH_REASONS.
-#define DREX_FLUSH_REASONS 6
-// It is no flush: ready rows run through the first window.
+#define DREX_FLUSH_REASONS 7
+// It is no flush: ready rows and prompt rows run through the first window.
 #define DREX_FLUSH_NONE 0
 // Enough rows were held.
 #define DREX_FLUSH_FILL 1
-// A row was held for max_hold_ns, or through 256 other steps.
+// A row was held for as long as drex_config.max_hold_ns says.
 #define DREX_FLUSH_AGE 2
 // A held row's token would have missed its deadline.
 #define DREX_FLUSH_DEADLINE 3
@@ -791,25 +825,37 @@ typedef uint32_t drex_flush_reason;
 #define DREX_FLUSH_IDLE 4
 // Rows that a ramp told to go on at once.
 #define DREX_FLUSH_STAY 5
+// Prompt rows go on from a ramp, and take along what waits there.
+// Since 0.2.
+#define DREX_FLUSH_PROMPT 6
 
 // What drex_plan() says: run layers [layer_begin, layer_end) over the rows.
 // Since 0.1.
 typedef struct drex_step {
   // sizeof(drex_step), set by the caller
   uint32_t size;
-  // 0: there is nothing to run, and the other fields mean nothing.
+  // Decode rows. 0, and n_prompt_rows 0 too: there is nothing to run, and the
+  // other fields mean nothing.
   uint32_t n_rows;
   // 0, or a ramp's layer.
   uint32_t layer_begin;
   // A ramp's layer, or n_layers. A window may pass ramps where none of its
-  // rows may exit.
+  // rows may exit, and with prompt rows any ramp.
   uint32_t layer_end;
-  // The ramp at the window's end: call drex_ramp(). DREX_NO_RAMP: the
+  // The ramp at the window's end: call drex_ramp() if n_rows is not 0.
+  // DREX_NO_RAMP: the
   // window ends at n_layers; the host samples every row whose request it has
   // not removed.
   uint32_t ramp;
   // Why it runs.
   drex_flush_reason reason;
+  // Prompt rows that run along. From layer 0: so many of those that wait, which
+  // the host chooses, in its own order. From another layer: exactly those that
+  // the last window with prompt rows left there. They are the host's: not
+  // among `rows`, without verdicts, in arena rows of the host's own beyond
+  // n_slots. It may run fewer, where a request has ended.
+  // Since 0.2.
+  uint32_t n_prompt_rows;
 } drex_step;
 
 // The element type of logits: DREX_DTYPE_*, in the machine's byte order.
@@ -901,9 +947,9 @@ typedef struct drex_completion {
   // Time that the window took on the device, in ns; 0: unknown, and
   // nothing is learned from it.
   uint64_t duration_ns;
-  // KV cells that the rows attended over, summed; what a cell costs is learned
-  // from it. 0: unknown, and then the cells' share is taken for the rows'.
-  // Give it always or never.
+  // KV cells that the decode rows attended over, summed, without those of
+  // prompt rows; what a cell costs is learned from it. 0: unknown, and then the
+  // cells' share is taken for the rows'. Give it always or never.
   uint64_t n_kv;
 } drex_completion;
 
@@ -912,7 +958,7 @@ typedef struct drex_completion {
 typedef struct drex_observation {
   // sizeof(drex_observation)
   uint32_t size;
-  // At least 1.
+  // Decode rows; at least 1 where n_prompt_rows is 0.
   uint32_t n_rows;
   // The pass's first layer.
   uint32_t layer_begin;
@@ -922,6 +968,12 @@ typedef struct drex_observation {
   uint64_t duration_ns;
   // As drex_completion.n_kv.
   uint64_t n_kv;
+  // Prompt rows beside them.
+  // Since 0.2.
+  uint32_t n_prompt_rows;
+  // 0
+  // Since 0.2.
+  uint32_t reserved;
 } drex_observation;
 
 // Totals since drex_create(), and some current values.
@@ -1282,16 +1334,27 @@ drex_status drex_request_get(const drex_engine *engine,
 
 // Chooses what to run next: a window of layers and its rows.
 //
-// input     the clock
+// input     the clock, and the prompt rows that wait
 // rows      [capacity] receives drex_step.n_rows rows, in the order in which
 //           the host must run them; the rest is not written
 // capacity  at least 1; give max_batch. Less cuts the step short.
 // out       its size is set by the caller
 //
-// In this order: rows that a ramp told to stay, together with as many held
-// at the same ramp as fit; a queue of held rows that is due (for a deadline,
-// for age, for its fill, or because nothing else is left), the deepest among
-// equals; ready rows through the first window.
+// In this order: prompt rows that the window before left at a ramp, together
+// with the rows that wait there, those that were told to stay before those that
+// are held, as many as fit; rows that a ramp told to stay, together with as
+// many held at the same ramp as fit; a queue of held rows that is due for a
+// deadline or for age; prompt rows that wait at layer 0, together with ready
+// rows; a queue of held rows that is due for its fill or because nothing else is
+// left, the deepest among equals; ready rows through the first window.
+//
+// A window with prompt rows from layer 0 has as many of them as fit into
+// drex_config.max_pass_rows beside the ready rows, and beside the rows held at
+// the ramp where it ends: decode rows come first, but for an eighth of the
+// places. It ends at the first ramp that the policy looks at where a ready row
+// may exit or rows are held, under OFF at none; under AUTO only where that is
+// predicted to be faster than the whole pass and a flush of the held rows' own.
+// A step with prompt rows may have n_rows = 0.
 //
 // When more rows wait than fit, those whose deadline is at stake come first,
 // the nearest before the others; then higher priority; then the older row. A
@@ -1300,17 +1363,19 @@ drex_status drex_request_get(const drex_engine *engine,
 // before it runs at the latest in the (9 + q / ceil(k / 2))th step of ready
 // rows.
 //
-// After out->n_rows = 0 there is no step, and nothing to complete. Any other
-// step goes on until drex_complete() or drex_abandon() ends it. What must come
-// before drex_complete() is drex_ramp() where the window ends at a ramp, then
-// drex_fill() where K/V is bound; drex_verify() where the window ends at
-// n_layers and has drafts. Meanwhile drex_plan() and drex_bind_kv() are
-// CALL_ORDER, and all other calls are allowed: requests come and go, rows are
-// gathered and scattered, a rule is searched for, statistics are read.
+// After out->n_rows = 0 and out->n_prompt_rows = 0 there is no step, and
+// nothing to complete. Any other step goes on until drex_complete() or
+// drex_abandon() ends it. What must come before drex_complete() is drex_ramp()
+// where the window ends at a ramp, then drex_fill() where K/V is bound, both only
+// where n_rows is not 0; drex_verify() where the window ends at n_layers and has
+// drafts. Meanwhile drex_plan() and drex_bind_kv() are CALL_ORDER, and all other
+// calls are allowed: requests come and go, rows are gathered and scattered, a
+// rule is searched for, statistics are read.
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0, or has no
 // room for the pending rows of the request that comes first; CALL_ORDER while
-// a step is planned; DEVICE, and then no step is planned.
+// a step is planned; DEVICE, and then no step is planned, and prompt rows that
+// were on their way start again, as after drex_abandon().
 // Since 0.1.
 drex_status drex_plan(drex_engine *engine,
                       const drex_plan_input *input,
@@ -1330,6 +1395,9 @@ drex_status drex_plan(drex_engine *engine,
 // capacity  at least n_rows
 //
 // A request whose row says EXIT is IDLE from here on.
+//
+// Not needed in a step with n_rows = 0, which only prompt rows pass; allowed
+// there with logits.n_rows = 0, and then no other field is looked at.
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
 // CALL_ORDER when no step is planned, when it ends at the last layer, when
@@ -1453,7 +1521,9 @@ drex_status drex_complete(drex_engine *engine,
 // and their holes stay open unless drex_fill() was called before this. Pending
 // rows that came along with one of these stay at this ramp: their arena rows
 // must be what the window left. What drex_verify() said is void: its tokens do
-// not count, and the rows come back with their drafts.
+// not count, and the rows come back with their drafts. Prompt rows of the step
+// are forgotten: the host starts them again at layer 0, by
+// drex_plan_input.n_prompt_rows, or ends their requests.
 //
 // Errors: CALL_ORDER when no step is planned.
 // Since 0.1.

@@ -116,10 +116,10 @@ impl Instance {
         self.kv.is_some()
     }
 
-    pub fn plan(&mut self, now_ns: u64, capacity: usize) -> Result<Option<Step>> {
+    pub fn plan(&mut self, now_ns: u64, capacity: usize, n_prompts: u32) -> Result<Option<Step>> {
         self.watch.look();
         let _range = self.watch.range(Name::Plan);
-        let step = self.engine.plan(now_ns, capacity)?;
+        let step = self.engine.plan(now_ns, capacity, n_prompts)?;
         // Not before: a plan that is refused leaves the step that there is.
         self.filled = false;
         self.n_top = 0;
@@ -227,11 +227,23 @@ impl Instance {
         };
         let _range = self.watch.range(name);
         let rows = self.engine.step_rows();
+        if rows.is_empty() {
+            return Ok(());
+        }
         // SAFETY: by this function's contract.
         unsafe {
             self.device
                 .copy_rows(arena, to_arena, &mut rows.iter().map(|r| r.slot))
         }
+    }
+
+    /// A ramp that only prompt rows pass.
+    pub fn ramp_without_rows(&mut self) -> Result<()> {
+        self.engine.ramp(&[])?;
+        if self.watch.on() {
+            self.watch.ramped(&self.engine);
+        }
+        Ok(())
     }
 
     /// # Safety

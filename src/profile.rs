@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use crate::core::profile::{Line, MAX_NS, Profile, Segment};
+use crate::core::profile::{Line, MAX_NS, Profile, Segment, Window};
 
 /// The format's version, under this key.
 const KEY: &str = "drex_profile";
@@ -16,13 +16,21 @@ pub fn to_json(p: &Profile) -> String {
     let segments: Vec<Value> = p
         .segments
         .iter()
-        .map(|s| json!({"ns": s.ns, "ns_per_row": s.ns_per_row, "ns_per_cell": s.ns_per_cell}))
+        .map(|s| {
+            json!({
+                "ns": s.ns, "ns_per_row": s.ns_per_row, "ns_per_prompt_row": s.ns_per_prompt_row,
+                "ns_per_cell": s.ns_per_cell,
+            })
+        })
         .collect();
     json!({
         KEY: VERSION,
         "n_layers": p.n_layers,
         "ramp_layers": p.ramp_layers,
-        "window": line(&p.window),
+        "window": {
+            "ns": p.window.ns, "ns_per_row": p.window.ns_per_row,
+            "ns_per_prompt_row": p.window.ns_per_prompt_row,
+        },
         "ramp": line(&p.ramp),
         "segments": segments,
     })
@@ -55,10 +63,13 @@ pub fn from_json(text: &str) -> Result<Profile, String> {
     }
     let mut segments = Vec::new();
     for (i, v) in array(&root, "segments")?.iter().enumerate() {
-        let at = |key| number(v, &format!("segments[{i}]"), key);
+        let name = format!("segments[{i}]");
+        let at = |key| number(v, &name, key);
+        let ns_per_row = at("ns_per_row")?;
         segments.push(Segment {
             ns: at("ns")?,
-            ns_per_row: at("ns_per_row")?,
+            ns_per_row,
+            ns_per_prompt_row: per_prompt_row(v, &name, ns_per_row)?,
             ns_per_cell: at("ns_per_cell")?,
         });
     }
@@ -69,10 +80,16 @@ pub fn from_json(text: &str) -> Result<Profile, String> {
             ns_per_row: number(v, key, "ns_per_row")?,
         })
     };
+    let window = line("window")?;
+    let per_prompt = root.get("window").unwrap_or(&Value::Null);
     let profile = Profile {
         n_layers,
         ramp_layers,
-        window: line("window")?,
+        window: Window {
+            ns: window.ns,
+            ns_per_row: window.ns_per_row,
+            ns_per_prompt_row: per_prompt_row(per_prompt, "window", window.ns_per_row)?,
+        },
         ramp: line("ramp")?,
         segments,
     };
@@ -109,6 +126,15 @@ fn number(v: &Value, name: &str, key: &str) -> Result<f64, String> {
     }
 }
 
+/// A file may lack it: a prompt row then costs what a decode row costs.
+fn per_prompt_row(v: &Value, name: &str, ns_per_row: f64) -> Result<f64, String> {
+    const KEY: &str = "ns_per_prompt_row";
+    match v.get(KEY) {
+        None => Ok(ns_per_row),
+        Some(_) => number(v, name, KEY),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,9 +144,10 @@ mod tests {
         let p = Profile {
             n_layers: 16,
             ramp_layers: vec![4, 8],
-            window: Line {
+            window: Window {
                 ns: 1.5,
                 ns_per_row: 0.25,
+                ns_per_prompt_row: 0.75,
             },
             ramp: Line {
                 ns: 2e6,
@@ -130,6 +157,7 @@ mod tests {
                 Segment {
                     ns: 1.0,
                     ns_per_row: 2.0,
+                    ns_per_prompt_row: 1.75,
                     ns_per_cell: 0.125
                 };
                 3
@@ -137,6 +165,17 @@ mod tests {
         };
         let text = to_json(&p);
         assert_eq!(from_json(&text).unwrap(), p);
+        // A file of an earlier version: a prompt row costs what a row costs.
+        let before = text
+            .replace(",\"ns_per_prompt_row\":0.75", "")
+            .replace(",\"ns_per_prompt_row\":1.75", "");
+        assert!(!before.contains("prompt"), "{before}");
+        let mut q = p.clone();
+        q.window.ns_per_prompt_row = 0.25;
+        for s in &mut q.segments {
+            s.ns_per_prompt_row = 2.0;
+        }
+        assert_eq!(from_json(&before).unwrap(), q);
         for (from, to, says) in [
             (
                 "\"drex_profile\":1",
@@ -148,6 +187,8 @@ mod tests {
             ("0.25", "-1", "window.ns_per_row is -1"),
             ("0.125", "1e308", "segments[0].ns_per_cell is 1e+308"),
             ("0.125", "null", "segments[0].ns_per_cell is null"),
+            ("1.75", "\"x\"", "segments[0].ns_per_prompt_row is \"x\""),
+            ("0.75", "-2", "window.ns_per_prompt_row is -2"),
             ("{\"", "", "not JSON"),
         ] {
             let bad = text.replacen(from, to, 1);

@@ -143,8 +143,8 @@ const BREAKING: &[(&str, &str, &str)] = &[
         "struct drex_page_copy",
     ),
     (
-        "  uint32_t n_top;\n} drex_config;",
-        "  uint16_t n_top;\n  uint16_t more;\n} drex_config;",
+        "  uint32_t reserved2;\n} drex_config;",
+        "  uint16_t reserved2;\n  uint16_t more;\n} drex_config;",
         "field drex_config.more lies within what older programs have",
     ),
     (
@@ -178,7 +178,7 @@ const BREAKING: &[(&str, &str, &str)] = &[
         "field drex_stats.misses",
     ),
     (
-        "#define DREX_FLUSH_REASONS 6",
+        "#define DREX_FLUSH_REASONS 7",
         "#define DREX_FLUSH_REASONS 5",
         "number DREX_FLUSH_REASONS",
     ),

@@ -44,6 +44,7 @@ fn run(cell: Cell, policy: Policy, theta: u32, tokens: u64) -> f64 {
         n_slots: cell.n,
         max_requests: cell.n,
         max_batch: cell.batch,
+        max_pass_rows: 0,
         policy,
         metric: Metric::Gap,
         fill: Fill::Copy,
@@ -76,7 +77,7 @@ fn run(cell: Cell, policy: Policy, theta: u32, tokens: u64) -> f64 {
     let (mut clock, mut total) = (0.0f64, 0u64);
     let mut scores = Vec::new();
     while total < tokens {
-        let step = engine.plan(clock as u64, 1 << 20).unwrap().unwrap();
+        let step = engine.plan(clock as u64, 1 << 20, 0).unwrap().unwrap();
         let rows = engine.step_rows().to_vec();
         let share = f64::from(step.layer_end - step.layer_begin) / f64::from(layers);
         let mut t = share * (cell.t0 + cell.t1 * rows.len() as f64);

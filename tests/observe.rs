@@ -301,7 +301,7 @@ fn metrics_say_what_stats_say() {
         let flushes = all.iter().find(|f| f.0 == "drex_flushes_total").unwrap();
         let sum: f64 = flushes.2.values().sum();
         assert_eq!(sum as u64, s.steps - s.flushes[DREX_FLUSH_NONE as usize]);
-        assert!(flushes.2.keys().all(|k| !k.contains("none")) && flushes.2.len() == 5);
+        assert!(flushes.2.keys().all(|k| !k.contains("none")) && flushes.2.len() == 6);
     }
     // None of these was compared with 0 only.
     for name in [

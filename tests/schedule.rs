@@ -12,6 +12,8 @@ const MS: u64 = 1_000_000;
 struct Host {
     e: Engine,
     now: u64,
+    /// The engine is told what windows take.
+    timed: bool,
 }
 
 impl Host {
@@ -22,7 +24,11 @@ impl Host {
         for id in 0..n {
             e.add(id).unwrap();
         }
-        Host { e, now: 0 }
+        Host {
+            e,
+            now: 0,
+            timed: true,
+        }
     }
 
     fn ready(&self, ids: impl IntoIterator<Item = u64>) {
@@ -44,7 +50,8 @@ impl Host {
                 self.e.ramp(&c).unwrap();
             }
             self.now += MS;
-            self.e.complete(self.now, MS).unwrap();
+            let ns = if self.timed { MS } else { 0 };
+            self.e.complete(self.now, ns).unwrap();
         }
         plan
     }
@@ -171,9 +178,11 @@ fn age_flushes() {
     assert_eq!(h.e.info(3).unwrap().held_ns, 3 * MS);
 }
 
+/// Windows of unknown time: the wait is counted in steps.
 #[test]
-fn without_a_limit_a_row_is_held_for_256_steps_at_most() {
+fn while_no_time_is_known_a_row_is_held_for_256_steps_at_most() {
     let mut h = Host::new(2, 2, DREX_POLICY_HOLD, |c| c.flush_rows = 100);
+    h.timed = false;
     h.ready(0..2);
     h.window(1);
     for _ in 0..256 {
@@ -182,6 +191,45 @@ fn without_a_limit_a_row_is_held_for_256_steps_at_most() {
     }
     h.ready([0]);
     assert_eq!(h.window(0), (4, 8, DREX_FLUSH_AGE, vec![1]));
+}
+
+/// Requests that always exit in front: a row that does not waits for 8 times the
+/// time of its two remaining windows, and no more than a window longer.
+#[test]
+fn without_a_limit_a_row_is_held_for_a_multiple_of_its_deep_time() {
+    let mut h = Host::new(2, 2, DREX_POLICY_HOLD, |c| c.flush_rows = 100);
+    for _ in 0..50 {
+        // Layers 4 to 12 in two windows: 6 ms.
+        for (begin, end, ns) in [(0, 4, MS), (4, 8, 2 * MS), (8, 12, 4 * MS)] {
+            h.e.observe(begin, end, 1, ns).unwrap();
+        }
+    }
+    for round in 0..3 {
+        h.ready(0..2);
+        assert_eq!(h.window(1).2, DREX_FLUSH_NONE);
+        let held = h.now;
+        loop {
+            h.ready([0]);
+            let (begin, _, reason, ids) = h.window(1);
+            if reason == DREX_FLUSH_NONE {
+                continue;
+            }
+            assert_eq!((begin, reason, ids), (4, DREX_FLUSH_AGE, vec![1]));
+            break;
+        }
+        // The window itself took a millisecond.
+        let waited = (h.now - MS - held) as f64 / MS as f64;
+        assert!((waited - 48.0).abs() < 3.0, "round {round}: {waited} ms");
+        // From ramp 1 on: nobody else is ready.
+        h.e.remove(0).unwrap();
+        while h.step(0).step.n_rows > 0 {}
+        h.e.add(0).unwrap();
+        for _ in 0..20 {
+            for (begin, end, ns) in [(0, 4, MS), (4, 8, 2 * MS), (8, 12, 4 * MS)] {
+                h.e.observe(begin, end, 1, ns).unwrap();
+            }
+        }
+    }
 }
 
 #[test]

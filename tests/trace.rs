@@ -314,7 +314,7 @@ fn a_requests_id_keeps_its_digits() {
     assert!(text_at(of(&all, "b")[0], "id").ends_with(".9007199254740993"));
 }
 
-const REASONS: [&str; 6] = ["none", "fill", "age", "deadline", "idle", "stay"];
+const REASONS: [&str; 7] = ["none", "fill", "age", "deadline", "idle", "stay", "prompt"];
 
 #[test]
 fn a_small_ring_keeps_the_newest_and_stays_whole() {

@@ -47,6 +47,8 @@ pub struct Config {
     pub n_slots: u32,
     pub max_requests: u32,
     pub max_batch: u32,
+    /// Rows of one window at most, those of prompts included; 0: `max_batch`.
+    pub max_pass_rows: u32,
     pub policy: Policy,
     pub metric: Metric,
     pub fill: Fill,
@@ -55,7 +57,7 @@ pub struct Config {
     /// 0: the policy's own rule.
     pub flush_rows: u32,
     pub min_ready: u32,
-    /// 0: no limit by age.
+    /// 0: see [`super::planner::HOLD_TIMES`].
     pub max_hold_ns: u64,
     /// 0: none.
     pub token_deadline_ns: u64,
@@ -125,6 +127,25 @@ impl Config {
         check_range("n_slots", self.n_slots, 1, MAX_ROWS, "1..1048576")?;
         check_range("max_requests", self.max_requests, 1, MAX_ROWS, "1..1048576")?;
         check_range("max_batch", self.max_batch, 1, MAX_ROWS, "1..1048576")?;
+        if self.max_pass_rows > 0 {
+            check_range(
+                "max_pass_rows",
+                self.max_pass_rows,
+                1,
+                MAX_ROWS,
+                "0..1048576",
+            )?;
+            if self.max_pass_rows < self.max_batch {
+                return Err(Error::Conflict {
+                    field: "max_pass_rows",
+                    index: None,
+                    value: self.max_pass_rows.into(),
+                    other: "max_batch",
+                    other_value: self.max_batch.into(),
+                    why: "the decode rows of a window count in both",
+                });
+            }
+        }
         if self.n_slots < self.max_requests {
             return Err(Error::Conflict {
                 field: "n_slots",
@@ -167,7 +188,15 @@ impl Config {
         self.max_batch.min(self.max_requests) as usize
     }
 
-    /// Most rows that one pass can have.
+    /// Most rows that one window can have, those of prompts included.
+    pub fn window_rows(&self) -> usize {
+        match self.max_pass_rows {
+            0 => self.max_batch as usize,
+            n => n as usize,
+        }
+    }
+
+    /// Most decode and pending rows that one pass can have.
     pub fn pass_rows(&self) -> usize {
         let rows = u64::from(self.max_requests) * (1 + u64::from(self.pending()));
         rows.min(self.max_batch.into()) as usize

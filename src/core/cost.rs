@@ -4,10 +4,13 @@
 //!
 //! One model explains every window, full passes and parts of them alike:
 //!
-//! t = C0 + C1 b + [ends at a ramp](R0 + R1 b)
-//!     + sum over its segments of L (A0 + A1 b + A2 k) + D + E b
+//! t = C0 + C1 b + C2 P + [ends at a ramp, b > 0](R0 + R1 b)
+//!     + sum over its segments of L (A0 + A1 b + A2 k + A3 P) + D + E b
 //!
-//! for b rows that attend over k KV cells in all, and L layers in a segment.
+//! for b decode rows that attend over k KV cells in all, P prompt rows, and L
+//! layers in a segment. Prompt rows have coefficients of their own: a large
+//! batch is cheaper by the row, and no prompt row has a ramp's head. Until the
+//! first one is seen, a prompt row is taken for a decode row.
 //! A layer costs what a layer costs (A); a segment may differ from that by a
 //! little (D, E). So a full pass of 64 rows and a deep window of 13 together
 //! tell how the time grows with rows, which neither does alone.
@@ -17,7 +20,7 @@
 //! What is forgotten moves the prior's centre, so an hour at one batch size
 //! does not unlearn what other sizes cost.
 
-use super::profile::{Line, Profile, Segment};
+use super::profile::{Line, Profile, Segment, Window, Work};
 
 /// Share of an observation's weight that is left after each later one.
 const FORGET: f64 = 0.995;
@@ -48,7 +51,14 @@ const R1: usize = 3;
 const A0: usize = 4;
 const A1: usize = 5;
 const A2: usize = 6;
-const FIXED: usize = 7;
+/// Of prompt rows.
+const C2: usize = 7;
+const A3: usize = 8;
+const FIXED: usize = 9;
+
+/// Of so many windows with prompt rows, the first, a time that is not what was
+/// expected says that prompt rows are not what was expected.
+const PROMPTS_NEW: u64 = 8;
 
 #[derive(Debug, Clone)]
 pub struct CostModel {
@@ -78,6 +88,12 @@ pub struct CostModel {
     run: i32,
     run_log: f64,
     cells_per_row: f64,
+    /// Windows with prompt rows.
+    prompts: u64,
+    /// Windows with decode rows.
+    seen_rows: u64,
+    /// A prompt row is taken for a decode row.
+    prompts_as_rows: bool,
     /// Bit of a hash of (window, rows): seen before.
     seen: [u64; SEEN / 64],
     profile: Profile,
@@ -110,11 +126,14 @@ impl CostModel {
             run: 0,
             run_log: 0.0,
             cells_per_row: 0.0,
+            prompts: 0,
+            seen_rows: 0,
+            prompts_as_rows: true,
             seen: [0; SEEN / 64],
             profile: Profile {
                 n_layers,
                 ramp_layers: ramp_layers.to_vec(),
-                window: Line::default(),
+                window: Window::default(),
                 ramp: Line::default(),
                 segments: vec![Segment::default(); segments],
             },
@@ -162,9 +181,9 @@ impl CostModel {
         self.xx.fill(0.0);
         self.xy.fill(0.0);
         let layers = f64::from(n);
-        let sum = p.segments.iter().fold((0.0, 0.0, 0.0), |s, g| {
-            (s.0 + g.ns, s.1 + g.ns_per_row, s.2 + g.ns_per_cell)
-        });
+        let total = |of: fn(&Segment) -> f64| p.segments.iter().map(of).sum::<f64>();
+        let sum = (total(|s| s.ns), total(|s| s.ns_per_row));
+        (self.prompts, self.prompts_as_rows) = (0, false);
         let u = self.unit;
         let mean = &mut self.prior_mean;
         mean[C0] = p.window.ns / u;
@@ -173,19 +192,28 @@ impl CostModel {
         mean[R1] = p.ramp.ns_per_row / u;
         mean[A0] = sum.0 / layers / u;
         mean[A1] = sum.1 / layers / u;
-        mean[A2] = sum.2 / layers / u;
+        mean[A2] = total(|s| s.ns_per_cell) / layers / u;
+        mean[C2] = p.window.ns_per_prompt_row / u;
+        mean[A3] = total(|s| s.ns_per_prompt_row) / layers / u;
         for (i, s) in p.segments.iter().enumerate() {
             let l = f64::from(self.bounds[i + 1] - self.bounds[i]);
             mean[FIXED + 2 * i] = (s.ns - sum.0 / layers * l) / u;
             mean[FIXED + 2 * i + 1] = (s.ns_per_row - sum.1 / layers * l) / u;
         }
         for (k, w) in self.prior_weight.iter_mut().enumerate() {
-            let scale = match k {
-                C0 | C1 | R0 | R1 => mean[k].abs().max(mean[A0 + k % 2] * layers * 0.02),
-                A0..=A2 => mean[k].abs(),
-                _ => mean[A0 + (k - FIXED) % 2] * layers * 0.1,
+            // A number that is 0 in the profile may have been unknown, or be
+            // wrong: no spread is less than a small share of a pass.
+            let (scale, least) = match k {
+                C0 | R0 => (mean[k].max(mean[A0] * layers * 0.02), 1e-3),
+                C1 | R1 => (mean[k].max(mean[A1] * layers * 0.02), 1e-4),
+                C2 => (mean[k].max(mean[A3] * layers * 0.02), 1e-4),
+                A0 => (mean[k], 1e-2 / layers),
+                A1 | A3 => (mean[k], 1e-3 / layers),
+                A2 => (mean[k], 1e-5 / layers),
+                _ if (k - FIXED).is_multiple_of(2) => (mean[A0] * layers * 0.1, 1e-3),
+                _ => (mean[A1] * layers * 0.1, 1e-4),
             };
-            let sd = (0.2 * scale).max(1e-9);
+            let sd = (0.2 * scale).max(least);
             *w = 1.0 / (sd * sd);
         }
         self.beta.copy_from_slice(&self.prior_mean);
@@ -193,7 +221,8 @@ impl CostModel {
     }
 
     /// The first time seen sets the scale, and what to expect of the rest.
-    fn begin(&mut self, layers: f64, rows: f64, cells: f64, ns: f64) {
+    fn begin(&mut self, layers: f64, work: &Work, ns: f64) {
+        let (rows, cells) = (work.rows + work.prompts, work.cells);
         let n = f64::from(self.n_layers());
         self.unit = ns * n / layers;
         let grown = PRIOR_SLOPE * rows;
@@ -214,6 +243,8 @@ impl CostModel {
         set(A0, fixed / n, 0.5 / n);
         set(A1, slope / n, 0.5 / n / rows);
         set(A2, 0.0, 0.2 / n * cell);
+        set(C2, 0.0, 0.03 / rows);
+        set(A3, slope / n, 0.5 / n / rows);
         for i in 0..self.bounds.len() - 1 {
             let share = f64::from(self.bounds[i + 1] - self.bounds[i]) / n;
             set(FIXED + 2 * i, 0.0, 0.05 * share);
@@ -224,18 +255,21 @@ impl CostModel {
 
     /// Fills `x` for layers `[begin, end)`, partly covered segments by their
     /// share.
-    fn features(&mut self, begin: u32, end: u32, rows: f64, cells: f64) {
+    fn features(&mut self, begin: u32, end: u32, work: &Work) {
+        let rows = work.rows;
         let layers = f64::from(end - begin);
         self.x.fill(0.0);
         self.x[C0] = 1.0;
         self.x[C1] = rows;
-        if end < self.n_layers() {
+        self.x[C2] = work.prompts;
+        if end < self.n_layers() && rows > 0.0 {
             self.x[R0] = 1.0;
             self.x[R1] = rows;
         }
         self.x[A0] = layers;
         self.x[A1] = layers * rows;
-        self.x[A2] = layers * cells;
+        self.x[A2] = layers * work.cells;
+        self.x[A3] = layers * work.prompts;
         for i in 0..self.segments() {
             let share = self.share(i, begin, end);
             self.x[FIXED + 2 * i] = share;
@@ -252,15 +286,44 @@ impl CostModel {
     /// Takes in that layers `[begin, end)` took `ns` over `rows` rows that
     /// attended over `cells` KV cells in all (0: unknown).
     pub fn observe(&mut self, begin: u32, end: u32, rows: u32, cells: u64, ns: u64) {
-        if rows == 0 || ns == 0 {
+        self.observe_mixed(begin, end, rows, cells, 0, ns);
+    }
+
+    /// The same with `prompts` prompt rows beside them.
+    pub fn observe_mixed(
+        &mut self,
+        begin: u32,
+        end: u32,
+        rows: u32,
+        cells: u64,
+        prompts: u32,
+        ns: u64,
+    ) {
+        if rows == 0 && prompts == 0 || ns == 0 {
             return;
         }
-        let (rows, cells, ns) = (f64::from(rows), cells as f64, ns as f64);
+        let first = self.first_time(begin, end, rows, prompts);
+        let (decode, ns) = (rows > 0, ns as f64);
+        let work = Work {
+            rows: f64::from(rows),
+            cells: if decode { cells as f64 } else { 0.0 },
+            prompts: f64::from(prompts),
+        };
         if self.unit == 0.0 {
-            self.begin(f64::from(end - begin), rows, cells, ns);
+            self.begin(f64::from(end - begin), &work, ns);
         }
-        let per_row = cells / rows;
-        self.cells_per_row += (per_row - self.cells_per_row) / (self.observed + 1).min(32) as f64;
+        if decode {
+            let per_row = work.cells / work.rows;
+            self.seen_rows += 1;
+            self.cells_per_row += (per_row - self.cells_per_row) / self.seen_rows.min(32) as f64;
+        }
+        let new = prompts > 0 && self.prompts < PROMPTS_NEW;
+        if prompts > 0 {
+            if self.prompts_as_rows {
+                self.expect_prompts(f64::from(end - begin), &work, ns);
+            }
+            self.prompts += 1;
+        }
         let kind = match (begin == 0, end == self.n_layers()) {
             (true, true) => 0,
             (_, false) => 1,
@@ -268,14 +331,13 @@ impl CostModel {
         };
         self.kinds[kind] += 1;
 
-        self.features(begin, end, rows, cells);
+        self.features(begin, end, &work);
         let mut y = ns / self.unit;
         let expected: f64 = self.x.iter().zip(&self.beta).map(|(x, b)| x * b).sum();
         let mut weight = 1.0;
-        let first = self.first_time(begin, end, rows as u32);
-        if first && (self.observed == 0 || y > expected * FIRST_SLOWER) {
+        if first && (self.observed == 0 || y > expected * FIRST_SLOWER) && !new {
             weight = FIRST_WEIGHT;
-        } else if self.observed >= 4 && expected > 0.0 {
+        } else if !new && self.observed >= 4 && expected > 0.0 {
             let r = y / expected - 1.0;
             let size = (HUBER * self.spread).clamp(0.03, 0.2);
             if r.abs() > size {
@@ -318,14 +380,34 @@ impl CostModel {
         }
         self.observed += 1;
         self.stale += 1;
-        if self.observed <= SOLVE_ALWAYS || self.stale >= 8 {
+        if new || self.observed <= SOLVE_ALWAYS || self.stale >= 8 {
             self.solve();
             self.publish();
         }
     }
 
-    fn first_time(&mut self, begin: u32, end: u32, rows: u32) -> bool {
-        let key = (u64::from(begin) << 40 | u64::from(end) << 20 | u64::from(rows))
+    /// The first prompt rows: they cost what a decode row is believed to, or
+    /// what would make this window's time, with a spread of that size.
+    fn expect_prompts(&mut self, layers: f64, work: &Work, ns: f64) {
+        let per_layer = ns / self.unit / layers / work.prompts;
+        let (c, a) = (self.beta[C1], self.beta[A1]);
+        let mut set = |k: usize, mean: f64, sd: f64| {
+            self.prior_mean[k] = mean;
+            self.prior_weight[k] = 1.0 / (sd * sd);
+        };
+        set(A3, a, a.max(per_layer));
+        set(C2, c, c.max(0.03 * per_layer * layers));
+        (self.beta[C2], self.beta[A3]) = (c, a);
+        self.prompts_as_rows = false;
+    }
+
+    /// Prompts of about the same length count as the same.
+    fn first_time(&mut self, begin: u32, end: u32, rows: u32, prompts: u32) -> bool {
+        let rows = match prompts {
+            0 => u64::from(rows),
+            _ => 1 << 20 | u64::from((rows + prompts).ilog2()),
+        };
+        let key = (u64::from(begin) << 42 | u64::from(end) << 21 | rows)
             .wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let at = (key >> 52) as usize % SEEN;
         let (word, bit) = (at / 64, 1u64 << (at % 64));
@@ -361,6 +443,10 @@ impl CostModel {
         }
         for i in 0..FIXED {
             self.solution[i] = self.solution[i].max(0.0);
+        }
+        if self.prompts_as_rows {
+            self.solution[C2] = self.solution[C1];
+            self.solution[A3] = self.solution[A1];
         }
         self.beta.copy_from_slice(&self.solution);
         let forgotten = 1.0 - FORGET.powi(self.stale as i32);
@@ -427,7 +513,12 @@ impl CostModel {
             ns: (ns * u).max(0.0),
             ns_per_row: (per_row * u).max(0.0),
         };
-        self.profile.window = line(b[C0], b[C1]);
+        let window = line(b[C0], b[C1]);
+        self.profile.window = Window {
+            ns: window.ns,
+            ns_per_row: window.ns_per_row,
+            ns_per_prompt_row: (b[C2] * u).max(0.0),
+        };
         self.profile.ramp = line(b[R0], b[R1]);
         for (i, s) in self.profile.segments.iter_mut().enumerate() {
             let l = f64::from(self.bounds[i + 1] - self.bounds[i]);
@@ -436,6 +527,7 @@ impl CostModel {
             *s = Segment {
                 ns: sum.ns,
                 ns_per_row: sum.ns_per_row,
+                ns_per_prompt_row: (b[A3] * l * u).max(0.0),
                 ns_per_cell: (b[A2] * l * u).max(0.0),
             };
         }
@@ -444,20 +536,27 @@ impl CostModel {
     /// The predicted time in ns of layers `[begin, end)`. `None` only while
     /// nothing is known.
     pub fn predict(&self, begin: u32, end: u32, rows: u32) -> Option<f64> {
+        self.predict_mixed(begin, end, rows, 0)
+    }
+
+    /// The same with `prompts` prompt rows beside the decode rows.
+    pub fn predict_mixed(&self, begin: u32, end: u32, rows: u32, prompts: u32) -> Option<f64> {
         if !self.known() {
             return None;
         }
         if begin >= end {
             return Some(0.0);
         }
-        let b = f64::from(rows);
+        let (b, prompts) = (f64::from(rows), f64::from(prompts));
         let cells = b * self.cells_per_row;
-        let mut t = self.profile.window.at(b);
+        let w = &self.profile.window;
+        let mut t = w.ns + w.ns_per_row * b + w.ns_per_prompt_row * prompts;
         for (i, s) in self.profile.segments.iter().enumerate() {
             let share = self.share(i, begin, end);
-            t += share * (s.ns + s.ns_per_row * b + s.ns_per_cell * cells);
+            let rows = s.ns_per_row * b + s.ns_per_cell * cells;
+            t += share * (s.ns + rows + s.ns_per_prompt_row * prompts);
         }
-        if end < self.n_layers() {
+        if end < self.n_layers() && (rows > 0 || prompts == 0.0) {
             t += self.profile.ramp.at(b);
         }
         Some(t)
@@ -466,12 +565,20 @@ impl CostModel {
     /// Time of the rest of the model for rows that wait at `layer`, in a
     /// window for each segment.
     pub fn remaining(&self, layer: u32, rows: u32) -> Option<f64> {
-        let mut sum = 0.0;
+        self.remaining_mixed(layer, rows, 0)
+    }
+
+    /// The same with `prompts` prompt rows beside the decode rows.
+    pub fn remaining_mixed(&self, layer: u32, rows: u32, prompts: u32) -> Option<f64> {
         let first = self.bounds.iter().position(|&b| b == layer)?;
-        for k in first..self.segments() {
-            sum += self.predict(self.bounds[k], self.bounds[k + 1], rows)?;
-        }
-        Some(sum)
+        let work = Work {
+            rows: f64::from(rows),
+            cells: f64::from(rows) * self.cells_per_row,
+            prompts: f64::from(prompts),
+        };
+        let windows = first..self.segments();
+        let sum = windows.map(|k| self.profile.window(k, k + 1, work)).sum();
+        self.known().then_some(sum)
     }
 
     /// Of the time of a deep pass behind `layer`, the share that goes with its
@@ -675,9 +782,10 @@ mod tests {
         let p = Profile {
             n_layers: 16,
             ramp_layers: vec![4],
-            window: Line {
+            window: Window {
                 ns: 1e4,
                 ns_per_row: 10.0,
+                ns_per_prompt_row: 10.0,
             },
             ramp: Line {
                 ns: 2e4,
@@ -687,11 +795,13 @@ mod tests {
                 Segment {
                     ns: 3e5,
                     ns_per_row: 1e3,
+                    ns_per_prompt_row: 5e2,
                     ns_per_cell: 1.0,
                 },
                 Segment {
                     ns: 8e5,
                     ns_per_row: 4e3,
+                    ns_per_prompt_row: 1.5e3,
                     ns_per_cell: 3.0,
                 },
             ],
@@ -704,6 +814,8 @@ mod tests {
                 p.time(i, j, 8.0, 100.0),
                 0.01,
             );
+            let per_row = m.profile().prompt_row(0, 2);
+            near(per_row, p.prompt_row(0, 2), 0.01);
         }
         // and a wrong one is left behind
         for i in 0..100 {
@@ -711,6 +823,95 @@ mod tests {
             m.observe(4, 16, 1 + i % 16, 0, 9_000_000);
         }
         near(m.predict(4, 16, 8).unwrap(), 9e6, 0.05);
+    }
+
+    /// A file that says 0 is a start, and no law.
+    #[test]
+    fn a_zero_in_a_profile_does_not_stay() {
+        let mut p = CostModel::new(16, &[8]).profile().clone();
+        for s in &mut p.segments {
+            s.ns = 6e5;
+        }
+        let mut m = CostModel::new(16, &[8]);
+        m.load(&p);
+        for i in 0..60_000u64 {
+            let b = 1 + (i * 7 % 64) as u32;
+            m.observe(0, 16, b, 0, 1_100_000 + 100_000 * u64::from(b));
+        }
+        let ratio = m.predict(0, 16, 64).unwrap() / m.predict(0, 16, 1).unwrap();
+        near(ratio, 7.5 / 1.2, 0.03);
+        // Cells are seen for the first time after the load.
+        for i in 0..5_000u64 {
+            let (b, each) = (1 + (i * 7 % 64) as u32, 100 + i * 37 % 900);
+            let cells = u64::from(b) * each;
+            let t = 1_100_000 + 100_000 * u64::from(b) + 200 * cells;
+            m.observe(0, 16, b, cells, t);
+        }
+        let time = |cells| m.profile().time(0, 2, 8.0, cells);
+        near(time(8_000.0) - time(0.0), 1.6e6, 0.1);
+    }
+
+    /// A machine on which a prompt row costs a quarter of a decode row.
+    fn mixed(m: &mut CostModel, begin: u32, end: u32, rows: u32, prompts: u32) -> f64 {
+        let share = f64::from(end - begin) / 16.0;
+        let head = f64::from(u8::from(end < 16 && rows > 0));
+        let work = 1e6 + 4e4 * f64::from(rows) + 1e4 * f64::from(prompts);
+        let t = share * work + head * (3e4 + 1e3 * f64::from(rows));
+        m.observe_mixed(begin, end, rows, 0, prompts, t as u64);
+        t
+    }
+
+    #[test]
+    fn prompt_rows_are_told_from_decode_rows() {
+        let mut m = CostModel::new(16, &[4]);
+        for i in 0..200u32 {
+            mixed(&mut m, 0, 16, 1 + i % 16, 0);
+        }
+        // Taken for a decode row while none was seen.
+        near(m.predict_mixed(0, 16, 0, 100).unwrap(), 1e6 + 4e6, 0.15);
+        for i in 0..8 {
+            mixed(&mut m, 0, 16, 1 + i % 4, 100 + 40 * i);
+        }
+        near(m.predict_mixed(0, 16, 2, 300).unwrap(), 4.08e6, 0.05);
+        for i in 0..100u32 {
+            mixed(&mut m, 0, 4, 1 + i % 16, 64 + i);
+            mixed(&mut m, 4, 16, 1 + i % 12, 64 + i);
+            mixed(&mut m, 0, 16, i % 5, 64 + 3 * i);
+            mixed(&mut m, 0, 4, 0, 64 + i);
+        }
+        for (begin, end, rows, prompts) in [
+            (0, 4, 8, 128),
+            (4, 16, 8, 128),
+            (0, 16, 8, 512),
+            (0, 16, 12, 0),
+            (0, 4, 0, 100),
+        ] {
+            let t = mixed(&mut m.clone(), begin, end, rows, prompts);
+            let got = m.predict_mixed(begin, end, rows, prompts).unwrap();
+            near(got, t, 0.04);
+        }
+        // Only decode rows have a head.
+        let head = m.predict_mixed(0, 4, 1, 100).unwrap() - m.predict_mixed(0, 4, 0, 100).unwrap();
+        near(head, 3e4 + 1e3 + 1e4, 0.4);
+    }
+
+    /// A server's first window may be nothing but a prompt.
+    #[test]
+    fn a_prompt_may_be_the_first_of_all() {
+        let mut m = CostModel::new(16, &[4]);
+        for i in 0..3 {
+            mixed(&mut m, 0, 16, 0, 256 + i);
+        }
+        for i in 0..20 {
+            mixed(&mut m, 0, 16, 1 + i % 4, 0);
+        }
+        near(m.predict(0, 16, 2).unwrap(), 1.08e6, 0.05);
+        near(m.predict_mixed(0, 16, 0, 256).unwrap(), 3.56e6, 0.1);
+        for _ in 0..20 {
+            mixed(&mut m, 0, 4, 4, 0);
+            mixed(&mut m, 4, 16, 4, 0);
+        }
+        near(m.predict(4, 16, 4).unwrap(), 0.75 * 1.16e6, 0.05);
     }
 
     #[test]

@@ -14,9 +14,11 @@ pub enum Reason {
     Deadline = 3,
     Idle = 4,
     Stay = 5,
+    /// Prompt rows go on, and take along what waits there.
+    Prompt = 6,
 }
 
-pub const REASONS: usize = 6;
+pub const REASONS: usize = 7;
 
 /// Where most of the time of a token went that missed its deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -33,9 +33,13 @@ impl Gaps {
         self.paused = None;
     }
 
-    /// A window begins.
-    pub fn resume(&mut self, now_ns: u64) {
-        let began = std::mem::take(&mut self.began);
+    /// A window begins. Where prompts run in windows (`carried`), none has run
+    /// since the last one.
+    pub fn resume(&mut self, now_ns: u64, carried: bool) {
+        let mut began = std::mem::take(&mut self.began);
+        if carried {
+            (began, self.prompt_ns) = (0, 0.0);
+        }
         let Some(paused) = self.paused.take() else {
             return;
         };

@@ -6,6 +6,7 @@
 
 pub mod auto;
 pub mod buffer;
+pub mod carrier;
 pub mod config;
 pub mod cost;
 pub mod counters;
@@ -21,6 +22,7 @@ pub mod pending;
 pub mod planner;
 pub mod policy;
 pub mod profile;
+pub mod prompts;
 pub mod queue;
 pub mod request;
 pub mod rollout;

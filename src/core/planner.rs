@@ -16,9 +16,11 @@ use super::{MAX_RAMPS, NONE, memory};
 /// A row passed over by this many plans of its queue is taken before urgency
 /// and priority. See [`Planner::pick`] for the bound that follows.
 pub const STARVE_AFTER: u64 = 8;
-/// A held row is flushed after this many plans at the latest, even when
-/// nothing else makes its queue due: with `max_hold_ns` 0 and requests that
-/// always exit, it would wait for ever.
+/// A held row is flushed when it has waited for this many times the predicted
+/// time of its remaining layers at the latest, where `max_hold_ns` is 0: with
+/// requests that always exit, it would wait for ever.
+pub const HOLD_TIMES: f64 = 8.0;
+/// The same in plans of any kind, while no time is known.
 pub const HOLD_PLANS_MAX: u64 = 256;
 /// A flush that must meet a deadline starts this much earlier than predicted.
 const MARGIN: f64 = 1.1;
@@ -79,6 +81,18 @@ pub struct View<'a> {
     pub marks: Marks,
     /// Rows of a request in a deep window, pending ones included.
     pub rows_each: f64,
+    /// The pass that prompt rows wait for.
+    pub carrier: Option<Carrier>,
+}
+
+/// A pass that prompt rows need, and that runs unless something is due.
+#[derive(Debug, Clone, Copy)]
+pub struct Carrier {
+    pub prompts: u32,
+    /// Decode rows that would ride along from the start.
+    pub rows: u32,
+    /// Where it would be cut.
+    pub cut: Option<usize>,
 }
 
 impl View<'_> {
@@ -111,7 +125,7 @@ impl Planner {
     }
 
     /// Rows that go on at once come first, then what is due by its deadline
-    /// or its age, then what the rule says.
+    /// or its age, then prompt rows, then what the rule says.
     pub fn choose(&self, v: &mut View, now_ns: u64, limit: usize) -> Choice {
         let ramps = v.config.n_ramps();
         for r in (0..ramps).rev() {
@@ -121,7 +135,7 @@ impl Planner {
         }
         let ready = v.buffer.ready_rows();
         if v.buffer.held() == 0 {
-            return if ready == 0 {
+            return if ready == 0 && v.carrier.is_none() {
                 Choice::Nothing
             } else {
                 Choice::Ready
@@ -138,6 +152,9 @@ impl Planner {
         }
         if let Some((r, reason)) = aged {
             return Choice::Flush(r, reason);
+        }
+        if v.carrier.is_some() {
+            return Choice::Ready;
         }
         let m = v.marks;
         let mut held = [0; MAX_RAMPS + 1];
@@ -171,9 +188,27 @@ impl Planner {
                 return Some(Reason::Deadline);
             }
         }
-        let (row, max) = (v.buffer.node(oldest), v.config.max_hold_ns);
-        let aged = max > 0 && now_ns.saturating_sub(row.since_ns) >= max;
-        (aged || self.plans - row.plans >= HOLD_PLANS_MAX).then_some(Reason::Age)
+        if v.carrier.is_some_and(|c| c.cut == Some(ramp)) {
+            // Taken along right after the next window.
+            return None;
+        }
+        let row = v.buffer.node(oldest);
+        let aged = match v.config.max_hold_ns {
+            0 => {
+                let layer = v.config.ramp_layers[ramp];
+                let rows = v.deep_rows(v.buffer.held_at(ramp) as usize, layer);
+                match v.cost.remaining(layer, rows) {
+                    Some(deep) => (deep * HOLD_TIMES) as u64,
+                    None => u64::MAX,
+                }
+            }
+            ns => ns,
+        };
+        let late = match aged {
+            u64::MAX => self.plans - row.plans >= HOLD_PLANS_MAX,
+            ns => now_ns.saturating_sub(row.since_ns) >= ns,
+        };
+        late.then_some(Reason::Age)
     }
 
     /// Takes up to `limit` rows for a choice, in the order in which they run.
@@ -261,6 +296,16 @@ impl Planner {
 fn time_to_token(v: &View, ramp: usize, rows: usize, limit: usize) -> u64 {
     let layers = &v.config.ramp_layers;
     let rows = v.deep_rows(rows, layers[ramp]);
+    if let Some(c) = v.carrier {
+        // Along with it, or in a flush after it.
+        let cut = c.cut == Some(ramp);
+        let end = if cut { layers[ramp] } else { v.config.n_layers };
+        let prompts = if cut { c.prompts } else { 0 };
+        let first = v.cost.predict_mixed(0, end, c.rows, c.prompts);
+        let rows = if cut { rows + c.rows } else { rows };
+        let deep = v.cost.remaining_mixed(layers[ramp], rows, prompts);
+        return (deep.unwrap_or(0.0) * MARGIN + first.unwrap_or(0.0)) as u64;
+    }
     let deep = v.cost.remaining(layers[ramp], rows).unwrap_or(0.0);
     let shallow = match v.buffer.ready_rows().min(limit) {
         0 => 0.0,

@@ -25,28 +25,48 @@ impl Line {
     }
 }
 
+/// What every window costs, however few its layers.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Window {
+    pub ns: f64,
+    pub ns_per_row: f64,
+    /// Per row of a prompt, which has no head and comes in large batches.
+    pub ns_per_prompt_row: f64,
+}
+
 /// The layers between two neighbouring bounds (0, the ramps, the end).
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Segment {
     pub ns: f64,
     pub ns_per_row: f64,
+    pub ns_per_prompt_row: f64,
     /// Per KV cell attended, cells summed over the rows.
     pub ns_per_cell: f64,
 }
 
-/// The time of a window over segments `i..j`, `rows` rows that attend over
-/// `cells` KV cells (summed over the rows):
+/// What a window runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Work {
+    /// Decode rows, pending ones included.
+    pub rows: f64,
+    /// KV cells that they attend over, summed.
+    pub cells: f64,
+    /// Prompt rows.
+    pub prompts: f64,
+}
+
+/// The time of a window over segments `i..j`:
 ///
-/// window(rows) + sum over i..j of segment(rows, cells) + ramp(rows), the
-/// last where the window ends at a ramp. No number is negative, so a window
-/// never gets cheaper with more layers, rows or cells.
+/// window(rows, prompts) + sum over i..j of segment(rows, cells, prompts) +
+/// ramp(rows), the last where the window ends at a ramp and has decode rows.
+/// No number is negative, so a window never gets cheaper with more layers,
+/// rows or cells.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Profile {
     pub n_layers: u32,
     /// Strictly increasing; a ramp at `l` follows layers `[0, l)`.
     pub ramp_layers: Vec<u32>,
-    /// What every window costs, however few its layers.
-    pub window: Line,
+    pub window: Window,
     /// The ramp's head, confidence and state-copy.
     pub ramp: Line,
     /// One more than ramps.
@@ -57,9 +77,11 @@ pub struct Profile {
 pub const MAX_NS: f64 = 1e15;
 
 impl Profile {
-    /// Predicted ns of a window over segments `[first, last)`.
+    /// Predicted ns of a window over segments `[first, last)` without prompt
+    /// rows. Where it ends at a ramp, the ramp's fixed cost is in it for any
+    /// number of rows.
     pub fn time(&self, first: usize, last: usize, rows: f64, cells: f64) -> f64 {
-        let mut t = self.window.at(rows);
+        let mut t = self.window.ns + self.window.ns_per_row * rows;
         for s in &self.segments[first..last] {
             t += s.ns + s.ns_per_row * rows + s.ns_per_cell * cells;
         }
@@ -67,6 +89,21 @@ impl Profile {
             t += self.ramp.at(rows);
         }
         t
+    }
+
+    /// What a prompt row adds to such a window.
+    pub fn prompt_row(&self, first: usize, last: usize) -> f64 {
+        let layers = self.segments[first..last].iter();
+        self.window.ns_per_prompt_row + layers.map(|s| s.ns_per_prompt_row).sum::<f64>()
+    }
+
+    /// Predicted ns of a window over segments `[first, last)`.
+    pub fn window(&self, first: usize, last: usize, work: Work) -> f64 {
+        let mut t = self.time(first, last, work.rows, work.cells);
+        if last < self.segments.len() && work.rows == 0.0 {
+            t -= self.ramp.at(0.0);
+        }
+        t + self.prompt_row(first, last) * work.prompts
     }
 
     pub fn validate(&self) -> Result<()> {
@@ -89,11 +126,17 @@ impl Profile {
         };
         check("window.ns", None, self.window.ns)?;
         check("window.ns_per_row", None, self.window.ns_per_row)?;
+        check(
+            "window.ns_per_prompt_row",
+            None,
+            self.window.ns_per_prompt_row,
+        )?;
         check("ramp.ns", None, self.ramp.ns)?;
         check("ramp.ns_per_row", None, self.ramp.ns_per_row)?;
         for (i, s) in self.segments.iter().enumerate() {
             check("segments.ns", Some(i), s.ns)?;
             check("segments.ns_per_row", Some(i), s.ns_per_row)?;
+            check("segments.ns_per_prompt_row", Some(i), s.ns_per_prompt_row)?;
             check("segments.ns_per_cell", Some(i), s.ns_per_cell)?;
         }
         Ok(())

@@ -262,6 +262,7 @@ mod tests {
             n_slots: 1,
             max_requests: 1,
             max_batch: 1,
+            max_pass_rows: 0,
             policy: Policy::Hold,
             metric: Metric::Gap,
             fill: Fill::Copy,

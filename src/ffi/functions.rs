@@ -5,7 +5,7 @@
 #![allow(clippy::missing_safety_doc)] // the header states each contract, for C
 
 use std::ffi::{CStr, c_char};
-use std::mem::size_of;
+use std::mem::{offset_of, size_of};
 
 use super::device::{self, convert_logits};
 use super::entry::{self, call, with};
@@ -295,6 +295,9 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
     };
     let policy = POLICIES.get(c.policy as usize).map(|&(_, p)| p);
     reserved(c.reserved)?;
+    if c.reserved2 != 0 {
+        return Err(Error::int("reserved2", c.reserved2, "0").into());
+    }
     if c.routing > 1 {
         return Err(Error::int("routing", c.routing, "0 or 1").into());
     }
@@ -305,6 +308,7 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         n_slots: c.n_slots,
         max_requests: c.max_requests,
         max_batch: c.max_batch,
+        max_pass_rows: c.max_pass_rows,
         policy: policy.ok_or(Error::int("policy", c.policy, "DREX_POLICY_* (0..8)"))?,
         metric: metric(c.metric, "DREX_METRIC_* (0..2)")?,
         fill: fill(c.fill, "DREX_FILL_* (0..3)")?,
@@ -560,16 +564,27 @@ pub unsafe extern "C" fn drex_request_get(
 
 /// Chooses what to run next: a window of layers and its rows.
 ///
-/// input     the clock
+/// input     the clock, and the prompt rows that wait
 /// rows      [capacity] receives drex_step.n_rows rows, in the order in which
 ///           the host must run them; the rest is not written
 /// capacity  at least 1; give max_batch. Less cuts the step short.
 /// out       its size is set by the caller
 ///
-/// In this order: rows that a ramp told to stay, together with as many held
-/// at the same ramp as fit; a queue of held rows that is due (for a deadline,
-/// for age, for its fill, or because nothing else is left), the deepest among
-/// equals; ready rows through the first window.
+/// In this order: prompt rows that the window before left at a ramp, together
+/// with the rows that wait there, those that were told to stay before those that
+/// are held, as many as fit; rows that a ramp told to stay, together with as
+/// many held at the same ramp as fit; a queue of held rows that is due for a
+/// deadline or for age; prompt rows that wait at layer 0, together with ready
+/// rows; a queue of held rows that is due for its fill or because nothing else is
+/// left, the deepest among equals; ready rows through the first window.
+///
+/// A window with prompt rows from layer 0 has as many of them as fit into
+/// drex_config.max_pass_rows beside the ready rows, and beside the rows held at
+/// the ramp where it ends: decode rows come first, but for an eighth of the
+/// places. It ends at the first ramp that the policy looks at where a ready row
+/// may exit or rows are held, under OFF at none; under AUTO only where that is
+/// predicted to be faster than the whole pass and a flush of the held rows' own.
+/// A step with prompt rows may have n_rows = 0.
 ///
 /// When more rows wait than fit, those whose deadline is at stake come first,
 /// the nearest before the others; then higher priority; then the older row. A
@@ -578,17 +593,19 @@ pub unsafe extern "C" fn drex_request_get(
 /// before it runs at the latest in the (9 + q / ceil(k / 2))th step of ready
 /// rows.
 ///
-/// After out->n_rows = 0 there is no step, and nothing to complete. Any other
-/// step goes on until drex_complete() or drex_abandon() ends it. What must come
-/// before drex_complete() is drex_ramp() where the window ends at a ramp, then
-/// drex_fill() where K/V is bound; drex_verify() where the window ends at
-/// n_layers and has drafts. Meanwhile drex_plan() and drex_bind_kv() are
-/// CALL_ORDER, and all other calls are allowed: requests come and go, rows are
-/// gathered and scattered, a rule is searched for, statistics are read.
+/// After out->n_rows = 0 and out->n_prompt_rows = 0 there is no step, and
+/// nothing to complete. Any other step goes on until drex_complete() or
+/// drex_abandon() ends it. What must come before drex_complete() is drex_ramp()
+/// where the window ends at a ramp, then drex_fill() where K/V is bound, both only
+/// where n_rows is not 0; drex_verify() where the window ends at n_layers and has
+/// drafts. Meanwhile drex_plan() and drex_bind_kv() are CALL_ORDER, and all other
+/// calls are allowed: requests come and go, rows are gathered and scattered, a
+/// rule is searched for, statistics are read.
 ///
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0, or has no
 /// room for the pending rows of the request that comes first; CALL_ORDER while
-/// a step is planned; DEVICE, and then no step is planned.
+/// a step is planned; DEVICE, and then no step is planned, and prompt rows that
+/// were on their way start again, as after drex_abandon().
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_plan(
     engine: *mut drex_engine,
@@ -610,14 +627,22 @@ pub unsafe extern "C" fn drex_plan(
             layer_end: 0,
             ramp: DREX_NO_RAMP,
             reason: DREX_FLUSH_NONE,
+            n_prompt_rows: 0,
         };
-        if let Some(s) = instance.plan(input.now_ns, capacity as usize)? {
+        // A program that cannot be told of prompt rows runs them by itself.
+        let told = offset_of!(drex_step, n_prompt_rows) + size_of::<u32>();
+        let prompts = match size as usize >= told {
+            true => input.n_prompt_rows,
+            false => 0,
+        };
+        if let Some(s) = instance.plan(input.now_ns, capacity as usize, prompts)? {
             let planned = instance.engine.step_rows();
             step.n_rows = planned.len() as u32;
             step.layer_begin = s.layer_begin;
             step.layer_end = s.layer_end;
             step.ramp = s.ramp.map_or(DREX_NO_RAMP, |r| r as u32);
             step.reason = s.reason as u32;
+            step.n_prompt_rows = s.prompt_rows;
             for (i, row) in planned.iter().enumerate() {
                 let row = drex_row {
                     request: row.id,
@@ -646,6 +671,9 @@ pub unsafe extern "C" fn drex_plan(
 /// capacity  at least n_rows
 ///
 /// A request whose row says EXIT is IDLE from here on.
+///
+/// Not needed in a step with n_rows = 0, which only prompt rows pass; allowed
+/// there with logits.n_rows = 0, and then no other field is looked at.
 ///
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
 /// CALL_ORDER when no step is planned, when it ends at the last layer, when
@@ -687,6 +715,9 @@ pub unsafe extern "C" fn drex_ramp(
                 why: "every row has a verdict",
             }
             .into());
+        }
+        if n == 0 {
+            return Ok(instance.ramp_without_rows()?);
         }
         let logits = convert_logits(&l)?;
         // SAFETY: checked above, and the caller's contract.
@@ -930,7 +961,9 @@ pub unsafe extern "C" fn drex_complete(
 /// and their holes stay open unless drex_fill() was called before this. Pending
 /// rows that came along with one of these stay at this ramp: their arena rows
 /// must be what the window left. What drex_verify() said is void: its tokens do
-/// not count, and the rows come back with their drafts.
+/// not count, and the rows come back with their drafts. Prompt rows of the step
+/// are forgotten: the host starts them again at layer 0, by
+/// drex_plan_input.n_prompt_rows, or ends their requests.
 ///
 /// Errors: CALL_ORDER when no step is planned.
 #[unsafe(no_mangle)]
@@ -949,9 +982,15 @@ pub unsafe extern "C" fn drex_observe(
     with("drex_observe", engine, |instance| {
         // SAFETY: the caller's contract.
         let o = unsafe { entry::read("observation", observation)? };
-        Ok(instance
-            .engine
-            .observe(o.layer_begin, o.layer_end, o.n_rows, o.n_kv, o.duration_ns)?)
+        reserved(o.reserved)?;
+        Ok(instance.engine.observe(
+            o.layer_begin,
+            o.layer_end,
+            o.n_rows,
+            o.n_kv,
+            o.n_prompt_rows,
+            o.duration_ns,
+        )?)
     })
 }
 

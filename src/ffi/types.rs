@@ -198,11 +198,11 @@ pub const DREX_REQUEST_HELD: drex_request_state = 3;
 /// Why a step runs: DREX_FLUSH_*.
 pub type drex_flush_reason = u32;
 
-/// It is no flush: ready rows run through the first window.
+/// It is no flush: ready rows and prompt rows run through the first window.
 pub const DREX_FLUSH_NONE: drex_flush_reason = 0;
 /// Enough rows were held.
 pub const DREX_FLUSH_FILL: drex_flush_reason = 1;
-/// A row was held for max_hold_ns, or through 256 other steps.
+/// A row was held for as long as drex_config.max_hold_ns says.
 pub const DREX_FLUSH_AGE: drex_flush_reason = 2;
 /// A held row's token would have missed its deadline.
 pub const DREX_FLUSH_DEADLINE: drex_flush_reason = 3;
@@ -210,9 +210,12 @@ pub const DREX_FLUSH_DEADLINE: drex_flush_reason = 3;
 pub const DREX_FLUSH_IDLE: drex_flush_reason = 4;
 /// Rows that a ramp told to go on at once.
 pub const DREX_FLUSH_STAY: drex_flush_reason = 5;
+/// Prompt rows go on from a ramp, and take along what waits there.
+/// Since 0.2.
+pub const DREX_FLUSH_PROMPT: drex_flush_reason = 6;
 /// How many reasons there are; a later version may have more, up to
 /// DREX_MAX_FLUSH_REASONS.
-pub const DREX_FLUSH_REASONS: usize = 6;
+pub const DREX_FLUSH_REASONS: usize = 7;
 
 /// Where most of the time went of a token that missed its deadline:
 /// DREX_MISS_*.
@@ -279,7 +282,7 @@ pub struct drex_config {
     pub n_slots: u32,
     /// Most requests alive at once, 1..1048576.
     pub max_requests: u32,
-    /// B: most rows in one pass, 1..1048576.
+    /// B: most decode rows in one pass, pending ones included, 1..1048576.
     pub max_batch: u32,
     /// Who leaves at a ramp.
     pub policy: drex_policy,
@@ -302,8 +305,9 @@ pub struct drex_config {
     pub flush_rows: u32,
     /// HOLD: flush when fewer rows than this are ready. 0 means 1.
     pub min_ready: u32,
-    /// Flush a row that was held this long, in ns. 0: no limit by time; a row
-    /// is still flushed once 256 other steps have passed it by.
+    /// Flush a row that was held this long, in ns. 0: 8 times the predicted time
+    /// of its remaining layers, for as many rows as are held there; while no time
+    /// is known, once 256 other steps have passed it by.
     pub max_hold_ns: u64,
     /// Time between two tokens that a request may take, in ns; 0: none. A
     /// request may name its own.
@@ -327,6 +331,14 @@ pub struct drex_config {
     /// Most of the greatest logits that a ramp is asked to list, see
     /// drex_top_get(); 0..DREX_MAX_TOP.
     pub n_top: u32,
+    /// Most rows of one window, decode rows and prompt rows together; 0:
+    /// max_batch. At least max_batch, at most 1048576. For hosts that name
+    /// drex_plan_input.n_prompt_rows.
+    /// Since 0.2.
+    pub max_pass_rows: u32,
+    /// 0
+    /// Since 0.2.
+    pub reserved2: u32,
 }
 
 /// The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -434,8 +446,10 @@ pub struct drex_request_info {
 pub struct drex_plan_input {
     /// sizeof(drex_plan_input)
     pub size: u32,
-    /// Prompt rows that wait beside the decode rows. A hint that this version
-    /// does not use: what prompts cost is learned from the time between steps.
+    /// Prompt rows that wait at layer 0 and could run now, without those that a
+    /// window left at a ramp. 0, always: the host runs prompts between steps, and
+    /// what they cost is learned from the time between steps. Taken for 0 where
+    /// drex_plan()'s out is too small for drex_step.n_prompt_rows.
     pub n_prompt_rows: u32,
     /// Now, in ns of any monotonic clock; the same clock in all calls.
     pub now_ns: u64,
@@ -463,19 +477,28 @@ pub struct drex_row {
 pub struct drex_step {
     /// sizeof(drex_step), set by the caller
     pub size: u32,
-    /// 0: there is nothing to run, and the other fields mean nothing.
+    /// Decode rows. 0, and n_prompt_rows 0 too: there is nothing to run, and the
+    /// other fields mean nothing.
     pub n_rows: u32,
     /// 0, or a ramp's layer.
     pub layer_begin: u32,
     /// A ramp's layer, or n_layers. A window may pass ramps where none of its
-    /// rows may exit.
+    /// rows may exit, and with prompt rows any ramp.
     pub layer_end: u32,
-    /// The ramp at the window's end: call drex_ramp(). DREX_NO_RAMP: the
+    /// The ramp at the window's end: call drex_ramp() if n_rows is not 0.
+    /// DREX_NO_RAMP: the
     /// window ends at n_layers; the host samples every row whose request it has
     /// not removed.
     pub ramp: u32,
     /// Why it runs.
     pub reason: drex_flush_reason,
+    /// Prompt rows that run along. From layer 0: so many of those that wait, which
+    /// the host chooses, in its own order. From another layer: exactly those that
+    /// the last window with prompt rows left there. They are the host's: not
+    /// among `rows`, without verdicts, in arena rows of the host's own beyond
+    /// n_slots. It may run fewer, where a request has ended.
+    /// Since 0.2.
+    pub n_prompt_rows: u32,
 }
 
 /// The logits at a ramp.
@@ -571,9 +594,9 @@ pub struct drex_completion {
     /// Time that the window took on the device, in ns; 0: unknown, and
     /// nothing is learned from it.
     pub duration_ns: u64,
-    /// KV cells that the rows attended over, summed; what a cell costs is learned
-    /// from it. 0: unknown, and then the cells' share is taken for the rows'.
-    /// Give it always or never.
+    /// KV cells that the decode rows attended over, summed, without those of
+    /// prompt rows; what a cell costs is learned from it. 0: unknown, and then the
+    /// cells' share is taken for the rows'. Give it always or never.
     pub n_kv: u64,
 }
 
@@ -583,7 +606,7 @@ pub struct drex_completion {
 pub struct drex_observation {
     /// sizeof(drex_observation)
     pub size: u32,
-    /// At least 1.
+    /// Decode rows; at least 1 where n_prompt_rows is 0.
     pub n_rows: u32,
     /// The pass's first layer.
     pub layer_begin: u32,
@@ -593,6 +616,12 @@ pub struct drex_observation {
     pub duration_ns: u64,
     /// As drex_completion.n_kv.
     pub n_kv: u64,
+    /// Prompt rows beside them.
+    /// Since 0.2.
+    pub n_prompt_rows: u32,
+    /// 0
+    /// Since 0.2.
+    pub reserved: u32,
 }
 
 /// Totals since drex_create(), and some current values.

@@ -22,7 +22,7 @@ use nvtx::Profiler;
 use trace::Trace;
 
 /// By `Reason`.
-const REASONS: [&str; 6] = ["none", "fill", "age", "deadline", "idle", "stay"];
+const REASONS: [&str; 7] = ["none", "fill", "age", "deadline", "idle", "stay", "prompt"];
 
 pub type Callback = unsafe extern "C" fn(*mut c_void, u32, *const c_char);
 
@@ -215,9 +215,10 @@ impl Watch {
                 self,
                 Level::TRACE,
                 5,
-                "step: layers {}..{}, {rows} rows, reason {:?}, at {} ns",
+                "step: layers {}..{}, {rows} rows, {} of prompts, reason {:?}, at {} ns",
                 s.layer_begin,
                 s.layer_end,
+                s.prompt_rows,
                 s.reason,
                 s.now_ns
             );

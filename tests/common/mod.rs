@@ -231,8 +231,13 @@ impl Engine {
     }
 
     pub fn plan(&self, now: u64, capacity: u32) -> Result<Planned, Failed> {
+        self.plan_with(now, capacity, 0)
+    }
+
+    pub fn plan_with(&self, now: u64, capacity: u32, prompts: u32) -> Result<Planned, Failed> {
         let mut input = sized!(drex_plan_input);
         input.now_ns = now;
+        input.n_prompt_rows = prompts;
         let mut step = sized!(drex_step);
         let mut rows = Vec::with_capacity(capacity as usize + 1);
         // SAFETY: room for `capacity` rows.

@@ -15,8 +15,7 @@
 //   config, request, ...  drex.h's structs, initialized.
 //   log_set, trace_write  take a callable in place of a function and a void *.
 //
-// What it leaves out: engine::ready() has no n_kv, and engine::plan() no
-// n_prompt_rows, which are hints that drex does not use.
+// What it leaves out: engine::ready() has no n_kv, a hint that drex does not use.
 //
 // No call allocates but what allocates in drex.h, and an error's text. Works with
 // -fno-exceptions and -fno-rtti. Since 0.1.

@@ -38,6 +38,7 @@ class Step(NamedTuple):
     ramp: Optional[int]  # None: the window ends at the last layer
     reason: str
     rows: List[Row]
+    n_prompt_rows: int = 0  # prompt rows that run along
 
 
 class Verdict(NamedTuple):
@@ -266,17 +267,17 @@ class Engine:
         return pending.value
 
     def plan(self, now_ns, capacity=None, n_prompt_rows=0):
-        """The next Step, or None when there is nothing to run."""
+        """The next Step, or None when there is nothing to run. n_prompt_rows: prompt rows that wait at layer 0."""
         given = _abi.drex_plan_input(now_ns=_unsigned(now_ns, "now_ns", 64), n_prompt_rows=_unsigned(n_prompt_rows, "n_prompt_rows"))
         step = _abi.drex_step()
         capacity = self._capacity if capacity is None else min(_unsigned(capacity, "capacity"), self._capacity)
         _check(lib.drex_plan(self._handle, given, self._rows, capacity, step))
         self._n_rows = step.n_rows
-        if step.n_rows == 0:
+        if step.n_rows == 0 and step.n_prompt_rows == 0:
             return None
         rows = [Row(r.request, r.slot, r.back) for r in self._rows[: step.n_rows]]
         ramp = None if step.ramp == _abi.DREX_NO_RAMP else step.ramp
-        return Step(step.layer_begin, step.layer_end, ramp, _abi.REASONS[step.reason], rows)
+        return Step(step.layer_begin, step.layer_end, ramp, _abi.REASONS[step.reason], rows, step.n_prompt_rows)
 
     def ramp(self, logits, cells=None, dtype=None, n_top=0):
         """logits: [n_rows, n_vocab] of f4 or f2, or of u2 with dtype="bf16". Returns a Verdict for each row. n_top: how many of
@@ -340,9 +341,10 @@ class Engine:
     def abandon(self):
         _check(lib.drex_abandon(self._handle))
 
-    def observe(self, n_rows, layer_begin, layer_end, duration_ns, n_kv=0):
+    def observe(self, n_rows, layer_begin, layer_end, duration_ns, n_kv=0, n_prompt_rows=0):
         given = _abi.drex_observation(n_rows=_unsigned(n_rows, "n_rows"), layer_begin=_unsigned(layer_begin, "layer_begin"))
         given.layer_end = _unsigned(layer_end, "layer_end")
+        given.n_prompt_rows = _unsigned(n_prompt_rows, "n_prompt_rows")
         given.duration_ns, given.n_kv = _unsigned(duration_ns, "duration_ns", 64), _unsigned(n_kv, "n_kv", 64)
         _check(lib.drex_observe(self._handle, given))
 

@@ -19,7 +19,7 @@ DREX_NO_PAGE = UINT32_MAX
 DREX_WAIT_BUCKETS = 32
 DREX_MISS_REASONS = 4
 DREX_MAX_MISS_REASONS = 8
-DREX_FLUSH_REASONS = 6
+DREX_FLUSH_REASONS = 7
 DREX_MAX_FLUSH_REASONS = 16
 
 STATUSES = (
@@ -30,7 +30,7 @@ POLICIES = "off eager lazy median mean latency hold art auto".split()
 METRICS = "gap maxprob entropy".split()
 FILLS = "copy postfill verify propagate".split()
 STATES = "idle ready running held".split()
-REASONS = "none fill age deadline idle stay".split()
+REASONS = "none fill age deadline idle stay prompt".split()
 MISSES = "host queue held run".split()
 DECISIONS = "exit hold stay gone pending accept replace drop".split()
 DTYPES = "f32 f16 bf16".split()
@@ -77,7 +77,7 @@ class drex_config(Struct):
         ("n_slots", u32), ("max_requests", u32), ("max_batch", u32), ("policy", u32), ("metric", u32), ("fill", u32),
         ("device", u32), ("threshold", f32), ("ramp_thresholds", P(f32)), ("flush_rows", u32), ("min_ready", u32),
         ("max_hold_ns", u64), ("token_deadline_ns", u64), ("art_ratio", f32), ("reserved", u32), ("seed", u64),
-        ("routing", u32), ("max_pending", u32), ("n_vocab", u32), ("n_top", u32),
+        ("routing", u32), ("max_pending", u32), ("n_vocab", u32), ("n_top", u32), ("max_pass_rows", u32), ("reserved2", u32),
     ]  # fmt: skip
     _defaults_ = {"abi_version": DREX_ABI_VERSION, "policy": POLICIES.index("auto"), "threshold": 0.7, "art_ratio": nan}
 
@@ -114,7 +114,10 @@ class drex_row(Struct):
 
 
 class drex_step(Struct):
-    _fields_ = [("size", u32), ("n_rows", u32), ("layer_begin", u32), ("layer_end", u32), ("ramp", u32), ("reason", u32)]
+    _fields_ = [
+        ("size", u32), ("n_rows", u32), ("layer_begin", u32), ("layer_end", u32), ("ramp", u32), ("reason", u32),
+        ("n_prompt_rows", u32),
+    ]  # fmt: skip
     _defaults_ = {"ramp": DREX_NO_RAMP}
 
 
@@ -145,7 +148,10 @@ class drex_completion(Struct):
 
 
 class drex_observation(Struct):
-    _fields_ = [("size", u32), ("n_rows", u32), ("layer_begin", u32), ("layer_end", u32), ("duration_ns", u64), ("n_kv", u64)]
+    _fields_ = [
+        ("size", u32), ("n_rows", u32), ("layer_begin", u32), ("layer_end", u32), ("duration_ns", u64), ("n_kv", u64),
+        ("n_prompt_rows", u32), ("reserved", u32),
+    ]  # fmt: skip
 
 
 class drex_stats(Struct):

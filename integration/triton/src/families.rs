@@ -37,7 +37,8 @@ pub struct Family {
     pub value: fn(&Snapshot, usize) -> f64,
 }
 
-pub const FLUSHES: [&str; DREX_FLUSH_REASONS] = ["none", "fill", "age", "deadline", "idle", "stay"];
+pub const FLUSHES: [&str; DREX_FLUSH_REASONS] =
+    ["none", "fill", "age", "deadline", "idle", "stay", "prompt"];
 pub const MISSES: [&str; DREX_MISS_REASONS] = ["host", "queue", "held", "run"];
 pub const RULES: [&str; 2] = ["chosen", "off"];
 

@@ -9,6 +9,7 @@ use crate::core::config::Fill;
 use crate::core::counters::Miss;
 use crate::core::error::{Error, Result};
 use crate::core::policy::{Decision, Policy};
+use crate::core::prompts::Transit;
 use crate::core::queue::Entry;
 use crate::core::request::State;
 
@@ -28,7 +29,7 @@ impl Engine {
                 "no step is planned; expected drex_plan first",
             ));
         };
-        if step.ramp.is_some() && !self.ramped {
+        if step.ramp.is_some() && !self.ramped && !self.rows.is_empty() {
             return Err(Error::CallOrder(
                 "the planned window ends at a ramp; expected drex_ramp first",
             ));
@@ -49,13 +50,21 @@ impl Engine {
         if duration_ns > 0 {
             self.counters.window(duration_ns);
         }
-        self.cost.observe(
+        self.cost.observe_mixed(
             step.layer_begin,
             step.layer_end,
             self.rows.len() as u32,
             cells,
+            step.prompt_rows,
             duration_ns,
         );
+        if step.prompt_rows > 0 {
+            let rows = step.prompt_rows;
+            self.prompts.transit = step.ramp.map(|ramp| Transit { ramp, rows });
+            if step.layer_begin == 0 {
+                self.prompts.ran(rows);
+            }
+        }
         self.counters.steps += 1;
         self.counters.step_rows += self.rows.len() as u64;
         self.counters.flushes[step.reason as usize] += 1;
@@ -74,6 +83,7 @@ impl Engine {
         self.counters.held_rows_max = self.counters.held_rows_max.max(held);
         let tokens = self.counters.tokens - self.gaps.tokens;
         self.gaps.pause(now_ns, self.counters.tokens);
+        self.prompts.made(tokens);
         self.end_step();
         if self.config.policy == Policy::Auto {
             let load = Load {
@@ -223,7 +233,8 @@ impl Engine {
 
     /// The planned step failed: its rows go back to where they were, as if it
     /// had not been planned. Rows that a ramp already let out have given
-    /// their token, and stay out.
+    /// their token, and stay out. Its prompt rows are forgotten: the host
+    /// starts them again.
     pub fn abandon(&mut self) -> Result<()> {
         let Some(step) = self.step else {
             return Err(Error::CallOrder(

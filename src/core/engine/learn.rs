@@ -87,7 +87,15 @@ impl Engine {
     }
 
     /// A timing that was not planned here.
-    pub fn observe(&mut self, begin: u32, end: u32, rows: u32, cells: u64, ns: u64) -> Result<()> {
+    pub fn observe(
+        &mut self,
+        begin: u32,
+        end: u32,
+        rows: u32,
+        cells: u64,
+        prompts: u32,
+        ns: u64,
+    ) -> Result<()> {
         if end > self.config.n_layers {
             return Err(Error::Conflict {
                 field: "layer_end",
@@ -108,13 +116,18 @@ impl Engine {
                 why: "the window has at least one layer",
             });
         }
-        if rows == 0 {
-            return Err(Error::int("n_rows", rows, "at least 1"));
+        if rows == 0 && prompts == 0 {
+            return Err(Error::int(
+                "n_rows",
+                rows,
+                "at least 1 where n_prompt_rows is 0",
+            ));
         }
         if ns == 0 {
             return Err(Error::int("duration_ns", ns, "at least 1"));
         }
-        self.cost.observe(begin, end, rows, cells, ns);
+        self.cost
+            .observe_mixed(begin, end, rows, cells, prompts, ns);
         Ok(())
     }
 }

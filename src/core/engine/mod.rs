@@ -22,6 +22,7 @@ use crate::core::metric::{Metric, Score};
 use crate::core::pending::Pending;
 use crate::core::planner::{Marks, Planner};
 use crate::core::policy::{Decision, RampRow};
+use crate::core::prompts::Prompts;
 use crate::core::request::{Request, Requests, State};
 use crate::core::routing::Routing;
 use crate::core::{MAX_RAMPS, NONE, memory};
@@ -35,6 +36,8 @@ pub struct Step {
     pub ramp: Option<usize>,
     pub reason: Reason,
     pub now_ns: u64,
+    /// Prompt rows that run along.
+    pub prompt_rows: u32,
     /// The ramp that its rows were looked at before.
     after: Option<usize>,
     /// The window ends where pending rows wait, and nobody is to exit.
@@ -109,6 +112,7 @@ pub struct Engine {
     auto: Auto,
     routing: Routing,
     gaps: Gaps,
+    prompts: Prompts,
     /// The host calls [`Engine::replan`] itself.
     host_replans: bool,
     decoding: usize,
@@ -147,6 +151,7 @@ impl Engine {
             auto: Auto::new(&config),
             routing: Routing::default(),
             gaps: Gaps::default(),
+            prompts: Prompts::default(),
             host_replans: false,
             decoding: 0,
             often: 0,
@@ -206,6 +211,10 @@ impl Engine {
 
     pub fn gaps(&self) -> &Gaps {
         &self.gaps
+    }
+
+    pub fn prompts(&self) -> &Prompts {
+        &self.prompts
     }
 
     /// Requests alive that have had a token to run.

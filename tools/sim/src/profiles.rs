@@ -3,7 +3,7 @@
 //! Cost profiles: the bundled classes of machine, or a file.
 
 use anyhow::{Context, Result};
-use drex::core::profile::{Line, Profile, Segment};
+use drex::core::profile::{Line, Profile, Segment, Window};
 
 /// A pass over b rows takes `t0 + t1 b`; the ramp's head takes 2 % of `t0`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,13 +46,14 @@ impl Class {
             Segment {
                 ns: share * self.t0,
                 ns_per_row: share * self.t1,
+                ns_per_prompt_row: share * self.t1,
                 ns_per_cell: 0.0,
             }
         };
         Profile {
             n_layers,
             ramp_layers: ramp_layers.to_vec(),
-            window: Line::default(),
+            window: Window::default(),
             ramp: Line {
                 ns: HEAD * self.t0 * UNIT_NS,
                 ns_per_row: 0.0,

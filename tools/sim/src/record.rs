@@ -281,6 +281,7 @@ impl Record {
             for o in &p.segments[from + 1..to] {
                 s.ns += o.ns;
                 s.ns_per_row += o.ns_per_row;
+                s.ns_per_prompt_row += o.ns_per_prompt_row;
                 s.ns_per_cell += o.ns_per_cell;
             }
             segments.push(s);

@@ -171,6 +171,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         n_slots: setup.filling.pass_rows(setup.max_requests),
         max_requests: setup.max_requests,
         max_batch: setup.batch,
+        max_pass_rows: 0,
         policy: contender.policy,
         metric: Metric::Gap,
         fill: setup.filling.fill,
@@ -210,7 +211,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
     let mut steps = 0u64;
     while made < setup.tokens {
         host.admit(&mut engine)?;
-        let Some(step) = engine.plan(host.clock as u64, setup.batch as usize)? else {
+        let Some(step) = engine.plan(host.clock as u64, setup.batch as usize, 0)? else {
             if !host.idle() {
                 break;
             }
@@ -406,7 +407,7 @@ fn calibrate(engine: &mut Engine, setup: &Setup) -> Result<()> {
         for rows in [1, most.div_ceil(2), most] {
             for (i, j) in (0..last).map(|i| (i, i + 1)).chain([(0, last)]) {
                 let ns = p.time(i, j, f64::from(rows), 0.0);
-                engine.observe(bounds[i], bounds[j], rows, 0, (ns as u64).max(1))?;
+                engine.observe(bounds[i], bounds[j], rows, 0, 0, (ns as u64).max(1))?;
             }
         }
     }

@@ -33,6 +33,7 @@ pub fn measure(requests: u32, ramps: usize, steps: u32, deadlines: bool) -> Resu
         n_slots: requests,
         max_requests: requests,
         max_batch: 256,
+        max_pass_rows: 0,
         policy: Policy::Auto,
         metric: Metric::Gap,
         fill: Fill::Copy,
@@ -70,7 +71,7 @@ pub fn measure(requests: u32, ramps: usize, steps: u32, deadlines: bool) -> Resu
             engine.replan(0);
         }
         let start = Instant::now();
-        let Some(step) = engine.plan(clock, 256)? else {
+        let Some(step) = engine.plan(clock, 256, 0)? else {
             break;
         };
         let mut spent = start.elapsed();

@@ -100,8 +100,8 @@ impl<D: Decoder> Engine<D> {
     fn plan(&mut self, most: u32) -> Result<Option<Step>, Failure> {
         let mut input: drex_plan_input = zeroed();
         input.size = size_of::<drex_plan_input>() as u32;
-        let waiting = self.slots.iter().flatten().filter(|s| s.in_prompt());
-        input.n_prompt_rows = waiting.map(|s| s.prompt.len() as u32 - s.n_past).sum();
+        // Prompts run between the windows.
+        input.n_prompt_rows = 0;
         input.now_ns = now_ns();
         let mut info: drex_step = zeroed();
         info.size = size_of::<drex_step>() as u32;

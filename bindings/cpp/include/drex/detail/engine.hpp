@@ -77,11 +77,14 @@ class engine {
     if (s != DREX_OK) return error::last(s);
     return n;
   }
-  // drex_plan(). `room` holds the rows until the step ends.
-  result<step> plan(std::uint64_t now_ns, span<row> room) {
+  // drex_plan(). `room` holds the rows until the step ends; `n_prompt_rows` wait at
+  // layer 0.
+  result<step> plan(std::uint64_t now_ns, span<row> room,
+                    std::uint32_t n_prompt_rows = 0) {
     drex_plan_input in = DREX_PLAN_INPUT_INITIALIZER;
     drex_step out = DREX_STEP_INITIALIZER;
     in.now_ns = now_ns;
+    in.n_prompt_rows = n_prompt_rows;
     const drex_status s =
         drex_plan(raw_, &in, room.data(), detail::count(room.size()), &out);
     if (s != DREX_OK) return error::last(s);

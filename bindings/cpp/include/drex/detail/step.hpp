@@ -33,12 +33,15 @@ class step {
   ~step() { abandon(); }
 
   // Whether there is nothing to run.
-  bool empty() const noexcept { return step_.n_rows == 0; }
+  bool empty() const noexcept { return step_.n_rows == 0 && step_.n_prompt_rows == 0; }
   // In the order in which the host runs them; they lie in what plan() was given.
   span<const row> rows() const noexcept { return rows_; }
+  // Prompt rows that run along, which are not among them.
+  std::uint32_t n_prompt_rows() const noexcept { return step_.n_prompt_rows; }
   std::uint32_t layer_begin() const noexcept { return step_.layer_begin; }
   std::uint32_t layer_end() const noexcept { return step_.layer_end; }
-  // None: the window ends at the last layer, sample every row.
+  // None: the window ends at the last layer, sample every row. ramp() is called
+  // only where there are rows.
   std::optional<std::uint32_t> ramp() const noexcept {
     if (step_.ramp == DREX_NO_RAMP) return std::nullopt;
     return step_.ramp;
@@ -93,7 +96,7 @@ class step {
   }
   // drex_abandon(). Does nothing for a step that has ended.
   void abandon() noexcept {
-    if (engine_ != nullptr && step_.n_rows != 0) drex_abandon(engine_);
+    if (engine_ != nullptr && !empty()) drex_abandon(engine_);
     engine_ = nullptr;
   }
 
