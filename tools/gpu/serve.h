@@ -6,7 +6,7 @@
 
 #include "ggml-backend.h"
 #include "ggml.h"
-#include "llama-window.h"
+#include "llama-layer-range.h"
 #include "llama.h"
 
 #include <drex.h>
@@ -138,13 +138,13 @@ struct session {
         prompt(n_requests, n_left);
         llama_memory_seq_rm(llama_get_memory(ctx), n_requests, 0, n_left - 1);
 
-        if (const char * why = llama_window_init(ctx, { uint32_t(n_requests), 64 })) {
+        if (const char * why = llama_layer_range_init(ctx, { uint32_t(n_requests), 64, uint32_t(n_requests), 0 })) {
             throw std::runtime_error(why);
         }
-        if (!llama_window_backend(ctx)) {
+        if (!llama_layer_range_backend(ctx)) {
             throw std::runtime_error("the model is spread over several devices");
         }
-        stream = llama_window_stream(ctx);
+        stream = llama_layer_range_stream(ctx);
     }
     ~session() {
         llama_batch_ext_free(batch);
@@ -156,7 +156,7 @@ struct session {
     bool on_gpu() const { return stream != nullptr; }
 
     std::string device() const {
-        return ggml_backend_dev_description(ggml_backend_get_device(llama_window_backend(ctx)));
+        return ggml_backend_dev_description(ggml_backend_get_device(llama_layer_range_backend(ctx)));
     }
 
     void begin() {
@@ -170,7 +170,7 @@ struct session {
     }
 
     void window(int begin, int end) {
-        if (const int ret = llama_window_decode(ctx, batch, begin, end, slots.data())) {
+        if (const int ret = llama_layer_range_decode(ctx, batch, begin, end, slots.data())) {
             throw std::runtime_error("layers [" + std::to_string(begin) + ", " + std::to_string(end) + ") of " +
                     std::to_string(slots.size()) + " rows failed: " + std::to_string(ret));
         }
@@ -187,7 +187,7 @@ struct session {
 
     // logits of the last window, from its device
     std::vector<float> logits() {
-        const ggml_tensor * t = llama_window_logits(ctx);
+        const ggml_tensor * t = llama_layer_range_logits(ctx);
         wait();
         std::vector<float> res(ggml_nelements(t));
         ggml_backend_tensor_get(t, res.data(), 0, ggml_nbytes(t));
@@ -287,8 +287,8 @@ struct engine {
 
         std::vector<drex_kv_layer> layers(s.n_layer, DREX_KV_LAYER_INITIALIZER);
         for (int il = 0; il < s.n_layer; ++il) {
-            llama_window_kv kv;
-            llama_window_get_kv(s.ctx, il, &kv);
+            llama_layer_range_kv kv;
+            llama_layer_range_get_kv(s.ctx, il, &kv);
             if (kv.v_trans) {
                 throw std::runtime_error("V is transposed: flash attention is off");
             }
@@ -307,14 +307,14 @@ struct engine {
 
     // scores the last window's rows, and copies the K/V of those that leave
     void ramp(uint32_t n_rows, std::vector<drex_verdict> & verdicts) {
-        const ggml_tensor * t = llama_window_logits(s.ctx);
+        const ggml_tensor * t = llama_layer_range_logits(s.ctx);
         drex_logits logits = DREX_LOGITS_INITIALIZER;
         logits.data             = t->data;
         logits.row_stride_bytes = t->nb[1];
         logits.n_rows           = n_rows;
         logits.n_vocab          = s.n_vocab;
         logits.stream           = s.stream;
-        check(drex_ramp(ptr, &logits, llama_window_cells(s.ctx), verdicts.data(), verdicts.size()));
+        check(drex_ramp(ptr, &logits, llama_layer_range_cells(s.ctx), verdicts.data(), verdicts.size()));
         check(drex_fill(ptr));
     }
 
@@ -355,7 +355,7 @@ inline double time_head(session & s, int n_rows, int n_reps) {
     if (!norm || !head) {
         throw std::runtime_error("the model has no output.weight");
     }
-    ggml_backend_t backend = llama_window_backend(s.ctx);
+    ggml_backend_t backend = llama_layer_range_backend(s.ctx);
     std::unique_ptr<ggml_context, decltype(&ggml_free)> ctx(
             ggml_init({ 16*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }), ggml_free);
     ggml_tensor * x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, head->ne[0], n_rows);
@@ -507,7 +507,7 @@ inline bool first_checks(session & s, int n, int exit_layer, json_file & out) {
     s.forget_tokens();
 
     // memory of arenas for other numbers of rows
-    auto * dev = ggml_backend_get_device(llama_window_backend(s.ctx));
+    auto * dev = ggml_backend_get_device(llama_layer_range_backend(s.ctx));
     size_t free0 = 0, free1 = 0, total = 0;
     ggml_backend_dev_memory(dev, &free0, &total);
     int n_arenas = 0;

@@ -264,6 +264,9 @@ impl<'a> Llama<'a> {
         for patch in &work.patches {
             apply(patch, &tree)?;
         }
+        for path in added()? {
+            copy_if_different(&added_dir().join(&path), &tree.join(&path))?;
+        }
         fs::create_dir_all(to)?;
         let archive = to.join("llama.cpp.tar.xz");
         process::output(
@@ -353,6 +356,15 @@ impl<'a> Llama<'a> {
 
 fn patch_dir() -> PathBuf {
     cache::repo().join("integration/llama.cpp/patches")
+}
+
+/// Files of our own, in folders that mirror where they go.
+fn added_dir() -> PathBuf {
+    cache::repo().join("integration/llama.cpp/tree")
+}
+
+fn added() -> Result<Vec<PathBuf>> {
+    files(&added_dir(), &|_| false)
 }
 
 /// In the order of their names, which is the order that they apply in.
@@ -446,6 +458,11 @@ impl Work<'_> {
                 key = key
                     .add(patch.file_name().unwrap_or_default().as_encoded_bytes())
                     .add(fs::read(patch)?);
+            }
+            for path in added()? {
+                key = key
+                    .add(path.as_os_str().as_encoded_bytes())
+                    .add(fs::read(added_dir().join(&path))?);
             }
             let include = cache::repo().join("include");
             for header in files(&include, &|_| false)? {
@@ -618,6 +635,10 @@ impl Work<'_> {
             }
             for patch in &self.patches {
                 apply(patch, &stage)?;
+            }
+            for path in added()? {
+                copy_if_different(&added_dir().join(&path), &stage.join(&path))?;
+                overlay.insert(path);
             }
         }
         let tree = self.tree();

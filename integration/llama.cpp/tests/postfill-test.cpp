@@ -78,11 +78,13 @@ int main(int argc, char ** argv) {
         int                  n_seq;
         int                  most; // pending rows of a sequence
         std::vector<int32_t> ramps;
+        bool                 unified;
     };
     const std::vector<test_case> cases = {
-        { 1, 8, { n_layer/2 } },
-        { 8, 6, { n_layer/2 } },
-        { 6, 4, { n_layer/4, n_layer/2, 3*n_layer/4 } },
+        { 1, 8, { n_layer/2 }, true },
+        { 8, 6, { n_layer/2 }, true },
+        { 8, 6, { n_layer/2 }, false },
+        { 6, 4, { n_layer/4, n_layer/2, 3*n_layer/4 }, false },
     };
     int64_t n_compared_all = 0;
 
@@ -103,18 +105,18 @@ int main(int argc, char ** argv) {
             }
         }
 
-        llama_context * full = make_context(model, tc.n_seq*n_tokens, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED);
-        llama_context * solo = make_context(model, tc.n_seq*n_tokens, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED);
-        llama_context * part = make_context(model, tc.n_seq*n_tokens, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED);
-        const char * why = llama_window_init(full, { 1, 1 });
-        why = why ? why : llama_window_init(solo, { 1, 1 });
-        why = why ? why : llama_window_init(part, { uint32_t(tc.n_seq*(1 + tc.most)), 32 });
+        llama_context * full = make_context(model, 256*tc.n_seq, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED, tc.unified);
+        llama_context * solo = make_context(model, 256*tc.n_seq, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED, tc.unified);
+        llama_context * part = make_context(model, 256*tc.n_seq, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED, tc.unified);
+        const char * why = llama_layer_range_init(full, { 1, 1, 64, 0 });
+        why = why ? why : llama_layer_range_init(solo, { 1, 1, 64, 0 });
+        why = why ? why : llama_layer_range_init(part, { uint32_t(tc.n_seq*(1 + tc.most)), 32, 64, 0 });
         if (why) {
-            fprintf(stderr, "llama_window_init: %s\n", why);
+            fprintf(stderr, "llama_layer_range_init: %s\n", why);
             return 1;
         }
 
-        // full passes: an empty cache gives out its cells in order
+        // full passes
         llama_batch_ext * batch = llama_batch_ext_init(full);
         fill(batch, prompts);
         bool ok = llama_process(full, LLAMA_PROCESS_TYPE_DECODE, batch) == 0;
@@ -192,13 +194,13 @@ int main(int argc, char ** argv) {
                 continue;
             }
             fill(batch, rows);
-            ok = llama_window_decode(part, batch, bounds[st], bounds[st + 1], slots.data()) == 0;
+            ok = llama_layer_range_decode(part, batch, bounds[st], bounds[st + 1], slots.data()) == 0;
             n_windows++;
             n_rows_max = std::max<int64_t>(n_rows_max, rows.size());
 
             if (st == 0) {
                 for (size_t i = 0; i < rows.size(); ++i) {
-                    cell[rows[i].seq][rows[i].pos] = llama_window_cells(part)[i];
+                    cell[rows[i].seq][rows[i].pos] = llama_layer_range_cells(part)[i];
                 }
             }
             for (int s : seqs) {
@@ -230,15 +232,21 @@ int main(int argc, char ** argv) {
             }
         }
 
+        // an empty cache gives out its cells in order
+        auto cell_of = [&](const llama_layer_range_kv & kv, int s, int i) -> size_t {
+            return tc.unified ? (i < n_prompt ? s*n_prompt + i : tc.n_seq*n_prompt + (i - n_prompt)*tc.n_seq + s)
+                              : s*(kv.n_cells/kv.n_stream) + i;
+        };
+
         double diff = 0.0, usual = 0.0;
         int64_t n_compared = 0;
         for (int il = 0; ok && il < n_layer; ++il) {
-            llama_window_kv a, b, c;
-            ok = llama_window_get_kv(full, il, &a) && llama_window_get_kv(part, il, &b) && llama_window_get_kv(solo, il, &c) &&
+            llama_layer_range_kv a, b, c;
+            ok = llama_layer_range_get_kv(full, il, &a) && llama_layer_range_get_kv(part, il, &b) && llama_layer_range_get_kv(solo, il, &c) &&
                 !a.v_trans && !b.v_trans;
             for (int s = 0; ok && s < tc.n_seq; ++s) {
                 for (int i = n_prompt; i < n_tokens; ++i) {
-                    const size_t expected = tc.n_seq*n_prompt + (i - n_prompt)*tc.n_seq + s;
+                    const size_t expected = cell_of(a, s, i);
                     diff = std::max(diff, difference(a.k, expected, b.k, cell[s][i]));
                     diff = std::max(diff, difference(a.v, expected, b.v, cell[s][i]));
                     usual = std::max(usual, difference(a.k, expected, c.k, expected));
@@ -249,16 +257,16 @@ int main(int argc, char ** argv) {
         }
         ok = ok && n_left > tc.n_seq*n_gen/3 && (exact ? diff == 0.0 : diff <= std::max(tolerance, factor*usual));
 
-        printf("%s: %d sequences, %zu ramps, kv %s: %lld rows left early, %lld windows of up to %lld rows, K/V of %lld cells, "
-                "largest difference %g (full passes alone: %g)\n", ok ? "ok" : "FAILED", tc.n_seq, tc.ramps.size(), ggml_type_name(type_kv),
+        printf("%s: %d sequences, %s cache, %zu ramps, kv %s: %lld rows left early, %lld windows of up to %lld rows, K/V of %lld cells, "
+                "largest difference %g (full passes alone: %g)\n", ok ? "ok" : "FAILED", tc.n_seq, tc.unified ? "unified" : "streams", tc.ramps.size(), ggml_type_name(type_kv),
                 (long long) n_left, (long long) n_windows, (long long) n_rows_max, (long long) n_compared, diff, usual);
         n_compared_all += n_compared;
 
         llama_batch_ext_free(batch);
 
         // projection: one token of each sequence
-        llama_context * proj = make_context(model, tc.n_seq*n_tokens, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED);
-        why = llama_window_init(proj, { uint32_t(tc.n_seq), 4 });
+        llama_context * proj = make_context(model, 256*tc.n_seq, tc.n_seq, type_kv, LLAMA_FLASH_ATTN_TYPE_ENABLED, tc.unified);
+        why = llama_layer_range_init(proj, { uint32_t(tc.n_seq), 4, 64, 0 });
         batch = llama_batch_ext_init(proj);
         fill(batch, prompts);
         ok = ok && !why && llama_process(proj, LLAMA_PROCESS_TYPE_DECODE, batch) == 0;
@@ -270,15 +278,15 @@ int main(int argc, char ** argv) {
         }
         const int32_t at = tc.ramps[0];
         fill(batch, rows);
-        ok = ok && llama_window_decode (proj, batch, 0, at, slots.data()) == 0;
-        ok = ok && llama_window_project(proj, batch, at,    slots.data()) == 0;
-        ok = ok && llama_window_project(proj, batch, at,    slots.data()) == -1; // they have left
+        ok = ok && llama_layer_range_decode (proj, batch, 0, at, slots.data()) == 0;
+        ok = ok && llama_layer_range_project(proj, batch, at,    slots.data()) == 0;
+        ok = ok && llama_layer_range_project(proj, batch, at,    slots.data()) == -1; // they have left
         double diff_project = 0.0;
         for (int il = at; ok && il < n_layer; ++il) {
-            llama_window_kv a, b;
-            ok = llama_window_get_kv(full, il, &a) && llama_window_get_kv(proj, il, &b);
+            llama_layer_range_kv a, b;
+            ok = llama_layer_range_get_kv(full, il, &a) && llama_layer_range_get_kv(proj, il, &b);
             for (int s = 0; ok && s < tc.n_seq; ++s) {
-                const size_t c = tc.n_seq*n_prompt + s; // in both
+                const size_t c = cell_of(a, s, n_prompt); // in both
                 if (il == at) {
                     diff_project = std::max(diff_project, difference(a.k, c, b.k, c));
                     diff_project = std::max(diff_project, difference(a.v, c, b.v, c));

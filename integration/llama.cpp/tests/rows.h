@@ -1,9 +1,9 @@
-// What the tests of layer windows share: contexts, and batches of rows.
+// What the tests of layer ranges share: contexts, and batches of rows.
 
 #pragma once
 
 #include "llama.h"
-#include "llama-window.h"
+#include "llama-layer-range.h"
 
 #include <cstdio>
 #include <vector>
@@ -12,16 +12,17 @@ struct row {
     llama_token  token;
     llama_pos    pos;
     llama_seq_id seq;
+    bool         output = true;
 };
 
 inline llama_context * make_context(
-        llama_model * model, int n_ctx, int n_seq, ggml_type type_kv, llama_flash_attn_type flash_attn) {
+        llama_model * model, int n_ctx, int n_seq, ggml_type type_kv, llama_flash_attn_type flash_attn, bool unified) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = n_ctx;
     params.n_seq_max       = n_seq;
     params.n_batch         = 512;
     params.n_ubatch        = 512;
-    params.kv_unified      = true;
+    params.kv_unified      = unified;
     params.n_threads       = 2;
     params.n_threads_batch = 2;
     params.type_k          = type_kv;
@@ -30,13 +31,13 @@ inline llama_context * make_context(
     return llama_init_from_model(model, params);
 }
 
-// fills the batch with rows, every one an output
+// fills the batch with rows
 inline void fill(llama_batch_ext * batch, const std::vector<row> & rows) {
     llama_batch_ext_clear(batch);
     for (const auto & r : rows) {
         const int32_t i = llama_batch_ext_add_token(batch, r.seq, r.token);
         llama_batch_ext_set_pos          (batch, i, &r.pos);
-        llama_batch_ext_set_output_logits(batch, i, true);
+        llama_batch_ext_set_output_logits(batch, i, r.output);
     }
 }
 

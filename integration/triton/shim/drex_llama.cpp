@@ -4,7 +4,7 @@
 #include "drex_llama.h"
 #pragma GCC visibility pop
 
-#include "llama-window.h"
+#include "llama-layer-range.h"
 
 #include <algorithm>
 #include <cmath>
@@ -194,7 +194,7 @@ drex_llama * drex_llama_open(const drex_llama_params * p, char * error, size_t n
         cp.type_k          = ggml_type(type);
         cp.type_v          = ggml_type(type);
         cp.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-        cp.kv_unified      = true;
+        cp.kv_unified      = false; // a row attends over its own sequence's cells only
         l->ctx = llama_init_from_model(l->model, cp);
         if (!l->ctx) {
             throw said("llama.cpp cannot make a context");
@@ -227,7 +227,7 @@ const char * drex_llama_exit_head(const drex_llama * l) { return l->meta.head.c_
 
 const char * drex_llama_windows(drex_llama * l, uint32_t n_slots, uint32_t n_graphs) {
     try {
-        return llama_window_init(l->ctx, { n_slots, n_graphs });
+        return llama_layer_range_init(l->ctx, { n_slots, n_graphs, llama_n_ubatch(l->ctx), 0 });
     } catch (...) {
         return "no memory for the hidden arena";
     }
@@ -237,7 +237,7 @@ const char * drex_llama_device(drex_llama * l, int32_t * cuda, void ** stream) {
     *cuda   = 0;
     *stream = nullptr;
     try {
-        ggml_backend_t backend = llama_window_backend(l->ctx);
+        ggml_backend_t backend = llama_layer_range_backend(l->ctx);
         if (!backend) {
             return "the layers, the KV cache and the output head are not all on one device, which early exit needs: "
                    "gpu_layers must be 0 or all";
@@ -247,7 +247,7 @@ const char * drex_llama_device(drex_llama * l, int32_t * cuda, void ** stream) {
             return nullptr;
         }
         // the device's context is current on this thread from here on
-        l->stream = llama_window_stream(l->ctx);
+        l->stream = llama_layer_range_stream(l->ctx);
         if (!l->stream || strncmp(ggml_backend_dev_name(dev), "CUDA", 4) != 0) {
             return "early exit works on CPUs and with CUDA, but the model is on another device: gpu_layers must be 0, or "
                    "llama.cpp built with CUDA";
@@ -261,8 +261,8 @@ const char * drex_llama_device(drex_llama * l, int32_t * cuda, void ** stream) {
 }
 
 int32_t drex_llama_layer(const drex_llama * l, int32_t layer, drex_llama_kv * out) {
-    llama_window_kv kv;
-    if (!llama_window_get_kv(l->ctx, layer, &kv)) {
+    llama_layer_range_kv kv;
+    if (!llama_layer_range_get_kv(l->ctx, layer, &kv)) {
         return 0;
     }
     *out = {};
@@ -321,7 +321,7 @@ int32_t drex_llama_window(drex_llama * l, const int32_t * tokens, const int32_t 
         if (!fill(l, tokens, positions, sequences, nullptr, n)) {
             return -1;
         }
-        const int32_t ret = llama_window_decode(l->ctx, l->batch, begin, end, slots);
+        const int32_t ret = llama_layer_range_decode(l->ctx, l->batch, begin, end, slots);
         // what drex scores on a device's stream needs no wait
         if (ret == 0 && (!l->stream || end == llama_model_n_layer(l->model))) {
             llama_synchronize(l->ctx);
@@ -336,13 +336,13 @@ int32_t drex_llama_project(drex_llama * l, const int32_t * positions, const int3
         if (!fill(l, nullptr, positions, sequences, nullptr, n)) {
             return -1;
         }
-        return llama_window_project(l->ctx, l->batch, begin, slots);
+        return llama_layer_range_project(l->ctx, l->batch, begin, slots);
     });
 }
 
-const uint32_t * drex_llama_cells(const drex_llama * l) { return llama_window_cells(l->ctx); }
+const uint32_t * drex_llama_cells(const drex_llama * l) { return llama_layer_range_cells(l->ctx); }
 static const ggml_tensor * plain_logits(const drex_llama * l) {
-    const ggml_tensor * t = llama_window_logits(l->ctx);
+    const ggml_tensor * t = llama_layer_range_logits(l->ctx);
     const bool plain = t && t->buffer && t->type == GGML_TYPE_F32 &&
         t->nb[1] == sizeof(float)*llama_vocab_n_tokens(l->vocab) &&
         (l->stream || ggml_backend_buffer_is_host(t->buffer));
@@ -354,7 +354,7 @@ const float * drex_llama_logits(drex_llama * l, int32_t i, int32_t window) {
             const ggml_tensor * t = plain_logits(l);
             return t ? static_cast<const float *>(t->data) + size_t(i)*llama_vocab_n_tokens(l->vocab) : nullptr;
         }
-        if (window && !llama_window_fetch_logits(l->ctx, i, 1)) {
+        if (window && !llama_layer_range_fetch_logits(l->ctx, i, 1)) {
             return nullptr;
         }
         return llama_get_logits_ith(l->ctx, i);
@@ -370,7 +370,7 @@ void drex_llama_forget(drex_llama * l, int32_t sequence) {
     llama_memory_seq_rm(llama_get_memory(l->ctx), sequence, -1, -1);
 }
 void drex_llama_rollback(drex_llama * l, int32_t sequence, int32_t position) {
-    llama_window_rollback(l->ctx, sequence, position);
+    llama_layer_range_rollback(l->ctx, sequence, position);
 }
 
 drex_llama_sampler * drex_llama_sampler_new(const drex_llama * l, const drex_llama_sampling * p, const int32_t * prompt,
@@ -439,6 +439,10 @@ int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, int
     });
 }
 
-void drex_llama_perf(const drex_llama * l, uint64_t * built, uint64_t * reused) { llama_window_perf(l->ctx, built, reused); }
+void drex_llama_perf(const drex_llama * l, uint64_t * built, uint64_t * reused) {
+    const auto perf = llama_layer_range_perf(l->ctx);
+    *built  = perf.n_built;
+    *reused = perf.n_reused;
+}
 
 } // extern "C"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the backend needs of the patched llama.cpp, as plain C: llama.h passes large structs by value and llama-window.h
+ * What the backend needs of the patched llama.cpp, as plain C: llama.h passes large structs by value and llama-layer-range.h
  * is C++, so this is compiled against the headers of the very libraries that it is loaded with.
  *
  * One thread at a time for each engine. No exception leaves a call. */

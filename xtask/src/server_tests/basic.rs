@@ -17,10 +17,8 @@ pub const TESTS: fn() -> Vec<Test> = || {
             answers(suite, &suite.patched, &["--drex-policy", "off"])
         }),
         Test::new("as the README and --help start it, rows exit", as_told),
-        Test::new(
-            "a policy unifies the KV cache, whatever the flags say",
-            unified,
-        ),
+        Test::new("a policy runs on the cache that the flags ask for", layouts),
+        Test::new("a policy takes no room in the context away", room),
     ]
 };
 
@@ -105,13 +103,13 @@ fn as_told(suite: &Suite) -> Result<()> {
     Ok(())
 }
 
-fn unified(suite: &Suite) -> Result<()> {
+fn layouts(suite: &Suite) -> Result<()> {
     let model = suite.model.to_string_lossy();
     let common = ["-m", &model, "-np", "2", "-c", "1024", "-t", "2"];
-    for flags in [
-        &["--drex-policy", "auto"][..],
-        &["--no-kv-unified", "--drex-policy", "auto"],
-        &["--drex-policy", "auto", "--no-kv-unified"],
+    for (flags, n_ctx) in [
+        (&["--drex-policy", "auto"][..], 512),
+        (&["--drex-policy", "auto", "--no-kv-unified"], 512),
+        (&["--drex-policy", "auto", "--kv-unified"], 1024),
     ] {
         let server = Server::start(&suite.patched.0, common.iter().chain(flags))?;
         let done = generate(server.client, &vec![greedy("Returns the", 20); 2], 2)?;
@@ -120,7 +118,47 @@ fn unified(suite: &Suite) -> Result<()> {
                 .all(|g| g.tokens.len() == 20 && !exits(g).is_empty()),
             "{flags:?}: {done:?}"
         );
+        let slots = server.client.get("/slots")?.ok()?.json()?;
+        ensure!(
+            slots[0]["n_ctx"] == n_ctx,
+            "{flags:?}: a slot has {} instead of {n_ctx}",
+            slots[0]["n_ctx"]
+        );
     }
+    Ok(())
+}
+
+/// Each slot has its share of the context, and answers that fill it end as those of the unpatched server.
+fn room(suite: &Suite) -> Result<()> {
+    let model = suite.model.to_string_lossy();
+    let common = ["-m", &model, "-np", "4", "-c", "1024", "-t", "2"];
+    let mut lengths = Vec::new();
+    for (build, flags) in [
+        (&suite.reference, &[][..]),
+        (&suite.patched, &["--drex-policy", "hold"]),
+        (
+            &suite.patched,
+            &["--drex-policy", "auto", "--drex-fill", "verify"],
+        ),
+    ] {
+        let server = Server::start(&build.0, common.iter().chain(flags))?;
+        let requests: Vec<_> = (0..4).map(|i| greedy(&super::prompt(i), 2000)).collect();
+        let done = generate(server.client, &requests, 4)?;
+        let ends = |g: &super::Generation| {
+            g.last["tokens_evaluated"].as_u64().unwrap_or(0)
+                + g.last["timings"]["predicted_n"].as_u64().unwrap_or(0)
+        };
+        lengths.push(done.iter().map(ends).collect::<Vec<_>>());
+    }
+    ensure!(
+        lengths[0].iter().all(|n| *n >= 255),
+        "the unpatched server stops at {:?}",
+        lengths[0]
+    );
+    ensure!(
+        lengths.iter().all(|l| *l == lengths[0]),
+        "answers end after {lengths:?} tokens of context"
+    );
     Ok(())
 }
 

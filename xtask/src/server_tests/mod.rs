@@ -127,7 +127,7 @@ impl Suite {
             "-fa",
             "on",
         ];
-        let flags = ["--kv-unified", "--metrics", "--slots", "--no-webui"];
+        let flags = ["--metrics", "--slots", "--no-webui"];
         Server::start(&build.0, common.iter().chain(&flags).chain(args))
     }
 }

@@ -10,7 +10,7 @@ use crate::{gpu, process};
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
         Test::new("layer windows equal full passes", |suite| {
-            run(suite, &suite.patched, "window-test", &[])
+            run(suite, &suite.patched, "range-test", &[])
         }),
         Test::new(
             "K/V of rows that go deep later equal those of full passes",
@@ -20,7 +20,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
             "exact: regrouped layer windows equal full passes",
             |suite| {
                 let build = &super::exact::builds(suite)?.1;
-                run(suite, build, "window-test", &["--regroup"])
+                run(suite, build, "range-test", &["--regroup"])
             },
         )
         .exact(),

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+// early exit with dynamic rebatching (llama-server), see docs of drex
+struct common_params_drex {
+    std::string policy = "off";
+    std::string metric = "gap";
+    std::string fill   = "copy";
+
+    std::vector<uint32_t> exit_layers;          // empty: from the model's metadata
+    std::vector<float>    thresholds = { 0.7f }; // one, or one for each exit layer
+
+    int32_t n_slots    = 0;   // rows of the hidden arena, 0 = n_parallel*(1 + max_pending)
+    int32_t max_pending = 8;  // exited tokens of a request whose skipped layers are still to be computed
+    int32_t n_graphs   = 128; // compute graphs kept, one for each (window, number of rows, layout of their streams)
+    int32_t graphs_mib = 0;   // most memory of these, 0 = by the size of the model
+    int32_t max_batch  = 0;   // most rows in one window, 0 = as many as there can be
+    int32_t flush_rows = 0;   // held rows that force a flush, 0 = the policy's own rule
+    int32_t min_ready  = 0;   // policy hold: flush when fewer rows are ready, 0 = 1
+
+    double max_hold_ms = 0.0; // 0 = a multiple of the predicted time of the remaining layers
+    double deadline_ms = 0.0; // time between tokens, 0 = none
+    double request_deadline_ms = 0.0; // time from prompt to last token, 0 = none
+
+    std::string profile;      // learned costs, read at the start and written at the end
+    std::string record;       // times and confidences, for drex-sim
+
+    float art_ratio = NAN;    // policy art: pins c/t_d, NaN = measured
+
+    bool enabled() const { return policy != "off"; }
+};

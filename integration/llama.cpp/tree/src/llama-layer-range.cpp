@@ -1,0 +1,1085 @@
+#include "llama-layer-range-impl.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <array>
+#include <memory>
+
+//
+// llama_row_places
+//
+
+void llama_row_places::assign(const std::vector<uint32_t> & streams, uint32_t n_stream) {
+    const uint32_t n_rows = streams.size();
+
+    std::vector<uint32_t> count(n_stream, 0);
+    for (const uint32_t s : streams) {
+        count[s]++;
+    }
+
+    std::vector<uint32_t> limits(count);
+    std::sort(limits.begin(), limits.end());
+    limits.erase(std::unique(limits.begin(), limits.end()), limits.end());
+
+    // the streams with at most `limit` rows as one group, over an aligned range, so that few layouts occur
+    auto shared = [&](uint32_t limit) {
+        group res = { 0, 0, limit, 0 };
+
+        uint32_t lo = n_stream, hi = 0;
+        for (uint32_t s = 0; s < n_stream; ++s) {
+            if (count[s] > 0 && count[s] <= limit) {
+                lo = std::min(lo, s);
+                hi = s;
+            }
+        }
+        if (lo < n_stream) {
+            uint32_t block = 1;
+            while (lo/block != hi/block) {
+                block *= 2;
+            }
+            res.s0       = lo/block*block;
+            res.n_stream = std::min(block, n_stream - res.s0);
+        }
+
+        return res;
+    };
+
+    // each other stream is a group of its own, which costs an attention operation: about as much as some masked places
+    const uint32_t group_cost = 48;
+
+    uint32_t best_limit = 0, best_cost = UINT32_MAX;
+    for (const uint32_t limit : limits) {
+        uint32_t cost    = limit*shared(limit).n_stream;
+        uint32_t n_group = 1;
+        for (uint32_t s = 0; s < n_stream; ++s) {
+            if (count[s] > limit) {
+                cost += count[s] + group_cost;
+                n_group++;
+            }
+        }
+        if (cost <= best_cost && n_group <= max_groups) {
+            best_cost  = cost;
+            best_limit = limit;
+        }
+    }
+
+    groups.clear();
+    uint32_t n_places = 0;
+
+    auto add = [&](group g) {
+        g.first   = n_places;
+        n_places += g.n_stream*g.n_query;
+        groups.push_back(g);
+    };
+
+    if (const group g = shared(best_limit); g.n_stream > 0) {
+        add(g);
+    }
+    std::vector<uint32_t> next(n_stream);
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        if (count[s] > best_limit) {
+            next[s] = n_places;
+            add({ s, 1, count[s], 0 });
+        } else if (count[s] > 0) {
+            next[s] = (s - groups[0].s0)*groups[0].n_query;
+        }
+    }
+
+    row_of_place.assign(n_places, -1);
+    place_of_row.resize(n_rows);
+    identity = n_places == n_rows;
+    for (uint32_t i = 0; i < n_rows; ++i) {
+        place_of_row[i] = next[streams[i]]++;
+        row_of_place[place_of_row[i]] = i;
+        identity = identity && place_of_row[i] == (int32_t) i;
+    }
+}
+
+//
+// graph
+//
+
+class llm_graph_input_range : public llm_graph_input_i {
+public:
+    llm_graph_input_range(const llama_layer_range * range) : range(range) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        auto set = [](ggml_tensor * t, const std::vector<int32_t> & data) {
+            if (t && t->buffer) {
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            }
+        };
+
+        set(arena_idx, range->arena_rows);
+        set(place_of_row, range->places.place_of_row);
+
+        if (row_of_place && row_of_place->buffer) {
+            std::vector<int32_t> rows(range->places.row_of_place);
+            std::replace(rows.begin(), rows.end(), -1, 0); // any row will do: the place is masked
+            set(row_of_place, rows);
+        }
+
+        if (out_ids && out_ids->buffer) {
+            std::vector<int32_t> ids;
+            for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+                if (ubatch->output[i]) {
+                    ids.push_back(i);
+                }
+            }
+            set(out_ids, ids);
+        }
+    }
+
+    // the ranges of one kept graph are all alike
+    bool can_reuse(const llm_graph_params & params) override {
+        range = params.range;
+
+        return range != nullptr;
+    }
+
+    ggml_tensor * arena_idx    = nullptr; // I32 [n_tokens]
+    ggml_tensor * out_ids      = nullptr; // I32 [n_outputs]
+    ggml_tensor * row_of_place = nullptr; // I32 [n_places]
+    ggml_tensor * place_of_row = nullptr; // I32 [n_tokens]
+
+    const llama_layer_range * range;
+};
+
+int64_t llama_layer_range_n_layer(const llama_layer_range * range, const llama_hparams & hparams) {
+    return range ? range->il_end : hparams.n_layer();
+}
+
+ggml_cgraph * llama_layer_range_begin(const llama_layer_range & range, ggml_cgraph * gf) {
+    range.gf_live      = gf;
+    range.arena_idx    = nullptr;
+    range.out_ids      = nullptr;
+    range.entered      = nullptr;
+    range.left         = nullptr;
+    range.dead_embd    = nullptr;
+    range.row_of_place = nullptr;
+    range.place_of_row = nullptr;
+    range.in_group     = false;
+
+    ggml_graph_clear(range.gf_dead);
+
+    return range.il_begin > 0 ? range.gf_dead : gf;
+}
+
+ggml_cgraph * llama_layer_range_gf_store(const llm_graph_context & gctx, int il) {
+    return gctx.range->project && il >= gctx.range->il_begin ? gctx.range->gf_live : gctx.gf;
+}
+
+ggml_tensor * llama_layer_range_build_dead_embd(const llm_graph_context & gctx) {
+    ggml_tensor * cur = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_F32, gctx.n_embd, gctx.n_tokens);
+    gctx.cb(cur, "range_dead_embd", -1);
+    gctx.range->dead_embd = cur;
+
+    return cur;
+}
+
+static ggml_tensor * new_idx(const llm_graph_context & gctx, int64_t n, const char * name) {
+    ggml_tensor * cur = ggml_new_tensor_1d(gctx.ctx0, GGML_TYPE_I32, n);
+    ggml_set_input(cur);
+    gctx.cb(cur, name, -1);
+
+    return cur;
+}
+
+// the inputs of the range are made when the first of them is needed
+static const llama_layer_range & with_inputs(const llm_graph_context & gctx) {
+    const auto & range = *gctx.range;
+
+    if (!range.arena_idx) {
+        auto inp = std::make_unique<llm_graph_input_range>(&range);
+
+        inp->arena_idx = range.arena_idx = new_idx(gctx, gctx.n_tokens, "range_arena_idx");
+        if (!range.is_last()) {
+            inp->out_ids = range.out_ids = new_idx(gctx, gctx.n_outputs, "range_out_ids");
+        }
+        if (!range.places.identity) {
+            inp->row_of_place = range.row_of_place = new_idx(gctx, range.places.row_of_place.size(), "range_row_of_place");
+            inp->place_of_row = range.place_of_row = new_idx(gctx, gctx.n_tokens,                    "range_place_of_row");
+        }
+
+        gctx.res->add_input(std::move(inp));
+    }
+
+    return range;
+}
+
+ggml_tensor * llama_layer_range_build_cut(const llm_graph_context & gctx, ggml_tensor * cur, int il) {
+    const auto & range = with_inputs(gctx);
+
+    if (il + 1 == range.il_begin) {
+        if (!range.project) {
+            gctx.gf = range.gf_live;
+        }
+        range.entered = ggml_get_rows(gctx.ctx0, range.hidden, range.arena_idx);
+        gctx.cb(range.entered, "range_enter", -1);
+
+        return range.entered;
+    }
+
+    if (range.project && il + 1 > range.il_begin) {
+        return range.entered;
+    }
+
+    if (il + 1 == range.il_end && !range.is_last()) {
+        GGML_ASSERT(cur->ne[1] == gctx.n_tokens);
+
+        ggml_tensor * out = ggml_set_rows(gctx.ctx0, range.hidden, cur, range.arena_idx);
+        gctx.cb(out, "range_leave", -1);
+        range.left = out;
+        ggml_build_forward_expand(gctx.gf, out);
+
+        return ggml_get_rows(gctx.ctx0, cur, range.out_ids);
+    }
+
+    return cur;
+}
+
+ggml_tensor * llama_layer_range_build_attn(
+        const llm_graph_context & gctx,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_mask, ggml_tensor * sinks, ggml_tensor * v_mla,
+        int64_t n_kv_max, float kq_scale, int il) {
+    const auto & range  = with_inputs(gctx);
+    const auto & places = range.places;
+
+    ggml_context * ctx0 = gctx.ctx0;
+
+    if (gctx.gf == range.gf_dead && !v_mla) {
+        // nobody computes it: only its shape counts
+        const int64_t n_embd_head_v = v->nb[1] > v->nb[2] ? v->ne[2] : v->ne[0];
+        return ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_embd_head_v*q->ne[1], q->ne[2]);
+    }
+
+    const int64_t n_embd = q->ne[0]*q->ne[1];
+
+    // [n_embd_head*n_head, n_tokens]
+    ggml_tensor * rows = q->nb[1] == ggml_row_size(q->type, q->ne[0]) ?
+        ggml_view_2d(ctx0, q, n_embd, q->ne[2], q->nb[2], 0) :
+        ggml_cont_2d(ctx0, q, n_embd, q->ne[2]);
+
+    if (!places.identity) {
+        rows = ggml_get_rows(ctx0, rows, range.row_of_place);
+    }
+
+    range.in_group = true;
+
+    ggml_tensor * cur = nullptr;
+    for (const auto & g : places.groups) {
+        ggml_tensor * q_g = ggml_view_3d(ctx0, rows, q->ne[0], q->ne[1], g.n_stream*g.n_query,
+                ggml_row_size(q->type, q->ne[0]), rows->nb[1], g.first*rows->nb[1]);
+        ggml_tensor * k_g = ggml_view_4d(ctx0, k, k->ne[0], k->ne[1], k->ne[2], g.n_stream, k->nb[1], k->nb[2], k->nb[3], g.s0*k->nb[3]);
+        ggml_tensor * v_g = ggml_view_4d(ctx0, v, v->ne[0], v->ne[1], v->ne[2], g.n_stream, v->nb[1], v->nb[2], v->nb[3], g.s0*v->nb[3]);
+        ggml_tensor * m_g = ggml_view_4d(ctx0, kq_mask, kq_mask->ne[0], g.n_query, 1, g.n_stream,
+                kq_mask->nb[1], g.n_query*kq_mask->nb[1], g.n_query*kq_mask->nb[1], g.first*kq_mask->nb[1]);
+
+        ggml_tensor * cur_g = gctx.build_attn_mha(q_g, k_g, v_g, nullptr, m_g, sinks, v_mla, n_kv_max, kq_scale, il);
+
+        cur = cur ? ggml_concat(ctx0, cur, cur_g, 1) : cur_g;
+    }
+
+    range.in_group = false;
+
+    if (!places.identity) {
+        cur = ggml_get_rows(ctx0, cur, range.place_of_row);
+    }
+    ggml_build_forward_expand(gctx.gf, cur);
+
+    return cur;
+}
+
+//
+// memory
+//
+
+llama_kv_cache::slot_info llama_kv_cache::find_row_slots(const llama_ubatch & ubatch, const std::vector<uint32_t> & cells) {
+    slot_info res;
+
+    res.s0 = 0;
+    res.s1 = n_stream - 1;
+    res.resize(ubatch.n_tokens);
+
+    struct cursor {
+        uint32_t head     = 0;
+        uint32_t n_tested = 0;
+        uint32_t n_new    = 0;
+    };
+    std::vector<cursor> cursors(n_stream);
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        res.strm[i] = seq_to_stream[ubatch.seq_id[i][0]];
+        cursors[res.strm[i]].n_new += cells[i] == UINT32_MAX;
+    }
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        // where find_slot() would begin
+        cursors[s].head = v_heads[s] > v_cells[s].get_used() + 2*cursors[s].n_new ? 0 : v_heads[s];
+    }
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        uint32_t idx = cells[i];
+        if (idx == UINT32_MAX) {
+            const auto & stream = v_cells[res.strm[i]];
+            auto       & c      = cursors[res.strm[i]];
+            for (; c.n_tested < stream.size() && idx == UINT32_MAX; ++c.n_tested) {
+                c.head = c.head >= stream.size() ? 0 : c.head;
+                if (stream.is_empty(c.head)) {
+                    idx = c.head;
+                }
+                c.head++;
+            }
+            if (idx == UINT32_MAX) {
+                return {};
+            }
+        }
+        res.idxs[i] = { idx };
+    }
+
+    return res;
+}
+
+llama_memory_context_ptr llama_kv_cache::init_batch_rows(
+        llama_batch_allocr & balloc,
+        uint32_t n_ubatch,
+        const std::vector<uint32_t> & cells,
+        bool placed,
+        const llama_row_places * places) {
+    balloc.split_reset();
+
+    std::vector<llama_ubatch> ubatches;
+    ubatches.push_back(balloc.split_simple(n_ubatch));
+
+    if (balloc.get_n_used() < balloc.get_n_tokens() || cells.size() != balloc.get_n_tokens()) {
+        return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+
+    auto sinfo = find_row_slots(ubatches[0], cells);
+    if (sinfo.empty()) {
+        return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+
+    sinfo.placed = placed;
+    sinfo.places = places;
+
+    if (!placed) {
+        // cells of tokens that these take the place of
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (cells[i] != UINT32_MAX) {
+                v_cells[sinfo.strm[i]].rm(cells[i]);
+            }
+        }
+    }
+
+    return std::make_unique<llama_kv_cache_context>(this, slot_info_vec_t { std::move(sinfo) }, std::move(ubatches));
+}
+
+int64_t llama_kv_cache_context::get_n_queries(int64_t n_tokens) const {
+    const auto * places = get_places();
+    return places ? places->row_of_place.size() : n_tokens;
+}
+
+template<typename T>
+static void set_mask(T * data, int64_t n_kv, const llama_ubatch & ubatch, const llama_row_places & places,
+        const llama_kv_cells_vec & v_cells, const std::vector<uint32_t> & seq_to_stream, uint32_t n_swa, llama_swa_type swa_type, bool alibi) {
+    T keep, drop;
+    if constexpr (std::is_same_v<T, ggml_fp16_t>) {
+        keep = ggml_fp32_to_fp16(0.0f);
+        drop = ggml_fp32_to_fp16(-INFINITY);
+    } else {
+        keep = 0.0f;
+        drop = -INFINITY;
+    }
+
+    std::fill(data, data + n_kv*places.row_of_place.size(), drop);
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id seq = ubatch.seq_id[i][0];
+        const llama_pos    p1  = ubatch.pos[i];
+        const auto & cells = v_cells.at(seq_to_stream[seq]);
+
+        T * dst = data + n_kv*places.place_of_row[i];
+
+        const int64_t n = std::min<int64_t>(n_kv, cells.used_max_p1());
+        for (int64_t j = 0; j < n; ++j) {
+            if (cells.is_empty(j) || !cells.seq_has(j, seq)) {
+                continue;
+            }
+            const llama_pos p0 = cells.pos_get(j);
+            if (p0 > p1 || llama_hparams::is_masked_swa(n_swa, swa_type, p0, p1)) {
+                continue;
+            }
+            if (alibi) {
+                if constexpr (std::is_same_v<T, ggml_fp16_t>) {
+                    dst[j] = ggml_fp32_to_fp16(-std::abs(p0 - p1));
+                } else {
+                    dst[j] = -std::abs(p0 - p1);
+                }
+            } else {
+                dst[j] = keep;
+            }
+        }
+    }
+}
+
+void llama_kv_cache::set_input_kq_mask_rows(ggml_tensor * dst, const llama_ubatch & ubatch, const llama_row_places & places) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+    GGML_ASSERT(dst->ne[1] == (int64_t) places.row_of_place.size());
+
+    if (dst->type == GGML_TYPE_F16) {
+        set_mask((ggml_fp16_t *) dst->data, dst->ne[0], ubatch, places, v_cells, seq_to_stream, n_swa, swa_type, hparams.use_alibi);
+    } else {
+        set_mask((float *)       dst->data, dst->ne[0], ubatch, places, v_cells, seq_to_stream, n_swa, swa_type, hparams.use_alibi);
+    }
+}
+
+//
+// llama_layer_ranges
+//
+
+namespace {
+
+// what an arena row holds
+struct arena_row {
+    llama_seq_id seq  = -1;
+    llama_pos    pos  = -1;
+    int32_t      il   = -1; // the layer this row enters next, -1: empty
+    uint32_t     cell = 0;  // within the sequence's stream
+};
+
+// what decode() keeps from call to call, so that its graph can be reused
+struct kept_graph {
+    int32_t  il_begin;
+    int32_t  il_end;
+    uint32_t n_tokens;
+    uint32_t n_outputs;
+    bool     project;
+
+    llama_row_places places;
+
+    uint64_t t_last_used = 0;
+    size_t   bytes       = 0;
+
+    ggml_backend_sched_ptr sched;
+
+    std::array<llm_graph_result_ptr, 2> gf_res_prev;
+    llm_graph_result * gf_res_prev_active = nullptr;
+};
+
+} // namespace
+
+struct llama_layer_ranges {
+    llama_context & ctx;
+
+    size_t n_nodes = 0; // of a kept graph
+
+    llama_layer_range_params params;
+    const int32_t n_layer;
+
+    ggml_context_ptr        ctx_hidden;
+    ggml_backend_buffer_ptr buf_hidden;
+
+    std::vector<uint8_t> buf_dead;
+    ggml_context_ptr     ctx_dead;
+
+    llama_layer_range range; // the current one
+
+    std::vector<arena_row> rows;  // [n_rows]
+    std::vector<arena_row> spare; // cells that rolled back tokens have left, for the next tokens at their positions
+
+    std::vector<uint32_t> cells;      // of the current batch, within their streams; UINT32_MAX: none yet
+    std::vector<uint32_t> cells_all;  // of the last batch, over all streams
+    std::vector<uint32_t> streams;    // of the current batch
+    std::vector<uint64_t> row_used;   // [n_rows] number of the last call that had this row
+
+    std::vector<std::unique_ptr<kept_graph>> graphs;
+    const kept_graph * current = nullptr; // in use by decode()
+
+    ggml_tensor *      logits         = nullptr;
+    ggml_backend_t     logits_backend = nullptr;
+    const kept_graph * logits_graph   = nullptr;
+
+    uint64_t n_calls   = 0;
+    uint64_t n_built   = 0;
+    uint64_t n_reused  = 0;
+    uint64_t n_evicted = 0;
+
+    llama_layer_ranges(llama_context & ctx, llama_layer_range_params params) :
+        ctx(ctx), params(params), n_layer(ctx.model.hparams.n_layer()) {}
+
+    static llama_layer_ranges * get(const llama_context * ctx) {
+        return ctx->ranges.get();
+    }
+
+    llama_kv_cache & kv() const {
+        return *static_cast<llama_kv_cache *>(ctx.memory.get());
+    }
+
+    static const char * init(llama_context * ctx, llama_layer_range_params params) {
+        const auto & model   = ctx->model;
+        const auto & hparams = model.hparams;
+        const auto & cparams = ctx->cparams;
+
+        if (params.n_rows == 0 || params.n_graphs == 0) {
+            return "n_rows and n_graphs must be at least 1";
+        }
+        if (!dynamic_cast<llama_kv_cache *>(ctx->memory.get()) || hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+            return "layer ranges need a plain KV cache (no recurrent, hybrid or sliding-window memory)";
+        }
+        if (cparams.embeddings || cparams.pooling_type != LLAMA_POOLING_TYPE_NONE || !cparams.causal_attn) {
+            return "layer ranges need a causal context without embeddings and pooling";
+        }
+        if (cparams.pipeline_parallel) {
+            return "layer ranges do not support pipeline parallelism";
+        }
+
+        if (params.max_bytes == 0) {
+            params.max_bytes = std::min<size_t>(std::max<size_t>(model.size()/4, 64u << 20), 1u << 30);
+        }
+
+        auto res = std::make_shared<llama_layer_ranges>(*ctx, params);
+
+        ggml_init_params iparams = { ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
+        res->ctx_hidden.reset(ggml_init(iparams));
+        if (!res->ctx_hidden) {
+            return "failed to create the context of the arena";
+        }
+
+        res->range.n_layer = res->n_layer;
+        res->range.hidden  = ggml_new_tensor_2d(res->ctx_hidden.get(), GGML_TYPE_F32, hparams.n_embd, params.n_rows);
+        ggml_set_name(res->range.hidden, "range_hidden");
+
+        auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(0));
+        res->buf_hidden.reset(ggml_backend_alloc_ctx_tensors_from_buft(res->ctx_hidden.get(), buft));
+        if (!res->buf_hidden) {
+            return "failed to allocate the arena";
+        }
+
+        res->rows    .resize(params.n_rows);
+        res->row_used.resize(params.n_rows, 0);
+
+        ctx->sched_reserve();
+
+        // at first that of the stock graphs, see llama_layer_range_max_nodes()
+        res->n_nodes = ctx->gf_res_reserve->get_max_nodes();
+        const size_t n_nodes_dead = llama_layer_range_max_nodes(res.get(), res->n_nodes);
+        res->buf_dead.resize(ggml_graph_overhead_custom(n_nodes_dead, false) + ggml_tensor_overhead());
+        res->ctx_dead.reset(ggml_init({ res->buf_dead.size(), res->buf_dead.data(), /*.no_alloc =*/ true }));
+        res->range.gf_dead = ggml_new_graph_custom(res->ctx_dead.get(), n_nodes_dead, false);
+
+        if (const char * why = res->check_model()) {
+            return why;
+        }
+
+        ctx->ranges = std::move(res);
+
+        ctx->sched_need_reserve = true;
+        ctx->sched_reserve();
+
+        return nullptr;
+    }
+
+    // Builds the graphs of both sides of a cut, without memory for them.
+    const char * check_model() {
+        if (n_layer < 2) {
+            return "the model has less than two layers";
+        }
+
+        llm_graph_result res(n_nodes);
+
+        auto mctx = ctx.memory->init_full();
+        if (!mctx) {
+            return "the memory of this model cannot be inspected";
+        }
+        llama_batch_allocr balloc(ctx.model.hparams.n_pos_per_embd());
+        const auto ubatch = balloc.ubatch_reserve(1, 1);
+
+        range.arena_rows = { 0 };
+        range.places.assign({ 0 }, kv().get_n_stream());
+
+        const auto n_outputs = ctx.n_outputs;
+        ctx.n_outputs = 1;
+
+        const char * why = nullptr;
+        for (const bool deep : { false, true }) {
+            range.il_begin = deep ? n_layer/2 : 0;
+            range.il_end   = deep ? n_layer   : n_layer/2;
+
+            ctx.range_cur = &range;
+            res.reset();
+            auto * gf = ctx.model.build_graph(ctx.graph_params(&res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT));
+            ctx.range_cur = nullptr;
+
+            bool cut = false;
+            for (int i = 0; gf && i < ggml_graph_n_nodes(gf); ++i) {
+                const auto * node = ggml_graph_node(gf, i);
+                cut = cut || node == (deep ? range.entered : range.left);
+                for (const auto * src : node->src) {
+                    if (src && src == range.dead_embd) {
+                        why = "later layers of this model read the token embeddings, so its layers cannot be cut";
+                    }
+                }
+            }
+            if (!gf || !cut) {
+                why = "the graph of this model does not name its layers' ends, so its layers cannot be cut";
+            }
+        }
+
+        ctx.n_outputs = n_outputs;
+
+        return why;
+    }
+
+    // false: the batch and the arena rows do not fit together
+    bool check(const llama_batch_ext & batch, int32_t il_begin, int32_t il_end, const int32_t * arena) {
+        if (il_begin < 0 || il_begin >= il_end || il_end > n_layer) {
+            LLAMA_LOG_ERROR("layer range: [%d, %d) is not a range of %d layers\n", il_begin, il_end, n_layer);
+            return false;
+        }
+        if (batch.tokens.empty() || batch.tokens.size() > ctx.cparams.n_ubatch) {
+            LLAMA_LOG_ERROR("layer range: n_tokens = %zu is not in [1, n_ubatch = %u]\n", batch.tokens.size(), ctx.cparams.n_ubatch);
+            return false;
+        }
+
+        n_calls++;
+
+        for (size_t i = 0; i < batch.tokens.size(); ++i) {
+            const auto & tok = batch.tokens[i];
+
+            if (arena[i] < 0 || arena[i] >= (int32_t) params.n_rows || row_used[arena[i]] == n_calls) {
+                LLAMA_LOG_ERROR("layer range: rows[%zu] = %d is not in [0, %u) or not distinct\n", i, arena[i], params.n_rows);
+                return false;
+            }
+            row_used[arena[i]] = n_calls;
+
+            if (tok.seq_ids.size() != 1 || tok.id == LLAMA_TOKEN_NULL) {
+                LLAMA_LOG_ERROR("layer range: token %zu must be a text token of one sequence\n", i);
+                return false;
+            }
+            const auto seq = *tok.seq_ids.begin();
+            if (seq < 0 || seq >= (llama_seq_id) kv().get_n_seq_max()) {
+                LLAMA_LOG_ERROR("layer range: sequence %d of token %zu is not in [0, %u)\n", seq, i, kv().get_n_seq_max());
+                return false;
+            }
+            if (il_begin > 0 && !holds_row(arena[i], seq, tok.pos[0], il_begin)) {
+                LLAMA_LOG_ERROR("layer range: arena row %d does not hold the row of sequence %d, position %d at layer %d\n",
+                        arena[i], seq, tok.pos[0], il_begin);
+                return false;
+            }
+        }
+
+        return true;
+    }
+
+    bool holds_row(int32_t i, llama_seq_id seq, llama_pos pos, int32_t il) const {
+        if (i < 0 || i >= (int32_t) params.n_rows) {
+            return false;
+        }
+        const auto & row = rows[i];
+        return row.il == il && row.seq == seq && row.pos == pos && holds(row.cell, seq, pos);
+    }
+
+    // the cell of a token that is about to run: deep ranges find it by arena row, first ones take what a rollback left
+    uint32_t find_cell(llama_seq_id seq, llama_pos pos, int32_t il_begin, int32_t row) {
+        if (il_begin > 0) {
+            return rows[row].cell;
+        }
+
+        for (const auto & s : spare) {
+            // the sequence may have been changed since
+            if (s.seq == seq && s.pos == pos && holds(s.cell, seq, pos)) {
+                return s.cell;
+            }
+        }
+
+        return UINT32_MAX;
+    }
+
+    bool holds(uint32_t cell, llama_seq_id seq, llama_pos pos) const {
+        const auto & all = kv().get_cells(seq);
+
+        return !all.is_empty(cell) && all.pos_get(cell) == pos && all.seq_has(cell, seq);
+    }
+
+    void rollback(llama_seq_id seq, llama_pos pos) {
+        // the arena's rows know where their tokens lie, which spares a search through the memory
+        for (const auto & row : rows) {
+            if (row.seq != seq || row.pos < pos || !holds(row.cell, seq, row.pos)) {
+                continue;
+            }
+            const bool known = std::any_of(spare.begin(), spare.end(), [&](const auto & s) { return s.cell == row.cell && s.seq == seq; });
+            if (!known) {
+                spare.push_back(row);
+            }
+        }
+    }
+
+    //
+    // graphs
+    //
+
+    size_t bytes() const {
+        size_t res = 0;
+        for (const auto & g : graphs) {
+            res += g->bytes;
+        }
+        return res;
+    }
+
+    // nullptr: the batch runs in the context's own scheduler, and its graph is not kept
+    kept_graph * get_graph(uint32_t n_tokens, uint32_t n_outputs) {
+        if (n_tokens > params.n_rows_graph || range.places.groups.size() > 1) {
+            return nullptr;
+        }
+
+        for (auto & g : graphs) {
+            if (g->il_begin == range.il_begin && g->il_end == range.il_end && g->n_tokens == n_tokens && g->n_outputs == n_outputs &&
+                    g->project == range.project && g->places.same_layout(range.places)) {
+                g->t_last_used = n_calls;
+                return g.get();
+            }
+        }
+
+        auto g = std::make_unique<kept_graph>();
+
+        g->il_begin    = range.il_begin;
+        g->il_end      = range.il_end;
+        g->n_tokens    = n_tokens;
+        g->n_outputs   = n_outputs;
+        g->project     = range.project;
+        g->t_last_used = n_calls;
+        g->places      = range.places;
+        g->sched.reset(ggml_backend_sched_new(ctx.backend_ptrs.data(), ctx.backend_buft.data(), ctx.backend_ptrs.size(),
+                    n_nodes, false, ctx.cparams.op_offload));
+        g->gf_res_prev[n_outputs > 0].reset(new llm_graph_result(n_nodes));
+
+        graphs.push_back(std::move(g));
+
+        return graphs.back().get();
+    }
+
+    void add_memory(std::map<ggml_backend_buffer_type_t, size_t> & res) const {
+        res[ggml_backend_buffer_get_type(buf_hidden.get())] += ggml_backend_buffer_get_size(buf_hidden.get());
+
+        for (const auto & g : graphs) {
+            for (auto * b : ctx.backend_ptrs) {
+                if (g->sched) {
+                    res[ggml_backend_sched_get_buffer_type(g->sched.get(), b)] += ggml_backend_sched_get_buffer_size(g->sched.get(), b);
+                }
+            }
+        }
+    }
+
+    void drop_logits() {
+        logits         = nullptr;
+        logits_backend = nullptr;
+        logits_graph   = nullptr;
+    }
+
+    void evict(size_t i) {
+        if (graphs[i].get() == logits_graph) {
+            drop_logits();
+        }
+        graphs.erase(graphs.begin() + i);
+        n_evicted++;
+    }
+
+    // down to the bounds; the current graph stays
+    void trim(size_t max_graphs, size_t max_bytes) {
+        while (graphs.size() > max_graphs || bytes() > max_bytes) {
+            size_t oldest = graphs.size();
+            for (size_t i = 0; i < graphs.size(); ++i) {
+                if (graphs[i].get() != current && (oldest == graphs.size() || graphs[i]->t_last_used < graphs[oldest]->t_last_used)) {
+                    oldest = i;
+                }
+            }
+            if (oldest == graphs.size()) {
+                return;
+            }
+            evict(oldest);
+        }
+    }
+
+    void reset() {
+        drop_logits();
+        graphs.clear();
+    }
+
+    //
+    // decode
+    //
+
+    bool fetch_logits(int32_t first, int32_t n) {
+        const auto & ids = ctx.output_ids;
+        if (!logits || first < 0 || n < 1 || first + n > (int32_t) ids.size() || ids[first] < 0 || ids[first + n - 1] != ids[first] + n - 1 ||
+                ids[first + n - 1] >= logits->ne[1]) {
+            LLAMA_LOG_ERROR("layer range: the last one has no logits of tokens [%d, %d)\n", first, first + n);
+            return false;
+        }
+        const int64_t row = ids[first];
+        ggml_backend_tensor_get_async(logits_backend, logits, ctx.logits.data + row*logits->ne[0], row*logits->nb[1], n*logits->nb[1]);
+
+        return true;
+    }
+
+    ggml_backend_t backend() const {
+        auto * dev = ctx.model.dev_output();
+
+        auto is_there = [&](const ggml_tensor * t) {
+            return ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU ?
+                ggml_backend_buffer_is_host(t->buffer) :
+                ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer)) == dev;
+        };
+
+        bool one = is_there(range.hidden);
+        for (int32_t il = 0; il < n_layer; ++il) {
+            one = one && ctx.model.dev_layer(il) == dev && is_there(kv().get_k_storage(il)) && is_there(kv().get_v_storage(il));
+        }
+
+        for (auto * backend : ctx.backend_ptrs) {
+            if (one && ggml_backend_get_device(backend) == dev) {
+                return backend;
+            }
+        }
+
+        return nullptr;
+    }
+
+    // exchanges what decode() of the context works with, and back
+    void swap_with(kept_graph & g) {
+        std::swap(ctx.sched,              g.sched);
+        std::swap(ctx.gf_res_prev,        g.gf_res_prev);
+        std::swap(ctx.gf_res_prev_active, g.gf_res_prev_active);
+    }
+
+    int32_t decode(llama_batch_ext & batch, int32_t il_begin, int32_t il_end, const int32_t * arena, bool project) {
+        if (!check(batch, il_begin, il_end, arena)) {
+            return -1;
+        }
+
+        // what would reset the context's own graphs resets ours too, and must not happen while they are exchanged
+        ctx.sched_reserve();
+        ctx.memory_update(false);
+
+        drop_logits();
+
+        const size_t n_tokens  = batch.tokens.size();
+        uint32_t     n_outputs = 0;
+
+        range.il_begin = il_begin;
+        range.il_end   = il_end;
+        range.project  = project;
+        range.arena_rows.assign(arena, arena + n_tokens);
+
+        auto * batch_mem = batch.mem;
+
+        cells  .clear();
+        streams.clear();
+        for (size_t i = 0; i < n_tokens; ++i) {
+            const auto & tok = batch.tokens[i];
+            const auto   seq = *tok.seq_ids.begin();
+
+            n_outputs += tok.output;
+            streams.push_back(kv().get_stream(seq));
+            cells  .push_back(find_cell(seq, tok.pos[0], il_begin, arena[i]));
+            if (cells[i] != UINT32_MAX) {
+                batch.mem = nullptr; // the positions are in the memory already
+            }
+        }
+        range.places.assign(streams, kv().get_n_stream());
+
+        auto * graph = get_graph(n_tokens, n_outputs);
+
+        ctx.range_cur = &range;
+        current       = graph;
+        if (graph) {
+            swap_with(*graph);
+        } else {
+            ctx.gf_res_prev_active = nullptr; // it does not know of ranges
+        }
+
+        const auto n_reused_prev = ctx.n_reused;
+        const int  ret           = ctx.decode(batch);
+        const bool reused        = ctx.n_reused > n_reused_prev;
+
+        if (ret == 0) {
+            (reused ? n_reused : n_built)++;
+
+            // spare cells that are in use again
+            if (il_begin == 0 && !spare.empty()) {
+                spare.erase(std::remove_if(spare.begin(), spare.end(), [&](const auto & s) {
+                    const auto offs = kv().get_stream(s.seq)*kv().get_size();
+                    return !holds(s.cell, s.seq, s.pos) || std::find(cells_all.begin(), cells_all.end(), offs + s.cell) != cells_all.end();
+                }), spare.end());
+            }
+            if (!project && n_outputs > 0) {
+                logits         = ctx.gf_res_prev_active->get_logits();
+                logits_backend = logits ? ggml_backend_sched_get_tensor_backend(ctx.sched.get(), logits) : nullptr;
+                logits_graph   = graph;
+            }
+        } else {
+            for (size_t i = 0; i < n_tokens; ++i) {
+                rows[arena[i]] = {};
+            }
+        }
+
+        if (graph) {
+            if (ret == 0 && !reused) {
+                graph->bytes = 0;
+                for (auto * b : ctx.backend_ptrs) {
+                    graph->bytes += ggml_backend_sched_get_buffer_size(ctx.sched.get(), b);
+                }
+                graph->bytes += ggml_tensor_overhead()*n_nodes + 2*ggml_graph_overhead_custom(n_nodes, false);
+            }
+            swap_with(*graph);
+            trim(params.n_graphs, params.max_bytes);
+        } else {
+            ctx.gf_res_prev_active = nullptr;
+        }
+        current       = nullptr;
+        ctx.range_cur = nullptr;
+        batch.mem     = batch_mem;
+
+        return ret;
+    }
+};
+
+llama_memory_context_ptr llama_layer_range_init_batch(llama_layer_ranges & ranges, llama_memory_i & mem, llama_batch_allocr & balloc) {
+    // llama_layer_range_init() has checked the type
+    return static_cast<llama_kv_cache &>(mem).init_batch_rows(balloc, ranges.ctx.get_cparams().n_ubatch, ranges.cells,
+            ranges.range.il_begin > 0, &ranges.range.places);
+}
+
+void llama_layer_range_record(llama_layer_ranges & ranges, const llama_memory_context_i & mctx) {
+    const auto & ubatch = mctx.get_ubatch();
+    const auto & sinfo  = static_cast<const llama_kv_cache_context &>(mctx).get_sinfo();
+    const auto & range  = ranges.range;
+
+    ranges.cells_all.resize(ubatch.n_tokens);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const uint32_t cell = sinfo.idxs[i][0];
+        ranges.cells_all[i] = sinfo.strm[i]*ranges.kv().get_size() + cell;
+        ranges.rows[range.arena_rows[i]] = { ubatch.seq_id[i][0], ubatch.pos[i], range.is_last() ? -1 : range.il_end, cell };
+    }
+}
+
+// A batch of several prompts has an attention operation for each. The context's own scheduler runs such batches.
+size_t llama_layer_range_max_nodes(const llama_layer_ranges * ranges, size_t n_nodes) {
+    return ranges ? 4*n_nodes : n_nodes;
+}
+
+void llama_layer_range_reset(llama_layer_ranges & ranges) {
+    ranges.reset();
+}
+
+bool llama_layer_range_make_room(llama_layer_ranges & ranges) {
+    const auto n = ranges.graphs.size();
+    ranges.trim(0, 0);
+    return ranges.graphs.size() < n;
+}
+
+void llama_layer_range_memory(const llama_layer_ranges & ranges, std::map<ggml_backend_buffer_type_t, size_t> & bytes) {
+    ranges.add_memory(bytes);
+}
+
+//
+// interface
+//
+
+const char * llama_layer_range_init(llama_context * ctx, llama_layer_range_params params) {
+    return llama_layer_ranges::init(ctx, params);
+}
+
+int32_t llama_layer_range_decode(llama_context * ctx, llama_batch_ext * batch, int32_t il_begin, int32_t il_end, const int32_t * rows) {
+    auto * ranges = llama_layer_ranges::get(ctx);
+    if (!ranges) {
+        LLAMA_LOG_ERROR("%s: llama_layer_range_init() has not been called\n", __func__);
+        return -1;
+    }
+    return ranges->decode(*batch, il_begin, il_end, rows, false);
+}
+
+int32_t llama_layer_range_project(llama_context * ctx, llama_batch_ext * batch, int32_t il_begin, const int32_t * rows) {
+    auto * ranges = llama_layer_ranges::get(ctx);
+    if (!ranges || il_begin == 0) {
+        LLAMA_LOG_ERROR("%s: llama_layer_range_init() has not been called, or il_begin is 0\n", __func__);
+        return -1;
+    }
+    return ranges->decode(*batch, il_begin, ranges->n_layer, rows, true);
+}
+
+bool llama_layer_range_holds(const llama_context * ctx, int32_t row, llama_seq_id seq, llama_pos pos, int32_t il) {
+    const auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges && ranges->holds_row(row, seq, pos, il);
+}
+
+void llama_layer_range_rollback(llama_context * ctx, llama_seq_id seq, llama_pos pos) {
+    auto * ranges = llama_layer_ranges::get(ctx);
+    if (ranges) {
+        ranges->rollback(seq, pos);
+    }
+}
+
+const uint32_t * llama_layer_range_cells(const llama_context * ctx) {
+    const auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges ? ranges->cells_all.data() : nullptr;
+}
+
+ggml_tensor * llama_layer_range_logits(const llama_context * ctx) {
+    const auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges ? ranges->logits : nullptr;
+}
+
+bool llama_layer_range_fetch_logits(llama_context * ctx, int32_t first, int32_t n) {
+    auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges && ranges->fetch_logits(first, n);
+}
+
+ggml_backend_t llama_layer_range_backend(const llama_context * ctx) {
+    const auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges ? ranges->backend() : nullptr;
+}
+
+void * llama_layer_range_stream(const llama_context * ctx) {
+    auto * backend = llama_layer_range_backend(ctx);
+    if (!backend) {
+        return nullptr;
+    }
+
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+    auto * get = (void * (*)(ggml_backend_t)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_get_stream");
+
+    return get ? get(backend) : nullptr;
+}
+
+ggml_tensor * llama_layer_range_hidden(const llama_context * ctx) {
+    const auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges ? ranges->range.hidden : nullptr;
+}
+
+bool llama_layer_range_get_kv(const llama_context * ctx, int32_t il, llama_layer_range_kv * out) {
+    const auto * ranges = llama_layer_ranges::get(ctx);
+    if (!ranges || il < 0 || il >= ranges->n_layer) {
+        return false;
+    }
+
+    const auto & kv = ranges->kv();
+
+    *out = { kv.get_k_storage(il), kv.get_v_storage(il), kv.get_v_trans(), kv.get_size()*kv.get_n_stream(), kv.get_n_stream() };
+
+    return true;
+}
+
+llama_layer_range_perf_data llama_layer_range_perf(const llama_context * ctx) {
+    const auto * ranges = llama_layer_ranges::get(ctx);
+    if (!ranges) {
+        return {};
+    }
+    return { ranges->n_built, ranges->n_reused, ranges->n_evicted, ranges->graphs.size(), ranges->bytes() };
+}

@@ -1,0 +1,271 @@
+// Early exit with dynamic rebatching: the part of server_context_impl's loop that runs windows.
+//
+// Included in the class body, since it works on slots, batch and queue. drex is not null here.
+
+// The prompt rows that pre_decode() has put into the batch. Rows [0, next) have passed all layers, rows
+// [next, next + n_transit) wait at a ramp, the others at layer 0.
+struct drex_prompt {
+    std::vector<server_batch::token> rows;
+
+    int next      = 0;
+    int n_transit = 0;
+
+    int n_left()    const { return (int) rows.size() - next; }
+    int n_waiting() const { return n_left() - n_transit; }
+
+    // rows of requests that have ended
+    void drop(const std::vector<int> & id_slots) {
+        auto is_gone = [&](const server_batch::token & t) {
+            return std::find(id_slots.begin(), id_slots.end(), t.id_slot) != id_slots.end();
+        };
+        n_transit -= std::count_if(rows.begin() + next, rows.begin() + next + n_transit, is_gone);
+        rows.erase(std::remove_if(rows.begin() + next, rows.end(), is_gone), rows.end());
+    }
+};
+
+// A turn of the loop ends when the prompt rows have passed all layers and this time is over: then tasks are looked at.
+static constexpr int64_t drex_turn_us = 5*1000;
+
+// A yield to the queue switches threads twice, which is a lot next to a short window: now and then is enough.
+static constexpr int64_t drex_yield_us = 20*1000;
+
+void decode_drex() {
+    drex_prompt prompt;
+    prompt.rows = batch.tokens;
+
+    for (auto & slot : slots) {
+        slot.i_batch = -1;
+    }
+
+    const int64_t t_end = ggml_time_us() + drex_turn_us;
+    while (decode_drex_window(prompt) && (prompt.n_left() > 0 || ggml_time_us() < t_end)) {}
+
+    // what is left cannot run any more: the slots' prompts count rows that have no cells
+    GGML_ASSERT(prompt.n_left() == 0);
+}
+
+void drex_ready() {
+    for (const auto & slot : slots) {
+        if (slot.state != SLOT_STATE_GENERATING) {
+            continue;
+        }
+        const int n_drafts = drex->n_drafts(slot.id);
+        const int n_ran    = slot.prompt.n_tokens() + drex->ahead(slot.id).size();
+        // what cannot go on is verified first: at the end of the text, of the budget, of the context
+        if (n_drafts > 0 && (llama_vocab_is_eog(vocab, slot.sampled) || n_ran + 1 >= slot.n_ctx ||
+                    (slot.n_predict_max != -1 && n_drafts >= slot.n_remaining()))) {
+            drex->settle(slot.id);
+        } else {
+            drex->ready(slot.id, n_ran + 1);
+        }
+    }
+}
+
+// one layer window over the rows that drex picks; false: there is nothing to run
+bool decode_drex_window(drex_prompt & prompt) {
+    drex_ready();
+
+    int n_rows_max   = batch.n_tokens_alloc;
+    int n_prompt_max = prompt.n_waiting();
+
+    while (drex->plan(n_prompt_max, n_rows_max)) {
+        const auto & rows     = drex->rows();
+        const int    n_prompt = drex->n_prompt_rows();
+
+        batch.clear();
+
+        uint64_t n_kv = 0;
+        for (size_t i = 0; i < rows.size(); ++i) {
+            const auto & row  = rows[i];
+            const auto & slot = slots[row.id_slot];
+
+            // only first windows look at the token
+            const llama_pos pos = slot.prompt.tokens.pos_next() + row.offset;
+            drex->place(i, pos);
+            if (!batch.add(slot.id, slot.sampled, pos, drex->wants_logits(i), false)) {
+                throw std::runtime_error(string_format("the batch of %d tokens is too small for the %zu rows of a window",
+                            batch.n_tokens_alloc, rows.size()));
+            }
+            n_kv += slot.prompt.n_tokens() + row.offset + 1;
+        }
+        for (int k = 0; k < n_prompt; ++k) {
+            const auto & t      = prompt.rows.at(prompt.next + k);
+            const bool   output = t.output && drex->is_last();
+
+            drex->add_prompt_row(k, output, batch.size());
+            if (!batch.add(t.id_slot, t.token, t.pos, output, drex->is_last())) {
+                throw std::runtime_error(string_format("the batch of %d tokens is too small for the %zu rows and %d prompt rows of a window",
+                            batch.n_tokens_alloc, rows.size(), n_prompt));
+            }
+        }
+        batch.render(0, batch.size());
+
+        common_set_adapter_lora(ctx_tgt, slots[batch.tokens[0].id_slot].lora);
+        llama_set_embeddings(ctx_tgt, false);
+
+        int32_t ret = 0;
+        metrics_pre_decode();
+        if (ggml_time_us() - t_drex_yield > drex_yield_us) {
+            const server_drex::aside aside(*drex);
+            queue_tasks.yield_to_queue([&]() {
+                ret = drex->run(batch.view.get());
+            });
+            t_drex_yield = ggml_time_us();
+        } else {
+            ret = drex->run(batch.view.get());
+        }
+
+        if (ret == 0) {
+            finish_drex_window(prompt, n_kv);
+            return true;
+        }
+
+        drex->abandon();
+
+        std::vector<int> ids = drex->unprojected();
+
+        // no room in the KV cache: make some, or take fewer rows
+        const int n_rows = batch.size();
+        if (ids.empty() && ret == 1 && (try_clear_idle_slots() || n_rows > 1)) {
+            n_rows_max   = std::max<int>(1, rows.size()/2);
+            n_prompt_max = n_prompt > 0 ? std::max(1, n_prompt/2) : std::min(n_prompt_max, 1);
+            continue;
+        }
+
+        const std::string err = ids.empty() && ret == 1 ? "Context size has been exceeded." : "Compute error.";
+        SRV_ERR("%s n_rows = %d, ret = %d\n", err.c_str(), n_rows, ret);
+
+        if (ids.empty()) {
+            for (const auto & t : batch.tokens) {
+                ids.push_back(t.id_slot);
+            }
+        }
+        // prompt rows at a ramp are drex's no more
+        for (int k = 0; k < prompt.n_transit; ++k) {
+            ids.push_back(prompt.rows[prompt.next + k].id_slot);
+        }
+        for (const int id : ids) {
+            if (!slots[id].is_processing()) {
+                continue; // it had several rows
+            }
+            send_error(slots[id], err);
+            slots[id].release();
+            slots[id].prompt_clear();
+        }
+        prompt.drop(ids);
+
+        return true;
+    }
+
+    return false;
+}
+
+// the window ran: its rows go where drex sends them, tokens go to their clients
+void finish_drex_window(drex_prompt & prompt, uint64_t n_kv) {
+    const auto & rows     = drex->rows();
+    const int    n_prompt = drex->n_prompt_rows();
+
+    if (drex->is_first()) {
+        for (const auto & row : rows) {
+            auto & slot = slots[row.id_slot];
+            if (slot.state == SLOT_STATE_GENERATING && drex->ran(slot.id, slot.sampled)) {
+                slot.prompt.tokens.push_back(slot.sampled);
+            }
+        }
+    }
+    metrics_post_decode(0, batch.size(), true);
+    verify_drex();
+    drex->finish(n_kv);
+
+    for (const auto & row : rows) {
+        slots[row.id_slot].i_batch = -1;
+    }
+    for (size_t i = 0; i < rows.size(); ++i) {
+        auto & slot = slots[rows[i].id_slot];
+        if (rows[i].emit) {
+            slot.i_batch = i;
+        }
+        const llama_token draft = drex->drafted(i);
+        if (draft != LLAMA_TOKEN_NULL) {
+            slot.sampled = draft; // runs next; the client gets it when it is verified
+        }
+    }
+
+    if (n_prompt > 0 && !drex->is_last()) {
+        prompt.n_transit = n_prompt;
+    }
+    if (n_prompt > 0 && drex->is_last()) {
+        for (int k = 0; k < n_prompt; ++k) {
+            const auto & t = prompt.rows[prompt.next + k];
+            auto & slot = slots[t.id_slot];
+            if (t.output && slot.state == SLOT_STATE_DONE_PROMPT) {
+                slot.i_batch = rows.size() + k;
+                drex_start_children(slot);
+            }
+        }
+        prompt.next     += n_prompt;
+        prompt.n_transit = 0;
+    }
+
+    post_decode(batch.size(), 0);
+}
+
+// n_cmpl > 1: the parent's prompt has passed all layers, its children go on from a copy
+void drex_start_children(server_slot & parent) {
+    if (!parent.task->is_parent()) {
+        return;
+    }
+    for (auto & other : slots) {
+        if (other.state == SLOT_STATE_WAIT_OTHER && parent.task->id == other.task->id_parent) {
+            parent.copy_state_to(other);
+            other.state = SLOT_STATE_DONE_PROMPT;
+        }
+    }
+}
+
+// After the last layer, with fill verify: emits what the full model says, row by row, up to the first draft that it does not
+// confirm. Each token is sampled as if the one before it had just been decoded.
+void verify_drex() {
+    const auto & rows = drex->rows();
+
+    drex->begin_verify();
+    for (size_t i = 0; i < rows.size(); ) {
+        auto & slot = slots[rows[i].id_slot];
+
+        size_t end = i;
+        while (end < rows.size() && rows[end].id_slot == slot.id) {
+            end++;
+        }
+        if (!drex->verifies(rows[i])) {
+            i = end;
+            continue;
+        }
+
+        // the drafts after each row, the last one is what would run next
+        llama_tokens drafts(drex->ahead(slot.id).begin() + 1, drex->ahead(slot.id).end());
+        drafts.push_back(slot.sampled);
+
+        for (size_t k = 0; i + k < end; ++k) {
+            slot.prompt.tokens.push_back(drex->ahead(slot.id)[0]);
+            drex->verified(slot.id);
+            slot.i_batch = i + k;
+            post_decode(batch.size(), 0);
+            const bool more = slot.state == SLOT_STATE_GENERATING;
+            if (!rows[i + k].draft) {
+                break;
+            }
+            const bool same = slot.sampled == drafts[k];
+            drex->agrees(i + k, same, !more);
+            if (!more) {
+                break;
+            }
+            if (!same) {
+                drex->rollback(slot.id, slot.prompt.tokens.pos_next());
+                break;
+            }
+        }
+        slot.i_batch = -1;
+        i = end;
+    }
+    drex->end_verify();
+}

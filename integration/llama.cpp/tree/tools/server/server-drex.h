@@ -1,0 +1,247 @@
+#pragma once
+
+// Early exit with dynamic rebatching: the server's side of drex (see drex.h).
+//
+// Rows go where drex_plan() says: new tokens through the first window, held rows through the next one, and prompt rows
+// along with either. At a ramp drex decides for each decode row; rows that exit are sampled from the ramp's logits, the
+// others wait in the hidden arena until drex flushes them. Prompt rows pass all layers.
+
+#include "server-task.h"
+
+#include "llama-layer-range.h"
+
+#include <drex.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct server_drex {
+    // throws std::runtime_error with the reason when model, context or parameters do not allow early exit
+    server_drex(const common_params & params, llama_context * ctx, bool has_spec);
+    ~server_drex();
+
+    // most rows of one window
+    static uint32_t n_rows_max(const common_params & params);
+
+    server_drex(const server_drex &) = delete;
+    server_drex & operator=(const server_drex &) = delete;
+
+    // throws std::invalid_argument when the request asks for something that does not work with early exit
+    void add(int id_slot, const server_task & task);
+
+    // returns how many of the slot's last prompt tokens have not gone through all layers: their cells must not be reused
+    int remove(int id_slot);
+
+    // the slot has a sampled token to decode, unless it is under way already
+    void ready(int id_slot, int n_kv);
+
+    // in place of ready(): first the full model is to say what it thinks of the slot's drafts
+    void settle(int id_slot);
+
+    // the slot's token is under way: held, or about to run
+    bool busy(int id_slot) const { return slots[id_slot].busy; }
+
+    // with fill verify, tokens that ran and are not verified: they come after the slot's prompt tokens
+    const llama_tokens & ahead(int id_slot) const { return slots[id_slot].ahead; }
+
+    // how many of the slot's tokens are drafts that the client does not know of, the one to run next included
+    int n_drafts(int id_slot) const { return slots[id_slot].n_drafts; }
+
+    struct row {
+        int  id_slot;
+        int  offset;     // of its token, from the end of the slot's prompt tokens
+        bool verify;     // of a request with fill verify
+        bool draft;      // it drafted a token at a ramp before: verify that
+        bool emit;       // after finish(): sample this row
+    };
+
+    // decide what to run next: rows() and n_prompt_rows(); false if there is nothing to run
+    // n_prompt_rows: prompt rows that could run from layer 0
+    // n_rows_max:    most rows of requests
+    bool plan(int n_prompt_rows, int n_rows_max);
+
+    const std::vector<row> & rows() const { return step_rows; }
+
+    // prompt rows that go along: those that the last window with prompt rows left at a ramp, or the next ones of the host's
+    int n_prompt_rows() const { return step.n_prompt_rows; }
+
+    bool is_first() const { return step.layer_begin == 0; } // the rows are new tokens
+    bool is_last()  const { return step.ramp == DREX_NO_RAMP; } // the window ends at the last layer
+
+    // rows()[i] needs logits
+    bool wants_logits(size_t i) const { return !is_last() || step_rows[i].verify || plan_rows[i].back == 0; }
+
+    // the batch has a token for prompt row k of the window; output: it is sampled, at index i of the batch
+    void add_prompt_row(int k, bool output, int i) {
+        arena_rows.push_back(n_slots + k);
+        if (output) {
+            prompt_outputs.push_back(i);
+        }
+    }
+
+    // rows of requests with fill verify, at the last layer: they are verified before finish()
+    bool verifies(const row & r) const { return step.ramp == DREX_NO_RAMP && slots[r.id_slot].verify; }
+
+    // between run() and finish(): requests that end in between are removed after finish()
+    void begin_verify() {
+        verifying = true;
+        std::fill(agreed.begin(), agreed.end(), 0);
+    }
+    void end_verify() { verifying = false; }
+
+    // run the planned window over the batch, row i for rows()[i]; returns what llama_decode() returns
+    int32_t run(llama_batch_ext * batch);
+
+    // after run() == 0 of a first window: the slot's token has run; true if it belongs to the prompt's tokens from now on
+    bool ran(int id_slot, llama_token token);
+
+    // the row's token is verified, what comes after it is not: the first of ahead() leaves
+    void verified(int id_slot);
+
+    // rows()[i] is a draft of the token that the full model chose there, or of another; it can be the request's last
+    void agrees(size_t i, bool yes, bool last);
+
+    // nothing is left of what was run ahead: the slot goes on at pos
+    void rollback(int id_slot, llama_pos pos) {
+        slots[id_slot].ahead.clear();
+        llama_layer_range_rollback(ctx, id_slot, pos);
+    }
+
+    // after finish() of a ramp: the token that the row drafted, LLAMA_TOKEN_NULL if none
+    llama_token drafted(size_t i) const;
+
+    // after finish(): a greedy slot's token, which drex has seen already while it scored the row; false: sample it
+    bool sampled(int id_slot, llama_token & token) {
+        token = std::exchange(slots[id_slot].top, LLAMA_TOKEN_NULL);
+        return token != LLAMA_TOKEN_NULL;
+    }
+
+    // after run() == 0: exits, holds, KV of skipped layers, and what the window has cost
+    void finish(uint64_t n_kv);
+
+    // the position of rows()[i], before run()
+    void place(size_t i, llama_pos pos) { positions[i] = pos; }
+
+    // after run() != 0: rows go back to where they were
+    void abandon();
+
+    // after run() != 0: slots whose rows have left and get no K and V, once for each row. Their requests must end, then the
+    // others go on; none if it was the window that failed
+    std::vector<int> unprojected() const;
+
+    // While it lives, metrics() and to_json() may be called on another thread than run(), which on a device is inside the
+    // engine at times: they tell how things were before.
+    struct aside {
+        server_drex & drex;
+
+        explicit aside(server_drex & drex) : drex(drex) { drex.look_aside(); }
+        ~aside() { drex.seen.valid = false; }
+
+        aside(const aside &) = delete;
+        aside & operator=(const aside &) = delete;
+    };
+
+    json        timings(int id_slot) const; // drex_* fields of the response's timings
+    json        to_json(int id_slot) const; // for /slots
+    std::string metrics()            const; // for /metrics
+
+private:
+    struct slot {
+        bool     added = false;
+        bool     busy  = false;
+        bool     verify = false;
+        bool     leaving = false;
+        bool     project = false;
+        bool     greedy  = false; // takes the model's best token, unless it bans the end of the text
+        bool     no_eog  = false;
+        uint64_t id    = 0;
+
+        llama_token top = LLAMA_TOKEN_NULL;
+
+        llama_tokens ahead;
+        int      n_drafts   = 0;
+        uint64_t n_accepted = 0;
+        uint64_t n_verified = 0;
+    };
+
+    llama_context * ctx    = nullptr;
+    drex_engine   * engine = nullptr;
+    void          * stream = nullptr; // of the device, on the host there is none
+
+    drex_fill_mode fill = DREX_FILL_COPY; // the server's default
+
+    int32_t n_layer = 0;
+    int32_t n_slots = 0; // arena rows of requests; those of prompt rows follow
+    bool    can_copy = true;
+    int32_t n_vocab = 0;
+
+    std::vector<uint32_t> ramp_layers;
+
+    std::vector<slot> slots;
+
+    drex_step step = DREX_STEP_INITIALIZER;
+
+    std::vector<drex_row>     plan_rows;
+    std::vector<row>          step_rows;
+    std::vector<int32_t>      arena_rows;     // of the batch's tokens
+    std::vector<int>          prompt_outputs; // indices in the batch
+    std::vector<int32_t>      project_rows;
+    std::vector<drex_verdict> verdicts;
+    std::vector<llama_pos>     positions;
+
+    // rows that left with fill propagate in the last step: K and V are projected when the next window runs, since the logits
+    // are needed until then, and so that the time counts
+    struct projection {
+        int       id_slot;
+        llama_pos pos;
+        int32_t   arena_row;
+    };
+    std::vector<projection> to_project;
+    int32_t                 project_layer = 0;
+
+    std::unique_ptr<common_batch> batch_project;
+    std::vector<uint8_t>       agreed;
+    std::vector<drex_decision> decisions;
+
+    double        request_deadline_ms = 0.0;
+    std::string   profile; // file, empty: none
+    std::ofstream record;
+
+    bool    in_flight = false; // planned, neither finished nor abandoned
+    bool    verifying = false;
+    bool    enqueued  = false; // the scoring of the ramp's logits, on a device
+    int64_t t_run     = 0; // when the window began
+    int64_t t_ran     = 0; // when it ended
+    int64_t t_run_all = 0;
+
+    // written on the thread that calls run() while no other is in here
+    struct {
+        bool                           valid = false;
+        drex_stats                     stats;
+        std::vector<drex_request_info> infos; // one for each slot
+        int64_t                        t_run_all;
+        llama_layer_range_perf_data    perf;
+    } seen;
+
+    void look_aside();
+    void bind_device(drex_config & config, const common_params & params);
+    void bind_kv();
+    void check_copy(const char * what, drex_fill_mode mode) const;
+    void fetch_logits();
+    drex_logits ramp_logits() const;
+    int32_t project();
+    void end_step();
+    bool has_drafts() const;
+    void calibrate();
+    void load_profile();
+    void save_profile() const;
+    void record_step(int64_t duration_ns, uint64_t n_kv);
+
+    drex_stats        stats() const;
+    drex_request_info info(int id_slot) const;
+};
