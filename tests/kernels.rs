@@ -316,7 +316,8 @@ fn fill_every_layout() {
                         let make = |bytes: usize, seed: usize| -> Vec<u128> {
                             let mut v = vec![0u128; bytes.div_ceil(16) + 1];
                             for (i, x) in v.iter_mut().enumerate() {
-                                *x = (i + 1) as u128 * 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835
+                                *x = ((i + 1) as u128)
+                                    .wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
                                     + seed as u128;
                             }
                             v

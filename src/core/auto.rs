@@ -13,6 +13,7 @@
 //! is dropped for what is known of it, not for what is not.
 
 use super::MAX_RAMPS;
+use super::carrier::Ways;
 use super::config::Config;
 use super::cost::CostModel;
 use super::drafts::{Acceptance, Cycle};
@@ -28,6 +29,12 @@ const PROBE_FIRST: u64 = 4;
 const PROBE_OFF: u64 = 320;
 /// A probe that loses the inverse of this of its time waits twice as long.
 const IMPATIENT: f64 = 10.0;
+/// What probes may lose, as a share of all time so far, and on top of it in
+/// full passes at the start.
+const PROBE_SHARE: f64 = 0.01;
+const PROBE_PASSES: f64 = 0.1;
+/// Weight of a step in the usual time of a token.
+const USUAL: f64 = 1.0 / 32.0;
 /// A search starts after this many steps at the latest.
 const SEARCH_AFTER: u32 = 200;
 /// A rule must promise this much more than the present one.
@@ -52,11 +59,69 @@ pub struct Load {
     /// Requests that exit often, see [`super::exits::Kind`].
     pub often: u32,
     pub gap_ns: f64,
+    /// Prompt work between windows, per token made.
     pub prompt_ns: f64,
+    /// Prompt rows in windows, per token made, and of one pass.
+    pub prompt_rows: f64,
+    pub chunk: f64,
     /// Share of the requests whose exited rows stay pending, and of those
     /// whose tokens are verified.
     pub keeping: f64,
     pub verifying: f64,
+    /// Rows that are held, each as the share of its layers that it has passed.
+    pub done: f64,
+}
+
+/// What probes lose, in time: where a pass takes long, so does a probe, and a
+/// window of a shape that never ran before may take several times as long.
+#[derive(Debug, Clone, Copy, Default)]
+struct Losses {
+    /// Of all steps.
+    elapsed_ns: f64,
+    lost_ns: f64,
+    /// Usual time and tokens of late, without probes.
+    usual_ns: f64,
+    usual_tokens: f64,
+    /// Of the probe under way.
+    probe_ns: f64,
+    probe_tokens: f64,
+    done: f64,
+    /// What the last probe of full passes and of ramps lost.
+    last_ns: [f64; 2],
+}
+
+impl Losses {
+    fn step(&mut self, ns: f64, tokens: f64, probe: bool) {
+        self.elapsed_ns += ns;
+        if probe {
+            self.probe_ns += ns;
+            self.probe_tokens += tokens;
+        } else {
+            self.usual_ns += (ns - self.usual_ns) * USUAL;
+            self.usual_tokens += (tokens - self.usual_tokens) * USUAL;
+        }
+    }
+
+    fn begin(&mut self, done: f64) {
+        (self.probe_ns, self.probe_tokens, self.done) = (0.0, 0.0, done);
+    }
+
+    /// A probe ended; rows that it left held are worth the part that ran.
+    fn end(&mut self, ramps: bool, done: f64) {
+        if self.usual_tokens <= 0.0 {
+            return;
+        }
+        let tokens = self.probe_tokens + done - self.done;
+        let loss = self.probe_ns - tokens * self.usual_ns / self.usual_tokens;
+        self.last_ns[usize::from(ramps)] = loss.max(0.0);
+        self.lost_ns += loss.max(0.0);
+    }
+
+    /// One more probe that loses what the last one did is within bounds.
+    fn allow(&self, ramps: bool, pass_ns: f64) -> bool {
+        let next = self.lost_ns + self.last_ns[usize::from(ramps)];
+        next <= PROBE_SHARE * self.elapsed_ns + PROBE_PASSES * pass_ns
+    }
 }
 
 /// What times and exits are known by.
@@ -123,6 +188,7 @@ pub struct Auto {
     /// lose where exited rows stay pending: the more, the further things must
     /// move for it to matter.
     patience: f64,
+    losses: Losses,
     phase: Phase,
     /// Tokens until the phase ends.
     left: u64,
@@ -163,6 +229,7 @@ impl Auto {
             predicted: 0.0,
             predicted_off: 0.0,
             patience: 1.0,
+            losses: Losses::default(),
             phase: Phase::Start(0),
             left: 1,
             until_ramps: 0,
@@ -227,18 +294,40 @@ impl Auto {
 
     /// A step ended: `tokens` were emitted. Moves through start and probes,
     /// and starts a search when it is time.
-    pub fn step(&mut self, tokens: u64, load: Load, allowed: u32, known: Known) {
-        self.load = load;
-        self.allowed = allowed;
+    pub fn step(&mut self, tokens: u64, ns: u64, load: Load, allowed: u32, known: Known) {
+        // The last request is often gone before its step ends: that says nothing
+        // about those to come.
+        let none = load.requests == 0;
+        if !none {
+            self.load = load;
+        }
+        if allowed != 0 {
+            self.allowed = allowed;
+        }
+        let load = self.load;
         self.steps += 1;
         let span = u64::from(load.requests.clamp(1, 2 * self.batch));
+        let probes = matches!(self.phase, Phase::Start(1 | 3) | Phase::Probe(_));
+        let ns = ns as f64 + load.gap_ns;
+        self.losses.step(ns, tokens as f64, probes);
         self.until_ramps = self.until_ramps.saturating_sub(tokens);
         self.until_off = self.until_off.saturating_sub(tokens);
         self.left = self.left.saturating_sub(tokens);
         if self.left == 0 {
+            let ramps = self.rule().ramps != 0;
+            if probes {
+                self.losses.end(ramps, load.done);
+            }
+            let pass = u64::from(load.requests.clamp(1, self.batch)) as f64;
+            let profile = known.cost.profile();
+            let cells = pass * known.cost.cells_per_row();
+            let pass_ns = profile.time(0, profile.segments.len(), pass, cells);
+            let dear = !self.losses.allow(true, pass_ns);
             self.phase = match self.phase {
-                Phase::Start(k) if k < 3 => {
+                // Where the first windows with ramps cost too much, more wait.
+                Phase::Start(k) if k < 2 || k == 2 && !dear => {
                     self.left = span.min(u64::from(self.batch));
+                    self.losses.begin(load.done);
                     Phase::Start(k + 1)
                 }
                 Phase::Start(_) => {
@@ -248,10 +337,11 @@ impl Auto {
                     Phase::Run
                 }
                 Phase::Probe(_) => Phase::Run,
-                Phase::Run => self.probe(span),
+                Phase::Run => self.probe(span, pass_ns),
             };
         }
-        if self.phase == Phase::Run && self.stage == Stage::Idle && known.cost.known() {
+        let idle = none || self.stage != Stage::Idle || !known.cost.known();
+        if self.phase == Phase::Run && !idle {
             let late = self.steps >= SEARCH_AFTER;
             // Soon after the start every step tells a lot.
             let early = self.searches < 12 && self.steps >= 4 << (self.searches / 3);
@@ -261,19 +351,21 @@ impl Auto {
         }
     }
 
-    fn probe(&mut self, span: u64) -> Phase {
-        if self.until_ramps == 0 {
+    fn probe(&mut self, span: u64, pass_ns: f64) -> Phase {
+        if self.until_ramps == 0 && self.losses.allow(true, pass_ns) {
             self.distance = (self.distance + self.distance.div_ceil(2)).min(PROBE_RAMPS);
             self.until_ramps = (self.distance as f64 * self.patience) as u64 * span;
             if self.rule.ramps != self.allowed && self.allowed != 0 {
                 self.left = span.min(u64::from(self.batch));
+                self.losses.begin(self.load.done);
                 return Phase::Probe(self.all_ramps());
             }
         }
-        if self.until_off == 0 {
+        if self.until_off == 0 && self.losses.allow(false, pass_ns) {
             self.until_off = PROBE_OFF / PROBE_RAMPS * self.distance * span;
             if self.rule.ramps != 0 {
                 self.left = 1;
+                self.losses.begin(self.load.done);
                 return Phase::Probe(Rule::OFF);
             }
         }
@@ -335,7 +427,6 @@ impl Auto {
         };
         self.stage = Stage::Single;
         if self.allowed == 0 || self.load.requests == 0 {
-            self.rule = Rule::OFF;
             self.stage = Stage::Idle;
             return;
         }
@@ -514,13 +605,10 @@ impl Auto {
             batch: self.batch,
             deep_batch: self.batch,
             prompt_ns: self.load.prompt_ns,
+            prompt_rows: self.load.prompt_rows,
+            chunk: self.load.chunk,
             gap_ns: self.load.gap_ns,
-            windows: 0,
-            ns: [0.0; MAX_RAMPS + 1],
-            ns_per_row: [0.0; MAX_RAMPS + 1],
-            exits: [[0; KINDS]; MAX_RAMPS],
-            pending_ns: [0.0; MAX_RAMPS],
-            worth: 1.0,
+            ..Scene::EMPTY
         };
         let mut looked_at = [0; MAX_RAMPS];
         let mut begin = 0;
@@ -540,6 +628,7 @@ impl Auto {
                 let p = exits.by_kind(after, ramp).unwrap_or([c.p; KINDS]);
                 scene.exits[k] = p.map(|p| ((p + c.error).min(1.0) * 1024.0).round() as u32);
                 looked_at[k] = ramp;
+                scene.ways[k] = Ways::new(cost, begin, ramp, self.load.gap_ns);
             }
             scene.windows += 1;
             begin = end;
@@ -548,9 +637,11 @@ impl Auto {
         if rule.ramps == 0 {
             let b = f64::from(requests.min(self.batch));
             let ns = scene.ns[0] + scene.ns_per_row[0] * b + scene.gap_ns;
+            // Every token rides along in some pass, and prompt rows in the same.
+            let prompt = scene.prompt_rows * profile.prompt_row(0, segments);
             return Outcome {
                 tokens: b,
-                ns: ns + b * scene.prompt_ns,
+                ns: ns + b * (scene.prompt_ns + prompt),
                 passes: 1,
             };
         }
@@ -583,6 +674,10 @@ impl Auto {
         for k in (0..last).rev() {
             behind += scene.ns_per_row[k + 1];
             scene.pending_ns[k] = behind * keeping;
+            let whole = scene.ns[0] + scene.ns_per_row[0] + behind;
+            let b = f64::from(self.batch.min(self.load.requests).max(1));
+            let wrong = verifying * (1.0 - acceptance.chance(ramps[k]));
+            scene.exit_ns[k] = scene.pending_ns[k] + wrong * whole / b;
         }
         let all = f64::from(scene.requests[0] + scene.requests[1]);
         let (mut rows, mut worth) = (0.0, 0.0);

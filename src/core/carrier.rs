@@ -17,6 +17,12 @@ pub struct Part {
 }
 
 impl Part {
+    pub const NONE: Part = Part {
+        ns: 0.0,
+        per_row: 0.0,
+        per_prompt: 0.0,
+    };
+
     /// Of a window over segments `[first, last)`, with the ramp at its end.
     pub fn new(profile: &Profile, first: usize, last: usize, cells_per_row: f64) -> Part {
         let ns = profile.time(first, last, 0.0, 0.0);
@@ -62,6 +68,14 @@ pub struct Riders {
 }
 
 impl Ways {
+    pub const NONE: Ways = Ways {
+        head: Part::NONE,
+        rest: Part::NONE,
+        whole: Part::NONE,
+        ramp_ns: 0.0,
+        gap_ns: 0.0,
+    };
+
     /// From segment `first` on, cut after segment `ramp`.
     pub fn new(cost: &CostModel, first: usize, ramp: usize, gap_ns: f64) -> Ways {
         let p = cost.profile();

@@ -5,6 +5,7 @@
 //! [`super::planner`], and runs in tens of nanoseconds a window.
 
 use super::MAX_RAMPS;
+use super::carrier::{Riders, Ways};
 use super::exits::KINDS;
 
 /// A threshold rule. Confident rows always exit, the others are held.
@@ -51,9 +52,13 @@ pub struct Scene {
     pub batch: u32,
     /// The same behind the first window, where pending rows come along.
     pub deep_batch: u32,
-    /// Prompt work per token emitted: a request that ends is replaced, and
-    /// its prompt runs before anything else.
+    /// Prompt work between windows per token emitted: a request that ends is
+    /// replaced, and its prompt runs before anything else.
     pub prompt_ns: f64,
+    /// Prompt rows in windows, per token emitted.
+    pub prompt_rows: f64,
+    /// So many of them run at a time.
+    pub chunk: f64,
     /// The host's own time per window.
     pub gap_ns: f64,
     /// Windows, in the order in which a row meets them: from the start, or
@@ -61,6 +66,10 @@ pub struct Scene {
     pub windows: usize,
     pub ns: [f64; MAX_RAMPS + 1],
     pub ns_per_row: [f64; MAX_RAMPS + 1],
+    /// The same of a pass over prompt rows that could be cut after the window.
+    pub ways: [Ways; MAX_RAMPS],
+    /// What an exit there costs such a pass, see [`Riders::exit_ns`].
+    pub exit_ns: [f64; MAX_RAMPS],
     /// Chance to exit at the end of each window but the last, in 1/1024, for
     /// each kind.
     pub exits: [[u32; KINDS]; MAX_RAMPS],
@@ -78,6 +87,50 @@ pub struct Outcome {
     pub ns: f64,
     /// Windows run: what the rollout cost.
     pub passes: u32,
+}
+
+impl Scene {
+    /// Without requests, windows or prompts.
+    pub const EMPTY: Scene = Scene {
+        requests: [0; KINDS],
+        batch: 0,
+        deep_batch: 0,
+        prompt_ns: 0.0,
+        prompt_rows: 0.0,
+        chunk: 0.0,
+        gap_ns: 0.0,
+        windows: 0,
+        ns: [0.0; MAX_RAMPS + 1],
+        ns_per_row: [0.0; MAX_RAMPS + 1],
+        ways: [Ways::NONE; MAX_RAMPS],
+        exit_ns: [0.0; MAX_RAMPS],
+        exits: [[0; KINDS]; MAX_RAMPS],
+        pending_ns: [0.0; MAX_RAMPS],
+        worth: 1.0,
+    };
+
+    /// Whether a pass over `prompts` prompt rows and `rows` of each kind is cut
+    /// after window `k`, where `held` rows are held.
+    fn cut(&self, k: usize, prompts: f64, rows: [u32; KINDS], held: u32, flush: u32) -> bool {
+        let n = rows.iter().sum::<u32>();
+        if n == 0 && held == 0 {
+            return false;
+        }
+        let mut exits = 0.0;
+        for (rows, p) in rows.iter().zip(self.exits[k]) {
+            exits += f64::from(*rows) * f64::from(p) / 1024.0;
+        }
+        let stay = f64::from(n) - exits;
+        let beside = (f64::from(self.deep_batch) - stay).max(0.0);
+        self.ways[k].cut_pays(&Riders {
+            prompts,
+            rows: n.into(),
+            stay,
+            held: f64::from(held).min(beside),
+            flush: flush.min(self.batch).into(),
+            exit_ns: self.exit_ns[k],
+        })
+    }
 }
 
 impl Outcome {
@@ -178,6 +231,10 @@ pub fn play(
     let mut first = None;
     let mut latest = (0u64, 0.0f64);
     let mut n = 0;
+    // Prompt rows that wait, and those on their way with the window that they
+    // are in front of.
+    let mut owed = 0.0f64;
+    let mut transit = None;
     let goal = u64::from(warm) + u64::from(tokens);
     while made < goal && n < passes {
         if !started && (made >= u64::from(warm) || n >= passes / 4) {
@@ -185,7 +242,11 @@ pub fn play(
             (made0, clock0) = (made, clock);
         }
         n += 1;
-        let k = choose(&held[..=last], all_held, waiting, hold, ready);
+        let (k, prompts) = match transit.take() {
+            Some(on_the_way) => on_the_way,
+            None if owed > 0.0 && owed >= scene.chunk => (0, std::mem::take(&mut owed)),
+            None => (choose(&held[..=last], all_held, waiting, hold, ready), 0.0),
+        };
         let there = if k == 0 { waiting } else { held[k] };
         let b = there.min(if k == 0 {
             scene.batch
@@ -193,7 +254,7 @@ pub fn play(
             scene.deep_batch
         });
         // In the order of their arrival: the kinds as they are mixed there.
-        let often = if b == there {
+        let often = if b == there || there == 0 {
             rows[k][1]
         } else {
             let (rows, b, there) = (u64::from(rows[k][1]), u64::from(b), u64::from(there));
@@ -206,28 +267,50 @@ pub fn play(
             held[k] -= b;
             all_held -= b;
         }
+        // Prompt rows, and where those that go on with them are at the end.
+        let mut end = k;
+        if prompts > 0.0 {
+            if k == last {
+                // The last window is the rest of the one before.
+                let before = k.checked_sub(1).map(|k| scene.ways[k].rest);
+                clock += before.unwrap_or(scene.ways[0].whole).per_prompt * prompts;
+            } else if scene.cut(k, prompts, taken, held[k + 1], hold) {
+                let ways = &scene.ways[k];
+                clock += ways.head.per_prompt * prompts;
+                if b == 0 {
+                    clock -= ways.ramp_ns;
+                }
+                transit = Some((k + 1, prompts));
+            } else {
+                let whole = scene.ways[k].whole;
+                let uncut = whole.at(f64::from(b), prompts);
+                clock += uncut - scene.ns[k] - scene.ns_per_row[k] * f64::from(b);
+                end = last;
+            }
+        }
         clock += scene.ns[k] + scene.ns_per_row[k] * f64::from(b) + scene.gap_ns;
         let mut out = 0;
         for (kind, &n) in taken.iter().enumerate() {
-            let gone = if k == last {
+            let gone = if end == last {
                 n
             } else {
                 rng.binomial(n, scene.exits[k][kind])
             };
             rows[k][kind] -= n;
             rows[0][kind] += gone;
-            if k < last {
+            if end < last {
                 rows[k + 1][kind] += n - gone;
             }
             out += gone;
         }
-        if k < last {
+        if end < last {
             held[k + 1] += b - out;
             all_held += b - out;
             clock += scene.pending_ns[k] * f64::from(out);
         }
         waiting += out;
         made += u64::from(out);
+        owed += f64::from(out) * scene.prompt_rows;
         if k == last && started {
             latest = (made, clock);
             first = first.or(Some(latest));
@@ -310,14 +393,9 @@ mod tests {
             requests: [64, 0],
             batch: 64,
             deep_batch: 64,
-            prompt_ns: 0.0,
-            gap_ns: 0.0,
             windows: 2,
-            ns: [0.0; MAX_RAMPS + 1],
-            ns_per_row: [0.0; MAX_RAMPS + 1],
             exits: [[819, 0]; MAX_RAMPS],
-            pending_ns: [0.0; MAX_RAMPS],
-            worth: 1.0,
+            ..Scene::EMPTY
         };
         scene.ns[0] = 0.25 * t0 + 0.02 * t0;
         scene.ns_per_row[0] = 0.25 * t1;

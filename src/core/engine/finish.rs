@@ -86,17 +86,21 @@ impl Engine {
         self.prompts.made(tokens);
         self.end_step();
         if self.config.policy == Policy::Auto {
+            let prompt_rows = self.prompts.per_token();
             let load = Load {
                 requests: self.decoding as u32,
                 often: self.often as u32,
+                prompt_rows,
+                chunk: self.prompts.chunk(),
                 gap_ns: self.gaps.gap_ns(),
                 prompt_ns: self.gaps.prompt_ns_per_token(),
                 keeping: self.share_keeping(),
                 verifying: self.share_of(Fill::Verify),
+                done: self.held_share(),
             };
             let allowed = self.allowed();
             let (auto, known) = self.auto_and_known();
-            auto.step(tokens, load, allowed, known);
+            auto.step(tokens, duration_ns, load, allowed, known);
             if !self.host_replans {
                 let share = duration_ns / REPLAN_SHARE / WINDOW_NS;
                 self.replan_some(share.clamp(REPLAN_MIN, REPLAN_MAX) as u32);

@@ -23,6 +23,16 @@ impl Engine {
         self.fills[fill as usize] as f64 / self.decoding.max(1) as f64
     }
 
+    /// Rows that are held, each as the share of its layers that it has passed.
+    pub(super) fn held_share(&self) -> f64 {
+        if self.buffer.held() == 0 {
+            return 0.0;
+        }
+        let layers = self.config.ramp_layers.iter().enumerate();
+        let passed = layers.map(|(r, &l)| f64::from(self.buffer.held_at(r)) * f64::from(l));
+        passed.sum::<f64>() / f64::from(self.config.n_layers)
+    }
+
     pub(super) fn share_keeping(&self) -> f64 {
         let keep = Fill::ALL.into_iter().filter(|f| f.keeps());
         keep.map(|f| self.share_of(f)).sum()

@@ -39,4 +39,5 @@ pub mod purpose {
     pub const PRIORITY: u64 = 7;
     pub const UNKNOWN: u64 = 8;
     pub const ACCEPT: u64 = 9;
+    pub const PROMPT: u64 = 10;
 }

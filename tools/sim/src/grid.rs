@@ -35,6 +35,19 @@ pub struct Options {
     pub wrong: f64,
     pub routing: bool,
     pub filling: Filling,
+    /// Share of the work that prompts are, where no row exits.
+    pub prompt_share: f64,
+    pub pass_rows: u32,
+}
+
+/// Tokens of an answer, where prompts come before it.
+const LENGTH: (u64, u64) = (50, 150);
+
+/// Rows of the prompt before an answer that takes `answer_ns`, so that they
+/// are `share` of both.
+pub fn prompt_rows(profile: &Profile, share: f64, answer_ns: f64) -> u64 {
+    let row = profile.prompt_row(0, profile.segments.len());
+    (share / (1.0 - share) * answer_ns / row).round().max(1.0) as u64
 }
 
 #[derive(Debug, Clone)]
@@ -158,6 +171,17 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
     if o.spread > 0.0 {
         workload.confidence = Confidence::Spread(vec![p], o.spread);
     }
+    let prompt = if o.prompt_share > 0.0 {
+        let b = f64::from(n.min(batch));
+        let mean = (LENGTH.0 + LENGTH.1) as f64 / 2.0;
+        let answer = mean * profile.time(0, 2, b, 0.0) / b;
+        let rows = prompt_rows(&profile, o.prompt_share, answer);
+        workload.length = LENGTH;
+        workload.prompt_rows = (rows, rows);
+        rows as f64 * profile.prompt_row(0, 2) / mean
+    } else {
+        0.0
+    };
     if o.drift > 0.0 {
         // Three swings in the time that full passes would take.
         let pass = profile.time(0, 2, f64::from(n.min(batch)), 0.0) / 1e9;
@@ -175,6 +199,7 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
         profile: profile.clone(),
         workload,
         batch,
+        pass_rows: o.pass_rows.max(batch),
         max_requests: n,
         thresholds: vec![0.5],
         tokens: o.tokens,
@@ -246,7 +271,7 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
         theta,
         phi,
         best_phi1,
-        limit: limit(&profile, n.min(batch), &[p], &o.filling),
+        limit: 1e9 / (1e9 / limit(&profile, n.min(batch), &[p], &o.filling) + prompt),
     })
 }
 

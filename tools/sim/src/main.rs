@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 use drex::core::config::Fill;
 use drex_sim::record::Record;
-use drex_sim::run::{Contender, Filling, Setup, run};
+use drex_sim::run::{Contender, Filling, PASS_ROWS, Setup, run};
 use drex_sim::workload::{Arrivals, Confidence, Workload};
 use drex_sim::{grid, plot, profiles, report, scale};
 
@@ -113,9 +113,15 @@ struct Cli {
     /// Tokens of an answer, or a range FROM,TO; 0: endless
     #[arg(long, value_delimiter = ',')]
     length: Vec<u64>,
-    /// Rows of a prompt
-    #[arg(long, default_value_t = 0)]
-    prompt_rows: u64,
+    /// Rows of a prompt, or a range FROM,TO
+    #[arg(long, value_delimiter = ',', conflicts_with = "prompt_share")]
+    prompt_rows: Vec<u64>,
+    /// Share of the work that prompts are, where no row exits: their rows are chosen accordingly
+    #[arg(long, value_name = "SHARE")]
+    prompt_share: Option<f64>,
+    /// Rows of one window at most, those of prompts included
+    #[arg(long, value_name = "ROWS", default_value_t = PASS_ROWS)]
+    pass_rows: u32,
     /// Time between tokens that flushes keep, in ms; 0: none
     #[arg(long, default_value_t = 0.0)]
     deadline_ms: f64,
@@ -206,6 +212,8 @@ fn check(cli: &Cli) -> Result<()> {
     range("max-pending", f64::from(cli.max_pending), 1.0, 1024.0)?;
     range("accept", cli.accept.unwrap_or(0.95), 0.0, 1.0)?;
     range("batch", f64::from(batch(cli)), 1.0, 1_048_576.0)?;
+    range("pass-rows", f64::from(cli.pass_rows), 1.0, 1_048_576.0)?;
+    range("prompt-share", cli.prompt_share.unwrap_or(0.0), 0.0, 0.99)?;
     if let Some(r) = cli.rate {
         range("rate", r, 1e-6, 1e9)?;
     }
@@ -230,6 +238,8 @@ fn run_grid(cli: &Cli) -> Result<()> {
         wrong: cli.wrong_profile,
         routing: cli.routing,
         filling: filling(cli),
+        prompt_share: cli.prompt_share.unwrap_or(0.0),
+        pass_rows: cli.pass_rows,
     };
     let show = std::io::stderr().is_terminal();
     let cells = grid::run_grid(&o, |done, all| {
@@ -349,7 +359,15 @@ fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
         [a, b] if a <= b => (a, b),
         _ => bail!("--length is {:?}; expected N, or FROM,TO", cli.length),
     };
-    w.prompt_rows = cli.prompt_rows;
+    w.prompt_rows = match cli.prompt_rows[..] {
+        [] => (0, 0),
+        [n] => (n, n),
+        [a, b] if a <= b => (a, b),
+        _ => bail!(
+            "--prompt-rows is {:?}; expected N, or FROM,TO",
+            cli.prompt_rows
+        ),
+    };
     w.token_deadline_ns = (cli.deadline_ms * 1e6) as u64;
     w.request_deadline_ns = (cli.request_deadline_ms * 1e6) as u64;
     if !cli.priorities.is_empty() {
@@ -367,10 +385,17 @@ fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
     let mean = (w.length.0 + w.length.1) as f64 / 2.0;
     let b = f64::from(cli.requests.min(batch(cli)));
     let full = setup.profile.time(0, setup.profile.segments.len(), b, 0.0) + setup.gap_ns;
-    let prompt = setup
-        .profile
-        .time(0, setup.profile.segments.len(), cli.prompt_rows as f64, 0.0);
-    let prompt = if cli.prompt_rows > 0 { prompt } else { 0.0 };
+    if let Some(share) = cli.prompt_share.filter(|&s| s > 0.0) {
+        if mean == 0.0 {
+            bail!("--length is 0; expected more with --prompt-share: a prompt goes with an answer");
+        }
+        let rows = grid::prompt_rows(&setup.profile, share, mean * full / b);
+        w.prompt_rows = (rows, rows);
+    }
+    // In passes that decode rows need too.
+    let prompt = setup.profile.prompt_row(0, setup.profile.segments.len())
+        * (w.prompt_rows.0 + w.prompt_rows.1) as f64
+        / 2.0;
     // Requests per second of full batches.
     let sustained = 1e9 / (mean * full / b + prompt);
     let rate = cli.rate.unwrap_or(cli.load.unwrap_or(0.8) * sustained);
@@ -397,6 +422,7 @@ fn base(cli: &Cli, profile: drex::core::profile::Profile, thresholds: Vec<f32>) 
         profile,
         workload: Workload::closed(cli.requests, Vec::new(), cli.seed),
         batch: batch(cli),
+        pass_rows: cli.pass_rows.max(batch(cli)),
         max_requests: cli.requests,
         thresholds,
         tokens: cli.tokens,
@@ -492,7 +518,7 @@ fn replay(cli: &Cli, path: &str) -> Result<Setup> {
     setup.gap_ns += record.gap_ns;
     setup.workload = workload(cli, &setup)?;
     setup.workload.confidence = record.confidence();
-    setup.workload.prompt_rows = record.prompt_rows;
+    setup.workload.prompts = record.prompts.clone();
     if !setup.filling.fill.keeps() {
         setup.batch = batch(cli).min(record.max_batch);
     }

@@ -21,7 +21,8 @@ pub struct Record {
     pub policy: String,
     /// Time of arrival in ns from the first one, and tokens.
     pub arrivals: Vec<(u64, u64)>,
-    pub prompt_rows: u64,
+    /// Rows of the prompt of each arrival.
+    pub prompts: Vec<u64>,
     /// By request, token and ramp; NaN: not scored there.
     pub confidences: HashMap<u64, Vec<Vec<f32>>>,
     pub windows: u64,
@@ -37,6 +38,7 @@ pub struct Record {
 #[derive(Default)]
 struct Asked {
     at: u64,
+    prompt: u64,
     tokens: Vec<Vec<f32>>,
     /// Of the token under way.
     row: Option<Vec<f32>>,
@@ -90,7 +92,7 @@ impl Record {
         let mut asked: HashMap<u64, Asked> = HashMap::new();
         let mut order = Vec::new();
         let (mut windows, mut gaps, mut gap_count, mut last_end) = (0u64, 0.0, 0u64, 0u64);
-        let (mut prompts, mut tokens) = (0u64, 0u64);
+        let mut tokens = 0u64;
         let (mut judged, mut accepted) = (0u64, 0u64);
         let (mut first_at, mut last_at) = (None, 0u64);
         let mut quiet = false;
@@ -109,11 +111,12 @@ impl Record {
             match v["e"].as_str() {
                 Some("add") => {
                     let id = number(&v, "id").with_context(at)?;
-                    prompts += number(&v, "n_prompt").with_context(at)?;
+                    let prompt = number(&v, "n_prompt").with_context(at)?;
                     asked.insert(
                         id,
                         Asked {
                             at: t,
+                            prompt,
                             ..Asked::default()
                         },
                     );
@@ -157,7 +160,13 @@ impl Record {
                         );
                     }
                     let cells = number(&v, "kv").with_context(at)?;
-                    cost.observe(begin, end, ids.len() as u32, cells, ns);
+                    // Rows of prompts beside them; servers that run prompts
+                    // between windows do not write it.
+                    let prompts = match &v["prompt"] {
+                        Value::Null => 0,
+                        _ => number(&v, "prompt").with_context(at)? as u32,
+                    };
+                    cost.observe_mixed(begin, end, ids.len() as u32, cells, prompts, ns);
                     windows += 1;
                     if quiet && t >= last_end {
                         gaps += (t - last_end) as f64;
@@ -227,7 +236,7 @@ impl Record {
             bail!("{path}: no window was recorded");
         }
         let start = order.first().map_or(0, |id| asked[id].at);
-        let mut arrivals = Vec::new();
+        let (mut arrivals, mut prompts) = (Vec::new(), Vec::new());
         let mut confidences = HashMap::new();
         for id in order {
             let a = &mut asked.get_mut(&id).context("an id")?;
@@ -237,6 +246,7 @@ impl Record {
             confidences.insert(arrivals.len() as u64, std::mem::take(&mut a.tokens));
             let n = confidences[&(arrivals.len() as u64)].len() as u64;
             arrivals.push((a.at - start, n));
+            prompts.push(a.prompt);
         }
         let seconds = last_at.saturating_sub(first_at.unwrap_or(0)) as f64 / 1e9;
         Ok(Record {
@@ -244,7 +254,7 @@ impl Record {
             thresholds,
             max_batch: number(&head, "max_batch").with_context(|| format!("{path}:1"))? as u32,
             policy: head["policy"].as_str().unwrap_or("").into(),
-            prompt_rows: prompts / arrivals.len().max(1) as u64,
+            prompts,
             arrivals,
             confidences,
             windows,

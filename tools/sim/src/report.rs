@@ -74,11 +74,11 @@ pub fn grid_json(cells: &[Cell], o: &Options) -> Value {
         "worst_vs_best": (best * 1e4).round() / 1e4,
         "tokens_per_run": o.tokens, "seed": o.seed, "noise": o.noise, "outliers": o.outliers,
         "fill": format!("{:?}", o.filling.fill).to_lowercase(), "max_pending": o.filling.max_pending,
-        "accept": o.filling.accept, "p_spread": o.spread, "p_drift": o.drift, "wrong_profile": o.wrong,
+        "accept": o.filling.accept, "prompt_share": o.prompt_share, "p_spread": o.spread, "p_drift": o.drift, "wrong_profile": o.wrong,
     })
 }
 
-const RUN_HEAD: [&str; 14] = [
+const RUN_HEAD: [&str; 16] = [
     "policy",
     "tokens/s",
     "vs off",
@@ -88,6 +88,8 @@ const RUN_HEAD: [&str; 14] = [
     "tbt max ms",
     "finished",
     "completion ms",
+    "ttft p50 ms",
+    "ttft p99 ms",
     "exits",
     "forced exits",
     "forced stays",
@@ -106,6 +108,8 @@ fn run_row(r: &Report, off: Option<f64>) -> Vec<String> {
         format!("{:.1}", r.tbt_max_ms),
         r.finished.to_string(),
         format!("{:.1}", r.completion_ms),
+        format!("{:.1}", r.ttft_p50_ms),
+        format!("{:.1}", r.ttft_p99_ms),
         format!("{:.3}", r.exit_share),
         r.involuntary_exits.to_string(),
         r.involuntary_stays.to_string(),
@@ -177,6 +181,8 @@ pub fn run_json(runs: &[Report], limit: Option<f64>) -> Value {
                 "finished": r.finished, "completion_ms": r.completion_ms, "exit_share": r.exit_share,
                 "involuntary_exits": r.involuntary_exits, "involuntary_stays": r.involuntary_stays,
                 "deadline_misses": r.deadline_misses,
+                "ttft_p50_ms": r.ttft_p50_ms, "ttft_p99_ms": r.ttft_p99_ms, "carrier_share": r.carrier_share,
+                "prompt_share": r.prompt_share,
                 "misses": {"host": r.misses[0], "queue": r.misses[1], "held": r.misses[2], "run": r.misses[3]},
                 "by_priority": r.by_priority.iter().map(|c| json!({"priority": c.0, "misses": c.1, "tokens": c.2})).collect::<Vec<_>>(),
                 "held_max": r.held_max, "unknown_rows": r.unknown, "rows_scored": r.rows_scored,

@@ -6,10 +6,10 @@ use std::collections::{HashMap, VecDeque};
 
 use anyhow::{Context, Result, bail};
 use drex::core::config::{Config, Fill};
-use drex::core::engine::{Agrees, Engine, StepRow};
+use drex::core::engine::{Agrees, Engine, Step, StepRow};
 use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
-use drex::core::profile::Profile;
+use drex::core::profile::{Profile, Work};
 use drex::core::request::RequestConfig;
 
 use crate::draw::{normal, purpose, uniform};
@@ -83,6 +83,9 @@ pub struct Filling {
     pub accept: f64,
 }
 
+/// Rows of one window at most where a setup does not say.
+pub const PASS_ROWS: u32 = 512;
+
 impl Filling {
     pub const COPY: Filling = Filling {
         fill: Fill::Copy,
@@ -101,7 +104,9 @@ pub struct Setup {
     pub profile: Profile,
     pub workload: Workload,
     pub batch: u32,
-    /// Requests in decode at most; more wait.
+    /// Rows of one window at most, those of prompts included; 0: enough.
+    pub pass_rows: u32,
+    /// Requests in decode or in their prompt at most; more wait.
     pub max_requests: u32,
     pub thresholds: Vec<f32>,
     /// Stop after so many tokens.
@@ -133,6 +138,13 @@ pub struct Report {
     pub tbt_max_ms: f64,
     pub finished: u64,
     pub completion_ms: f64,
+    /// From arrival to the first token.
+    pub ttft_p50_ms: f64,
+    pub ttft_p99_ms: f64,
+    /// Share of the time of windows with prompt rows, and of the prompt rows
+    /// in it.
+    pub carrier_share: f64,
+    pub prompt_share: f64,
     pub exit_share: f64,
     pub involuntary_exits: u64,
     pub involuntary_stays: u64,
@@ -171,7 +183,10 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         n_slots: setup.filling.pass_rows(setup.max_requests),
         max_requests: setup.max_requests,
         max_batch: setup.batch,
-        max_pass_rows: 0,
+        max_pass_rows: setup.batch.max(match setup.pass_rows {
+            0 => PASS_ROWS,
+            n => n,
+        }),
         policy: contender.policy,
         metric: Metric::Gap,
         fill: setup.filling.fill,
@@ -194,11 +209,15 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         setup,
         live: HashMap::new(),
         waiting: VecDeque::new(),
+        prompts: VecDeque::new(),
+        transit: Vec::new(),
         next_id: 0,
         next_at: 0.0,
         clock: 0.0,
     };
     let mut intervals: Vec<f32> = Vec::new();
+    let mut firsts: Vec<f32> = Vec::new();
+    let (mut in_carriers, mut in_prompts) = (0.0, 0.0);
     let mut completions = (0u64, 0.0f64);
     let (mut made, mut half) = (0u64, (0u64, 0.0f64));
     let mut scores: Vec<Score> = Vec::new();
@@ -211,7 +230,8 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
     let mut steps = 0u64;
     while made < setup.tokens {
         host.admit(&mut engine)?;
-        let Some(step) = engine.plan(host.clock as u64, setup.batch as usize, 0)? else {
+        let prompts = host.prompt_rows();
+        let Some(step) = engine.plan(host.clock as u64, setup.batch as usize, prompts)? else {
             if !host.idle() {
                 break;
             }
@@ -232,15 +252,20 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
             .iter()
             .map(|r| {
                 let l = &host.live[&r.id];
-                w.prompt_rows + l.made + l.ahead - u64::from(r.back) + 1
+                w.prompt(r.id) + l.made + l.ahead - u64::from(r.back) + 1
             })
             .sum();
-        let mut ns = setup.profile.time(
-            bound(step.layer_begin),
-            bound(step.layer_end),
-            rows as f64,
-            cells as f64,
-        );
+        let (first, last) = (bound(step.layer_begin), bound(step.layer_end));
+        let work = Work {
+            rows: rows as f64,
+            cells: cells as f64,
+            prompts: step.prompt_rows.into(),
+        };
+        let mut ns = setup.profile.window(first, last, work);
+        if step.prompt_rows > 0 {
+            in_carriers += ns;
+            in_prompts += work.prompts * setup.profile.prompt_row(first, last);
+        }
         if setup.noise > 0.0 {
             ns *= (setup.noise * normal(w.seed, purpose::NOISE, steps)).exp();
         }
@@ -250,7 +275,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         steps += 1;
         let began = host.clock;
         host.clock += ns;
-        if let Some(ramp) = step.ramp {
+        if let Some(ramp) = step.ramp.filter(|_| rows > 0) {
             scores.clear();
             for r in engine.step_rows() {
                 if r.back > 0 {
@@ -313,8 +338,9 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         engine.complete(
             host.clock as u64,
             ns as u64,
-            if w.prompt_rows > 0 { cells } else { 0 },
+            if w.has_prompts() { cells } else { 0 },
         )?;
+        host.prompts_ran(&mut engine, &step)?;
         for (id, n) in done {
             let l = host.live.get_mut(&id).context("a token of nobody")?;
             // A host stops at the last token, whatever was drafted behind it.
@@ -324,6 +350,9 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
                 half = (made, host.clock);
             }
             l.made += n;
+            if n > 0 && l.made == n && w.has_prompts() {
+                firsts.push((host.clock - l.arrived_ns) as f32);
+            }
             if n > 0 {
                 intervals.push((host.clock - l.last_ns) as f32);
                 l.last_ns = host.clock;
@@ -372,14 +401,17 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
     out.tokens_per_s = made as f64 / out.seconds;
     out.late_tokens_per_s = (made - half.0) as f64 / ((host.clock - half.1) / 1e9);
     out.rows_per_window = c.step_rows as f64 / c.steps.max(1) as f64;
-    let mut at = |share: f64| {
-        if intervals.is_empty() {
+    let at = |all: &mut [f32], share: f64| {
+        if all.is_empty() {
             return 0.0;
         }
-        let k = ((intervals.len() - 1) as f64 * share) as usize;
-        f64::from(*intervals.select_nth_unstable_by(k, f32::total_cmp).1) / 1e6
+        let k = ((all.len() - 1) as f64 * share) as usize;
+        f64::from(*all.select_nth_unstable_by(k, f32::total_cmp).1) / 1e6
     };
-    (out.tbt_p50_ms, out.tbt_p99_ms, out.tbt_max_ms) = (at(0.5), at(0.99), at(1.0));
+    let tbt = &mut intervals[..];
+    (out.tbt_p50_ms, out.tbt_p99_ms, out.tbt_max_ms) = (at(tbt, 0.5), at(tbt, 0.99), at(tbt, 1.0));
+    (out.ttft_p50_ms, out.ttft_p99_ms) = (at(&mut firsts, 0.5), at(&mut firsts, 0.99));
+    (out.carrier_share, out.prompt_share) = (in_carriers / host.clock, in_prompts / host.clock);
     out.finished = completions.0;
     out.completion_ms = completions.1 / completions.0.max(1) as f64 / 1e6;
     // Drafts that were taken back left, too.
@@ -418,6 +450,10 @@ struct Host<'a> {
     setup: &'a Setup,
     live: HashMap<u64, Live>,
     waiting: VecDeque<(u64, f64)>,
+    /// Requests whose prompt waits at layer 0, and rows left of it.
+    prompts: VecDeque<(u64, u64)>,
+    /// The same of rows on their way.
+    transit: Vec<(u64, u64)>,
     next_id: u64,
     /// When request `next_id` comes.
     next_at: f64,
@@ -433,7 +469,47 @@ impl Live {
 }
 
 impl Host<'_> {
-    /// Takes in who has come and fits; their prompts run at once.
+    fn prompt_rows(&self) -> u32 {
+        let all: u64 = self.prompts.iter().map(|p| p.1).sum();
+        all.min(u64::from(u32::MAX)) as u32
+    }
+
+    /// A window with prompt rows ran: those of whole prompts at the last layer
+    /// make their requests ready.
+    fn prompts_ran(&mut self, engine: &mut Engine, step: &Step) -> Result<()> {
+        let mut left = u64::from(step.prompt_rows);
+        if step.layer_begin == 0 {
+            while left > 0 {
+                let (id, rows) = self.prompts.front_mut().context("prompt rows of nobody")?;
+                let n = left.min(*rows);
+                (*rows, left) = (*rows - n, left - n);
+                self.transit.push((*id, n));
+                if *rows == 0 {
+                    self.prompts.pop_front();
+                }
+            }
+        }
+        let on_the_way: u64 = self.transit.iter().map(|t| t.1).sum();
+        if step.prompt_rows > 0 && on_the_way != u64::from(step.prompt_rows) {
+            bail!(
+                "the step has {} prompt rows, the host {on_the_way}",
+                step.prompt_rows
+            );
+        }
+        if step.ramp.is_none() {
+            for (id, _) in std::mem::take(&mut self.transit) {
+                if self.prompts.front().is_some_and(|p| p.0 == id) {
+                    continue;
+                }
+                let l = self.live.get_mut(&id).context("a prompt of nobody")?;
+                l.last_ns = self.clock;
+                engine.ready(id, self.clock as u64)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in who has come and fits.
     fn admit(&mut self, engine: &mut Engine) -> Result<()> {
         let w = &self.setup.workload;
         if let (Arrivals::Closed(n), 0) = (&w.arrivals, self.next_id) {
@@ -448,7 +524,6 @@ impl Host<'_> {
             self.next_id += 1;
             self.next_at = at + w.gap_ns(self.next_id, at);
         }
-        let last = self.setup.profile.segments.len();
         while self.live.len() < self.setup.max_requests as usize {
             let Some((id, arrived_ns)) = self.waiting.pop_front() else {
                 break;
@@ -463,10 +538,6 @@ impl Host<'_> {
                 max_tokens: w.tokens(id).unwrap_or(0),
                 priority: w.priority(id),
             })?;
-            if w.prompt_rows > 0 {
-                let rows = w.prompt_rows as f64;
-                self.clock += self.setup.profile.time(0, last, rows, 0.0);
-            }
             self.live.insert(
                 id,
                 Live {
@@ -478,7 +549,10 @@ impl Host<'_> {
                     last_ns: self.clock,
                 },
             );
-            engine.ready(id, self.clock as u64)?;
+            match w.prompt(id) {
+                0 => engine.ready(id, self.clock as u64)?,
+                n => self.prompts.push_back((id, n)),
+            }
         }
         Ok(())
     }

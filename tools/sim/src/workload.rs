@@ -48,7 +48,10 @@ pub struct Workload {
     pub length: (u64, u64),
     /// Instead, lengths of recorded requests, which go around.
     pub lengths: Vec<u64>,
-    pub prompt_rows: u64,
+    /// Rows of a prompt: from, to (uniform).
+    pub prompt_rows: (u64, u64),
+    /// Instead, those of recorded requests, which go around.
+    pub prompts: Vec<u64>,
     pub token_deadline_ns: u64,
     pub request_deadline_ns: u64,
     /// Priorities and their shares.
@@ -63,7 +66,8 @@ impl Workload {
             confidence: Confidence::Fixed(p),
             length: (0, 0),
             lengths: Vec::new(),
-            prompt_rows: 0,
+            prompt_rows: (0, 0),
+            prompts: Vec::new(),
             token_deadline_ns: 0,
             request_deadline_ns: 0,
             priorities: vec![(0, 1.0)],
@@ -85,6 +89,20 @@ impl Workload {
         }
         let u = uniform(self.seed, purpose::LENGTH, id, 0);
         Some(low + (u * (high - low + 1) as f64) as u64)
+    }
+
+    /// Rows of the prompt of request `id`.
+    pub fn prompt(&self, id: u64) -> u64 {
+        if !self.prompts.is_empty() {
+            return self.prompts[id as usize % self.prompts.len()];
+        }
+        let (low, high) = self.prompt_rows;
+        let u = uniform(self.seed, purpose::PROMPT, id, 0);
+        low + (u * (high - low + 1) as f64) as u64
+    }
+
+    pub fn has_prompts(&self) -> bool {
+        self.prompt_rows.1 > 0 || self.prompts.iter().any(|&n| n > 0)
     }
 
     pub fn priority(&self, id: u64) -> i32 {

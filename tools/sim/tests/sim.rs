@@ -21,6 +21,7 @@ fn setup(class: Class, n: u32, batch: u32, a: f64, p: f64) -> Setup {
         profile: class.profile(16, &[(16.0 * a) as u32]),
         workload: Workload::closed(n, vec![p], 1),
         batch,
+        pass_rows: 0,
         max_requests: n,
         thresholds: vec![0.5],
         tokens: 20_000,
@@ -88,6 +89,8 @@ fn options() -> Options {
         wrong: 1.0,
         routing: false,
         filling: Filling::COPY,
+        prompt_share: 0.0,
+        pass_rows: 512,
     }
 }
 
@@ -390,6 +393,7 @@ fn a_record_is_replayed() {
             ..Workload::closed(4, vec![], 1)
         },
         batch: 4,
+        pass_rows: 0,
         max_requests: 4,
         thresholds: vec![0.5],
         tokens: 1000,
