@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use drex_harness::server::Program;
 
 use crate::{
     cache::{self, Cache, Key, Lock, copy_if_different, files},
@@ -115,6 +116,12 @@ pub struct Runtime {
 impl Runtime {
     pub fn server(&self) -> PathBuf {
         self.dir.join("llama-server")
+    }
+}
+
+impl Program for Runtime {
+    fn program(&self) -> PathBuf {
+        self.server()
     }
 }
 

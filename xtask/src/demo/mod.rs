@@ -28,6 +28,7 @@ use crate::{
 };
 
 use report::Report;
+pub use report::machine;
 
 /// The unpatched server, as one more policy.
 const REFERENCE: &str = "reference";
@@ -106,7 +107,7 @@ fn fill<'a>(options: &'a Options, policy: &'a str) -> &'a str {
     parts(policy).1.unwrap_or(&options.fill)
 }
 
-fn default_threads() -> usize {
+pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get().saturating_sub(1).max(1))
 }
 
@@ -163,12 +164,7 @@ pub fn run(options: &Options) -> Result<()> {
         .context("integration/llama.cpp/tools/score.cpp is missing")?;
 
     let _machine = cache.lock_machine()?;
-    if let Some(busy) = busy().filter(|busy| *busy > 0.15) {
-        eprintln!(
-            "warning: other programs keep {:.0} % of this machine busy; nothing measured now means much",
-            busy * 100.0
-        );
-    }
+    warn_if_busy();
     let start = Instant::now();
     let mut samples: BTreeMap<(String, u16), Vec<Sample>> = BTreeMap::new();
     let rounds = options.rounds.unwrap_or(3);
@@ -529,6 +525,16 @@ fn gaps_ms(times: &[Instant]) -> impl Iterator<Item = f64> {
     times
         .windows(2)
         .map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3)
+}
+
+/// Says so where other programs run.
+pub fn warn_if_busy() {
+    if let Some(busy) = busy().filter(|busy| *busy > 0.15) {
+        eprintln!(
+            "warning: other programs keep {:.0} % of this machine busy; nothing measured now means much",
+            busy * 100.0
+        );
+    }
 }
 
 /// The share of all cores that something is running on.

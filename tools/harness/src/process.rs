@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 //! Running other programs: with a log file, with progress, and with their last words when they fail.
 
 use std::{

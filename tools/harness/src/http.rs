@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 //! As much of HTTP/1.1 and of server-sent events as a client of one local server needs, made to be fed with whatever
 //! arrives: the load generator has one thread for all of its connections, and must leave the cores to the server.
 
