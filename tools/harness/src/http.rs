@@ -40,6 +40,12 @@ pub struct Parser {
     pub body: Vec<u8>,
 }
 
+impl Default for Parser {
+    fn default() -> Parser {
+        Parser::new()
+    }
+}
+
 impl Parser {
     pub fn new() -> Parser {
         Parser {

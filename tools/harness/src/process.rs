@@ -156,6 +156,12 @@ impl Progress {
         }
     }
 
+    /// A line of its own, which stays.
+    pub fn note(&mut self, text: &str) {
+        let clear = if self.tty { "\r\x1b[2K" } else { "" };
+        eprintln!("{clear}{text}");
+    }
+
     pub fn finish(&mut self, state: &str) {
         let end = if self.tty { "\r\x1b[2K" } else { "" };
         eprintln!(

@@ -98,9 +98,24 @@ impl fmt::Display for Traffic {
 }
 
 impl Lengths {
-    fn longest(self) -> usize {
+    /// The most tokens that a sequence of these lengths has.
+    pub fn longest(self) -> usize {
         let most = |mean: usize| (mean as f64 * (1.0 + SPREAD)).ceil() as usize;
         most(self.prompt) + most(self.answer)
+    }
+
+    /// A list of prompts, each with the number of tokens to answer with; the same for the same numbers.
+    pub fn requests(self, text: &Text, round: u64, count: usize) -> Vec<(Vec<i64>, usize)> {
+        (0..count)
+            .map(|job| self.request(text, round, job))
+            .collect()
+    }
+
+    fn request(self, text: &Text, round: u64, job: usize) -> (Vec<i64>, usize) {
+        let name = Traffic::Closed(self).to_string();
+        let mut random = Random::of(&name, &[round, job as u64]);
+        let Lengths { prompt, answer } = self.draw(&mut random);
+        (text.prompt(&mut random, prompt), answer)
     }
 
     fn draw(self, random: &mut Random) -> Lengths {
@@ -197,7 +212,6 @@ pub trait Counted: Source {
 pub struct Steady<'a> {
     text: &'a Text,
     lengths: Lengths,
-    name: String,
     round: u64,
     in_flight: usize,
     counted: usize,
@@ -217,7 +231,6 @@ impl<'a> Steady<'a> {
         Steady {
             text,
             lengths,
-            name: Traffic::Closed(lengths).to_string(),
             round,
             in_flight,
             counted,
@@ -228,9 +241,7 @@ impl<'a> Steady<'a> {
     }
 
     fn request(&self, job: usize) -> (Vec<i64>, usize) {
-        let mut random = Random::of(&self.name, &[self.round, job as u64]);
-        let Lengths { prompt, answer } = self.lengths.draw(&mut random);
-        let prompt = self.text.prompt(&mut random, prompt);
+        let (prompt, answer) = self.lengths.request(self.text, self.round, job);
         let answer = if job < self.in_flight {
             (answer * (job + 1)).div_ceil(self.in_flight)
         } else {

@@ -378,7 +378,9 @@ impl Race {
                 for sample in field.samples.iter().flatten().flatten() {
                     idle = idle.max(sample.idle_cpu);
                 }
-                cells.extend(report::cells(&self.contenders, &field));
+                let made = report::cells(&self.contenders, &field);
+                progress.note(&report::line(&made));
+                cells.extend(made);
                 done += 1;
             }
             for running in servers {
@@ -423,7 +425,7 @@ impl Race {
             field.capacity = self.capacity(servers, text, in_flight, &measure)?;
             let rate = share * field.capacity;
             // Where more comes than can be served, the queue is what is measured; it grows with the slice.
-            field.counted = ((rate * seconds * 2.0).ceil() as usize).clamp(24, 4000);
+            field.counted = ((rate * seconds * 2.0).ceil() as usize).clamp(16, 4000);
         }
         let mut rate = 0.0_f64;
         for at in 0..servers.len() {

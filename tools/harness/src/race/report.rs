@@ -280,6 +280,26 @@ pub(super) fn cells(contenders: &[Contender], field: &Field) -> Vec<Cell> {
     out
 }
 
+/// The cells of one load in a line.
+pub(super) fn line(cells: &[Cell]) -> String {
+    let Some(first) = cells.first() else {
+        return String::new();
+    };
+    let mut out = format!("{} at {}:", first.traffic, first.in_flight);
+    for c in cells {
+        let _ = write!(out, " {} {:.2}", c.policy, c.ratio_to_stock);
+        if let (Some(low), Some(high)) = (c.ratio_low, c.ratio_high) {
+            let _ = write!(out, " ({low:.2} to {high:.2})");
+        }
+    }
+    let _ = write!(
+        out,
+        ", {} rounds, stock {:.0} tokens/s",
+        first.rounds, first.tokens_per_s
+    );
+    out
+}
+
 impl Cell {
     fn is_stock(&self) -> bool {
         self.layout.is_some()
