@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask bench`: the core's calls, servers against each other, and a model whose weights bound the time.
 
+mod scale;
 mod serve;
 
 use std::{
@@ -28,6 +29,9 @@ pub enum Bench {
     /// Race the patched llama-server against the unpatched one, as a client sees them
     #[command(after_help = serve::HELP)]
     Serve(serve::Options),
+    /// Measure windows and policies on a large model of random weights, where reading them bounds the time
+    #[command(after_help = scale::HELP)]
+    Scale(scale::Options),
     /// Write the figures of a report between the marks of a Markdown page
     Page {
         /// report.json of `bench serve`
@@ -41,6 +45,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Core { json, quick } => sim::bench(*json, *quick),
         Bench::Serve(options) => serve::run(options),
+        Bench::Scale(options) => scale::run(options),
         Bench::Page { report, page } => fill_page(report, page),
     }
 }
