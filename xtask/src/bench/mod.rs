@@ -2,7 +2,7 @@
 //! `cargo xtask bench`: the core's calls, servers against each other, and a model whose weights bound the time.
 
 mod scale;
-mod serve;
+pub mod serve;
 
 use std::{
     fs,

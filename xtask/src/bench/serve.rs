@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask bench serve`: which servers race, under which load.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
+use clap::{Args, Parser};
 use drex_harness::{
     race::{About, Contender, LAYOUTS, Race},
     traffic::{self, Traffic},
@@ -235,33 +239,27 @@ fn of_policy(options: &Options, policy: &str) -> Vec<String> {
     args
 }
 
-pub fn run(options: &Options) -> Result<()> {
+/// Everybody in the race, from the programs of the unpatched and of the patched server.
+fn race(options: &Options, reference: &Path, patched: &Path) -> Result<Race> {
     let plan = plan(options)?;
-    let out = out_dir(&options.out)?;
     let corpus = cache::repo().join("demo/corpus.txt");
     let corpus =
         fs::read_to_string(&corpus).with_context(|| format!("cannot read {}", corpus.display()))?;
     let model = cache::bundled_model()?;
-    let cache = Cache::open()?;
-    let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
-    let runtimes = llama.ensure(&[Kind::Reference, Kind::Patched])?;
-
     let common = common(options, &model.to_string_lossy());
-    let contender = |name: &str, at: usize, more: Vec<String>| Contender {
+    let contender = |name: &str, program: &Path, more: Vec<String>| Contender {
         name: name.to_owned(),
-        program: runtimes[at].server(),
+        program: program.to_owned(),
         args: [common.clone(), more].concat(),
     };
     let mut contenders = vec![
-        contender(LAYOUTS[0], 0, Vec::new()),
-        contender(LAYOUTS[1], 0, vec!["--kv-unified".into()]),
+        contender(LAYOUTS[0], reference, Vec::new()),
+        contender(LAYOUTS[1], reference, vec!["--kv-unified".into()]),
     ];
     for policy in &options.policies {
-        contenders.push(contender(policy, 1, of_policy(options, policy)));
+        contenders.push(contender(policy, patched, of_policy(options, policy)));
     }
-    let _machine = cache.lock_machine()?;
-    demo::warn_if_busy();
-    let race = Race {
+    Ok(Race {
         contenders,
         traffic: plan.traffic,
         in_flight: plan.in_flight,
@@ -284,7 +282,31 @@ pub fn run(options: &Options) -> Result<()> {
             command: command_line(),
             date: today(),
         },
-    };
+    })
+}
+
+/// A race whose figures mean nothing, in seconds.
+pub fn small(reference: &Path, patched: &Path) -> Result<Race> {
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+    let line =
+        "small --traffic 16/8,chat,poisson-0.8 --concurrency 2 --rounds 2 --slice 0.05 --threads 1";
+    let line = Line::try_parse_from(line.split(' '))?;
+    race(&line.options, reference, patched)
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    plan(options)?;
+    let out = out_dir(&options.out)?;
+    let cache = Cache::open()?;
+    let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
+    let runtimes = llama.ensure(&[Kind::Reference, Kind::Patched])?;
+    let race = race(options, &runtimes[0].server(), &runtimes[1].server())?;
+    let _machine = cache.lock_machine()?;
+    demo::warn_if_busy();
     let report = race.run()?;
     fs::write(
         out.join("report.json"),
@@ -305,7 +327,6 @@ pub fn run(options: &Options) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
 
     #[derive(Parser)]
     struct Line {
