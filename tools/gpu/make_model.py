@@ -14,6 +14,7 @@ import sys
 SHAPES = {
     #                 layers embd   ff   heads kv vocab  rope
     "llama-2-7b": (32, 4096, 11008, 32, 32, 32000, 1e4),
+    "tinyllama-1b": (22, 2048, 5632, 32, 4, 32000, 1e4),
     "llama-3-8b": (32, 4096, 14336, 32, 8, 128256, 5e5),
     "tiny": (8, 256, 512, 4, 2, 1024, 1e4),
 }

@@ -4,6 +4,10 @@
 //
 //   serve --model FILE --json OUT [--ngl N] [--batch 8,16] [--exit-layers 8,16] [--p 0.2,0.5] [--prompt N] [--tokens N]
 //         [--reps N] [--threads N] [--seconds S]
+//   serve --grid 8/4,4/4,1/1 [--rounds N] ...
+//
+// With --grid: for each REQUESTS/BATCH policies `hold` and `auto` at each share p, in rounds in which everything without early
+// exit runs too; ratios are those of one round. The first exit layer counts (0: a quarter of the layers).
 //
 // Layers, ramps and scoring really run. Only the outcome of a ramp comes from a mask, drawn by (request, token, seed): each
 // token is a request of its own to drex, with threshold 0 (any confidence will do) or 1 (none of random weights will; above 1
@@ -22,12 +26,14 @@
 
 #include <cstring>
 #include <ctime>
+#include <functional>
 
 using namespace serve;
 
 struct options {
     std::string model, json;
-    int ngl = -1, n_prompt = 32, n_tokens = 40, n_reps = 16, n_threads = 2;
+    std::string grid;
+    int ngl = -1, n_prompt = 32, n_tokens = 40, n_reps = 16, n_threads = 2, n_rounds = 3;
     double seconds = 1e9;
     std::vector<int>    batches     = { 8, 16, 32, 64 };
     std::vector<int>    exit_layers = { 8, 16 };
@@ -65,13 +71,15 @@ static double stock(session & s, int n_batch, int n_tokens) {
 }
 
 struct result {
+    // tokens a second from the first plan on, and from a time after it on; NaN where the run was over by then
+    double   cold = NAN, late = NAN;
     double   seconds = 0.0;
     uint64_t tokens = 0, exits = 0, involuntary = 0, windows = 0, expected_exits = 0, rows = 0;
     bool     counts_agree = false;
 };
 
 // runs until a request has all its tokens; counts what comes after each had two, or, where the policy learns, a third of them
-static result run(session & s, int n_batch, int n_req, drex_policy policy, int exit_layer, double p, int n_tokens) {
+static result run(session & s, int n_batch, int n_req, drex_policy policy, int exit_layer, double p, int n_tokens, double late_ms = 0.0) {
     const bool off    = policy == DREX_POLICY_OFF;
     const bool learns = policy == DREX_POLICY_AUTO;
     const uint64_t n_before = learns ? n_tokens/3 : 2;
@@ -91,13 +99,14 @@ static result run(session & s, int n_batch, int n_req, drex_policy policy, int e
     }
 
     result res;
-    uint64_t emitted = 0, expected = 0;
-    int64_t  t_begin = 0;
+    uint64_t emitted = 0, expected = 0, n_late = 0;
+    int64_t  t_begin = 0, t_late = 0;
     bool     full = false;
 
     std::vector<drex_row>     rows(n_batch);
     std::vector<drex_verdict> verdicts(n_batch);
 
+    const int64_t t_first = now_ns();
     while (!full) {
         drex_plan_input input = DREX_PLAN_INPUT_INITIALIZER;
         drex_step       step  = DREX_STEP_INITIALIZER;
@@ -141,6 +150,11 @@ static result run(session & s, int n_batch, int n_req, drex_policy policy, int e
             }
         }
         emitted += n_new;
+        if (t_late != 0) {
+            n_late += n_new;
+        } else if (completion.now_ns - t_first >= late_ms*1e6) {
+            t_late = completion.now_ns;
+        }
 
         if (t_begin == 0 && emitted >= n_before*uint64_t(n_req)) {
             t_begin = now_ns();
@@ -151,7 +165,12 @@ static result run(session & s, int n_batch, int n_req, drex_policy policy, int e
         }
     }
     s.wait();
-    res.seconds = (now_ns() - t_begin)/1e9;
+    const int64_t t_end = now_ns();
+    res.seconds = (t_end - t_begin)/1e9;
+    res.cold    = emitted/((t_end - t_first)/1e9);
+    if (n_late != 0) {
+        res.late = n_late/((t_end - t_late)/1e9);
+    }
 
     drex_stats stats = DREX_STATS_INITIALIZER;
     check(drex_stats_get(e.ptr, &stats));
@@ -226,9 +245,140 @@ static times measure(session & s, int n_batch, int exit_layer, int n_reps) {
     return { full.middle(), shallow.middle(), scored.middle(), deep.middle(), time_head(s, n_batch, n_reps) };
 }
 
+struct load { int n_req, n_batch; };
+
+static std::vector<load> loads(const std::string & text) {
+    std::vector<load> res;
+    std::stringstream in(text);
+    for (std::string part; std::getline(in, part, ','); ) {
+        load l = { 0, 0 };
+        char rest = 0;
+        if (sscanf(part.c_str(), "%d/%d%c", &l.n_req, &l.n_batch, &rest) != 2 || l.n_batch < 1 || l.n_req % l.n_batch != 0 || l.n_req < 1) {
+            throw std::runtime_error("--grid " + part + ": REQUESTS/BATCH, where the batches are full");
+        }
+        res.push_back(l);
+    }
+    return res;
+}
+
+// everything in turn, round by round
+static bool run_grid(llama_model * model, const options & o, const std::function<bool()> & late, json_file & out) {
+    bool ok = true, first = true;
+    for (const load & l : loads(o.grid)) {
+        if (late()) {
+            break;
+        }
+        times t;
+        int exit_layer = o.exit_layers[0];
+        {
+            session s(model, 2*l.n_batch, o.n_prompt, o.n_tokens, o.n_threads);
+            if (exit_layer == 0) {
+                exit_layer = std::max(1, s.n_layer/4);
+            }
+            if (exit_layer >= s.n_layer) {
+                throw std::runtime_error("--exit-layers " + std::to_string(exit_layer) + ": the model has " + std::to_string(s.n_layer) + " layers");
+            }
+            if (first) {
+                out.add("device", s.device()).add("n_layer", s.n_layer).add("n_vocab", s.n_vocab);
+                ok = first_checks(s, l.n_batch, exit_layer, out) && ok;
+                first = false;
+            }
+            t = measure(s, l.n_batch, exit_layer, o.n_reps);
+        }
+        const double t_f = t.full.whole, t_s = t.shallow_scored.whole, t_d = t.deep.whole;
+        printf("%d requests in batches of %d: t_f %.2f  t_s %.2f  t_d %.2f ms, c/t_d %.3f\n", l.n_req, l.n_batch, t_f, t_s, t_d, (t_s + t_d - t_f)/t_d);
+        fflush(stdout);
+
+        session s(model, l.n_req, o.n_prompt, o.n_tokens, o.n_threads);
+        session streams(model, l.n_req, o.n_prompt, o.n_tokens, o.n_threads, true);
+
+        struct kind { drex_policy policy; double p; };
+        std::vector<kind> kinds;
+        for (const drex_policy policy : { DREX_POLICY_HOLD, DREX_POLICY_AUTO }) {
+            for (const double p : o.shares) {
+                kinds.push_back({ policy, p });
+            }
+        }
+        const char * names[] = { "windows", "stock unified", "stock streams" };
+        std::vector<double> bases[3];
+        std::vector<std::vector<result>> results(kinds.size());
+
+        // builds the graphs
+        run(s, l.n_batch, l.n_req, DREX_POLICY_OFF, 0, 0.0, 3);
+        run(s, l.n_batch, l.n_req, DREX_POLICY_HOLD, exit_layer, o.shares[0], 3);
+
+        const int n_contenders = 3 + int(kinds.size());
+        for (int round = 0; round < o.n_rounds && !(round > 0 && late()); ++round) {
+            for (int i = 0; i < n_contenders; ++i) {
+                // forth, and back in the next round
+                const int who = round % 2 ? n_contenders - 1 - i : i;
+                double rate;
+                if (who == 0) {
+                    const result r = run(s, l.n_batch, l.n_req, DREX_POLICY_OFF, 0, 0.0, o.n_tokens);
+                    ok = ok && r.counts_agree;
+                    bases[0].push_back(rate = r.tokens/r.seconds);
+                } else if (who < 3) {
+                    bases[who].push_back(rate = stock(who == 1 ? s : streams, l.n_batch, o.n_tokens));
+                } else {
+                    const kind & k = kinds[who - 3];
+                    results[who - 3].push_back(run(s, l.n_batch, l.n_req, k.policy, exit_layer, k.p, o.n_tokens, 10*t_f));
+                    const result & r = results[who - 3].back();
+                    ok = ok && r.counts_agree;
+                    rate = r.tokens/r.seconds;
+                }
+                printf("   round %d, %s: %.3f tokens/s\n", round + 1, who < 3 ? names[who] : kinds[who - 3].policy == DREX_POLICY_HOLD ? "hold" : "auto", rate);
+                fflush(stdout);
+            }
+        }
+
+        int base = 0;
+        for (int i = 1; i < 3; ++i) {
+            base = median(bases[i]) > median(bases[base]) ? i : base;
+        }
+        for (size_t i = 0; i < kinds.size(); ++i) {
+            const kind & k = kinds[i];
+            std::vector<double> rates, ratios, cold, late_ratios;
+            double exits = 0, expected = 0, involuntary = 0, rows = 0, windows = 0;
+            bool agree = true;
+            for (size_t round = 0; round < results[i].size(); ++round) {
+                const result & r = results[i][round];
+                const double off = bases[base][round];
+                rates.push_back(r.tokens/r.seconds);
+                ratios.push_back(rates.back()/off);
+                cold.push_back(r.cold/off);
+                if (std::isfinite(r.late)) {
+                    late_ratios.push_back(r.late/off);
+                }
+                exits += double(r.exits); expected += double(r.expected_exits); involuntary += double(r.involuntary);
+                rows += double(r.rows); windows += double(r.windows);
+                agree = agree && r.counts_agree;
+            }
+            const double limit = l.n_batch/((t_s + (1.0 - k.p)*t_d)/1e3);
+            std::string list = "[";
+            for (size_t round = 0; round < ratios.size(); ++round) {
+                list += (round ? ", " : "") + value(ratios[round]).text;
+            }
+            value rounds(0);
+            rounds.text = list + "]";
+            out.cell({
+                { "requests", l.n_req }, { "batch", l.n_batch }, { "policy", k.policy == DREX_POLICY_HOLD ? "hold" : "auto" }, { "p", k.p },
+                { "exit_layer", exit_layer }, { "n_kv", s.n_kv },
+                { "t_f_ms", t_f }, { "t_s_ms", t.shallow.whole }, { "t_s_scored_ms", t_s }, { "t_d_ms", t_d }, { "t_head_ms", t.head },
+                { "c_over_t_d_with_head", (t_s + t_d - t_f)/t_d },
+                { "tokens_per_s", median(rates) }, { "stock_tokens_per_s", median(bases[base]) }, { "stock", names[base] },
+                { "ratio_to_stock", median(ratios) }, { "ratio_rounds", rounds },
+                { "cold_ratio", median(cold) }, { "after_ten_passes_ratio", median(late_ratios) },
+                { "limit_tokens_per_s", limit }, { "of_limit", median(rates)/limit }, { "rows_per_window", rows/windows },
+                { "exits", exits }, { "exits_of_mask", expected }, { "involuntary_exits", involuntary }, { "counts_agree", agree },
+            });
+        }
+    }
+    return ok;
+}
+
 static int usage() {
     fprintf(stderr, "usage: serve --model FILE --json OUT [--ngl N] [--batch LIST] [--exit-layers LIST] [--p LIST] [--prompt N]\n"
-            "             [--tokens N] [--reps N] [--threads N] [--seconds S]\n");
+            "             [--tokens N] [--reps N] [--threads N] [--seconds S] [--grid LIST] [--rounds N]\n");
     return 2;
 }
 
@@ -250,10 +400,12 @@ int main(int argc, char ** argv) try {
         else if (a == "--seconds")     o.seconds     = atof(v);
         else if (a == "--batch")       o.batches     = list<int>(v);
         else if (a == "--exit-layers") o.exit_layers = list<int>(v);
+        else if (a == "--grid")        o.grid        = v;
+        else if (a == "--rounds")      o.n_rounds    = atoi(v);
         else if (a == "--p")           o.shares      = list<double>(v);
         else return usage();
     }
-    if (o.model.empty() || o.json.empty() || o.n_tokens < 4) {
+    if (o.model.empty() || o.json.empty() || o.n_tokens < 4 || o.n_rounds < 1 || o.shares.empty() || o.exit_layers.empty()) {
         return usage();
     }
 
@@ -264,6 +416,13 @@ int main(int argc, char ** argv) try {
     model_ptr model(load_model(o.model, o.ngl));
     json_file out(o.json);
     out.add("model", o.model.substr(o.model.find_last_of('/') + 1)).add("n_prompt", o.n_prompt).add("n_tokens", o.n_tokens).add("seed", "0x5eed");
+
+    if (!o.grid.empty()) {
+        const bool ok = run_grid(model.get(), o, late, out);
+        out.finish(ok, late());
+        printf("%s\n", ok ? "ok" : "FAILED");
+        return ok ? 0 : 1;
+    }
 
     bool ok = true;
     bool first = true;

@@ -40,8 +40,8 @@ def with_server(server, model, ngl, flags, work):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     # The tiny model needs no more threads; a busy machine is no slower with two.
-    command = [server, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-np", "6", "-c", "2048", "--kv-unified",
-               "-ngl", str(ngl), "-t", "2", "--no-webui", *flags]
+    command = [server, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-np", "6", "-c", "3072", "-ngl", str(ngl), "-t", "2",
+               "--no-webui", *flags]
     with open("/dev/null") as null:
         child = subprocess.Popen(command, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     lines = []

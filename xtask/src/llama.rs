@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use drex_harness::server::Program;
 
 use crate::{
     cache::{self, Cache, Key, Lock, copy_if_different, files},
@@ -115,6 +116,12 @@ pub struct Runtime {
 impl Runtime {
     pub fn server(&self) -> PathBuf {
         self.dir.join("llama-server")
+    }
+}
+
+impl Program for Runtime {
+    fn program(&self) -> PathBuf {
+        self.server()
     }
 }
 
@@ -298,59 +305,84 @@ impl<'a> Llama<'a> {
         let lock = self.cache.lock()?;
         let tools = Tools::find(self.cache, &lock)?;
         let mut made = Vec::new();
-        let all = files(&folder, &|_| false)?;
-        let of = |extension: &'static str| {
-            let is = move |p: &&PathBuf| p.extension().is_some_and(|e| e == extension);
-            all.iter().filter(is)
-        };
-        let mut shared = Key::default().add(&tools.fingerprint);
-        for header in of("h") {
-            shared = shared.add(fs::read(folder.join(header))?);
-        }
-        for source in of("cpp") {
-            let stem = source
-                .file_stem()
-                .context("no name")?
-                .to_string_lossy()
-                .into_owned();
-            let source = folder.join(source);
-            let program = runtime.dir.join(format!("{prefix}{stem}"));
-            let stamp = runtime.dir.join(format!("{prefix}{stem}.key"));
-            let key = shared.clone().add(fs::read(&source)?).short();
-            if process::is_executable(&program)
-                && fs::read_to_string(&stamp).is_ok_and(|old| old == key)
-            {
-                made.push(program);
-                continue;
+        for source in files(&folder, &|_| false)? {
+            if source.extension().is_some_and(|e| e == "cpp") {
+                let stem = source.file_stem().context("no name")?.to_string_lossy();
+                let name = format!("{prefix}{stem}");
+                made.push(self.compiled(&tools, runtime, &folder.join(&source), &name, &[])?);
             }
-            let temp = runtime.dir.join(format!("{prefix}{stem}.xtask-tmp"));
-            let mut command = Command::new(&tools.cxx);
-            command
-                .args(["-std=c++17", "-O2", "-Wall"])
-                .arg(&source)
-                .arg("-I")
-                .arg(runtime.dir.join("include"));
-            command.arg("-L").arg(&runtime.dir).args([
-                "-lllama",
-                "-lggml",
-                "-lggml-base",
-                "-lpthread",
-            ]);
-            // The linker wants to see what our libraries need in turn.
-            let mut link = OsString::from("-Wl,-rpath-link,");
-            link.push(&runtime.dir);
-            command
-                .arg(link)
-                .arg("-Wl,-rpath,$ORIGIN")
-                .arg("-o")
-                .arg(&temp);
-            let log = self.cache.log(&format!("tool-{stem}"))?;
-            process::logged(&mut command, &format!("compiling {stem}.cpp"), &log, false)?;
-            fs::rename(&temp, &program)?;
-            fs::write(&stamp, key)?;
-            made.push(program);
         }
         Ok(made)
+    }
+
+    /// Compiles a program of ours that uses libllama's windows and libdrex.
+    pub fn program(&self, runtime: &Runtime, source: &Path, name: &str) -> Result<PathBuf> {
+        let lock = self.cache.lock()?;
+        let tools = Tools::find(self.cache, &lock)?;
+        let mut include = OsString::from("-I");
+        include.push(cache::repo().join("include"));
+        let more = [include, "-ldrex".into(), "-ldl".into()];
+        self.compiled(&tools, runtime, source, name, &more)
+    }
+
+    /// A program beside a runtime's libraries, compiled anew if it, a header beside its source or one of drex changed.
+    fn compiled(
+        &self,
+        tools: &Tools,
+        runtime: &Runtime,
+        source: &Path,
+        name: &str,
+        more: &[OsString],
+    ) -> Result<PathBuf> {
+        let mut key = Key::default()
+            .add(&tools.fingerprint)
+            .add(fs::read(source)?);
+        let mut headers = vec![source.parent().context("no folder")?.to_owned()];
+        if !more.is_empty() {
+            headers.push(cache::repo().join("include"));
+        }
+        for folder in headers {
+            for header in files(&folder, &|_| false)? {
+                if header.extension().is_some_and(|e| e == "h") {
+                    key = key.add(fs::read(folder.join(header))?);
+                }
+            }
+        }
+        let key = key.short();
+        let program = runtime.dir.join(name);
+        let stamp = runtime.dir.join(format!("{name}.key"));
+        if process::is_executable(&program)
+            && fs::read_to_string(&stamp).is_ok_and(|old| old == key)
+        {
+            return Ok(program);
+        }
+        let temp = runtime.dir.join(format!("{name}.xtask-tmp"));
+        let mut command = Command::new(&tools.cxx);
+        command
+            .args(["-std=c++17", "-O2", "-Wall"])
+            .arg(source)
+            .arg("-I")
+            .arg(runtime.dir.join("include"));
+        command.arg("-L").arg(&runtime.dir).args(more).args([
+            "-lllama",
+            "-lggml",
+            "-lggml-base",
+            "-lpthread",
+        ]);
+        // The linker wants to see what our libraries need in turn.
+        let mut link = OsString::from("-Wl,-rpath-link,");
+        link.push(&runtime.dir);
+        command
+            .arg(link)
+            .arg("-Wl,-rpath,$ORIGIN")
+            .arg("-o")
+            .arg(&temp);
+        let file = source.file_name().unwrap_or_default().to_string_lossy();
+        let log = self.cache.log(&format!("tool-{name}"))?;
+        process::logged(&mut command, &format!("compiling {file}"), &log, false)?;
+        fs::rename(&temp, &program)?;
+        fs::write(&stamp, key)?;
+        Ok(program)
     }
 }
 

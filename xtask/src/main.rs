@@ -2,27 +2,23 @@
 //!
 //! Needs Rust, a C++ compiler and Python 3; everything else is fetched into a cache folder outside of the clone.
 
+mod bench;
 mod book;
 mod cache;
 mod cargo;
-mod client;
 mod consumers;
 mod demo;
 mod examples;
 mod fetch;
 mod gguf;
 mod gpu;
-mod http;
 mod install;
 mod kernels;
 mod llama;
-mod load;
 mod observe;
-mod process;
 mod python;
 mod score;
 mod serve;
-mod server;
 mod server_tests;
 mod sim;
 mod test;
@@ -33,6 +29,7 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
+use drex_harness::{client, http, load, process, server};
 
 use crate::{
     cache::Cache,
@@ -109,17 +106,11 @@ enum Cmd {
         #[command(flatten)]
         source: Source,
     },
-    /// Time the core's calls with criterion
+    /// Measure: the core's calls, servers against each other
+    #[command(arg_required_else_help = true)]
     Bench {
-        /// What to time
-        #[arg(value_parser = ["core"])]
-        what: String,
-        /// One line of JSON: the median of each benchmark in ns
-        #[arg(long)]
-        json: bool,
-        /// Shorter runs
-        #[arg(long)]
-        quick: bool,
+        #[command(subcommand)]
+        what: bench::Bench,
     },
     /// Build the book in docs/ into target/book, with dead links as errors
     Docs,
@@ -156,7 +147,7 @@ fn main() -> ExitCode {
         Cmd::Demo(options) => demo::run(&options).map(|()| true),
         Cmd::Sim { args } => sim::sim(args).map(|()| true),
         Cmd::Gpu { source, .. } => gpu::pack(&source).map(|()| true),
-        Cmd::Bench { json, quick, .. } => sim::bench(json, quick).map(|()| true),
+        Cmd::Bench { what } => bench::run(&what).map(|()| true),
         Cmd::Docs => book::print().map(|()| true),
         Cmd::Kernels(options) => kernels::run(&options),
         Cmd::Install(options) => install::run(&options).map(|()| true),

@@ -16,6 +16,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use drex_harness::{
+    race,
+    stats::{median, quantile},
+    traffic::{Lengths, Text, Traffic},
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -28,21 +33,27 @@ use crate::{
 };
 
 use report::Report;
+pub use report::machine;
 
 /// The unpatched server, as one more policy.
 const REFERENCE: &str = "reference";
-/// What the ratios are relative to.
+/// Its layouts of the cache: a stream for each sequence, as it has by default, and one for all. The faster one of a cell is
+/// what the ratios are relative to.
+const LAYOUTS: [&str; 2] = [REFERENCE, "reference+unified"];
+/// The patched server without early exit.
 const OFF: &str = "off";
+/// The traffic of the short prompts in `demo/prompts.txt`.
+const SHORT: &str = "short";
 
-/// Rounds end here even if some are still to come: the whole demo should take three minutes at most.
-const BUDGET: Duration = Duration::from_secs(150);
+/// Rounds end here even if some are still to come: the whole demo should take about four minutes.
+const BUDGET: Duration = Duration::from_secs(180);
 
 /// A measurement takes two seconds on a quiet machine. On a busy one the server's threads wait for each other across
 /// time slices and it can be a hundred times that: then less is measured, and the report says so.
 const LIMITS: load::Limits = load::Limits {
     silence: Duration::from_secs(60),
-    send: Duration::from_secs(5),
-    total: Duration::from_secs(10),
+    send: Duration::from_secs(6),
+    total: Duration::from_secs(14),
 };
 
 #[derive(Args)]
@@ -53,18 +64,18 @@ pub struct Options {
     /// How the skipped layers' K/V of an exited token is filled
     #[arg(long, default_value = "copy", value_parser = ["copy", "propagate", "postfill", "verify"])]
     fill: String,
-    /// Policies to compare. `hold+verify` is a policy with a fill of its own, `reference` the unpatched server, and
-    /// `reference+ngram-simple` that server with a speculation type that needs no second model
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "off,eager,art,latency,hold,auto"
-    )]
+    /// Policies to compare with the unpatched server, which is always measured in both layouts of its cache. `hold+verify` is
+    /// a policy with a fill of its own, `reference+ngram-simple` the unpatched server with a speculation type that needs no
+    /// second model
+    #[arg(long, value_delimiter = ',', default_value = "off,eager,art,hold,auto")]
     policies: Vec<String>,
+    /// `short`: prompts of a dozen tokens; PROMPT/ANSWER: tokens of each on average
+    #[arg(long, value_delimiter = ',', default_value = "short,300/64")]
+    traffic: Vec<String>,
     /// Requests in flight
-    #[arg(long, value_delimiter = ',', default_value = "1,4,8,16,32", value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_delimiter = ',', default_value = "1,4,16", value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: Vec<u16>,
-    /// Tokens to generate per request on average; requests ask for half to one and a half times as many
+    /// Tokens to generate per `short` request on average; requests ask for half to one and a half times as many
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=250))]
     tokens: u32,
     /// Layers after which a row may exit, separated by commas, or `model` for what its metadata says
@@ -106,7 +117,7 @@ fn fill<'a>(options: &'a Options, policy: &'a str) -> &'a str {
     parts(policy).1.unwrap_or(&options.fill)
 }
 
-fn default_threads() -> usize {
+pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get().saturating_sub(1).max(1))
 }
 
@@ -115,7 +126,31 @@ fn length(options: &Options, i: usize) -> u32 {
     options.tokens / 2 + options.tokens * (i as u32 * 37 % 101) / 100
 }
 
-/// One measurement: one policy at one concurrency in one round.
+/// What the servers are asked.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Load {
+    /// As in `--traffic`.
+    pub traffic: String,
+    pub concurrency: u16,
+}
+
+impl std::fmt::Display for Load {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} at {} in flight", self.traffic, self.concurrency)
+    }
+}
+
+/// A policy under a load.
+type Key = (String, Load);
+type Samples = BTreeMap<Key, Vec<Sample>>;
+
+/// The prompts of both kinds of traffic.
+struct Prompts {
+    short: Vec<String>,
+    corpus: String,
+}
+
+/// One measurement: one policy under one load in one round.
 pub struct Sample {
     pub tokens_per_s: f64,
     /// Those that ended.
@@ -136,8 +171,68 @@ pub struct Sample {
     pub streams: Vec<(Vec<i64>, Vec<i64>)>,
 }
 
+/// Lengths of a traffic, or none for `short`.
+fn lengths(traffic: &str) -> Result<Option<Lengths>> {
+    if traffic == SHORT {
+        return Ok(None);
+    }
+    match traffic
+        .parse()
+        .with_context(|| format!("--traffic {traffic}"))?
+    {
+        Traffic::Closed(lengths) => Ok(Some(lengths)),
+        _ => bail!("--traffic {traffic}: the demo has {SHORT} and PROMPT/ANSWER only"),
+    }
+}
+
+/// Everybody who is measured, the unpatched server's layouts first.
+fn contenders(options: &Options) -> Vec<String> {
+    let mut all: Vec<String> = LAYOUTS.map(str::to_owned).to_vec();
+    for policy in &options.policies {
+        if !all.contains(policy) {
+            all.push(policy.clone());
+        }
+    }
+    all
+}
+
+/// The layout that made more tokens/s under a load, and how much more in its worst round than the other in its best one.
+fn stock(samples: &Samples, load: &Load) -> (&'static str, f64) {
+    let rates = |layout: &str| -> Vec<f64> {
+        let list = samples.get(&(layout.to_owned(), load.clone()));
+        list.into_iter().flatten().map(|s| s.tokens_per_s).collect()
+    };
+    let of = LAYOUTS.map(|layout| (layout, rates(layout)));
+    let [a, b] = &of;
+    let (fast, slow) = if median(&a.1) >= median(&b.1) {
+        (a, b)
+    } else {
+        (b, a)
+    };
+    let worst = fast.1.iter().copied().fold(f64::INFINITY, f64::min);
+    let best = slow.1.iter().copied().fold(0.0, f64::max);
+    (fast.0, worst / best)
+}
+
 pub fn run(options: &Options) -> Result<()> {
-    let prompts = prompts()?;
+    for traffic in &options.traffic {
+        lengths(traffic)?;
+    }
+    let prompts = Prompts {
+        short: prompts()?,
+        corpus: fs::read_to_string(cache::repo().join("demo/corpus.txt"))
+            .context("cannot read demo/corpus.txt")?,
+    };
+    let loads: Vec<Load> = options
+        .traffic
+        .iter()
+        .flat_map(|traffic| {
+            options.concurrency.iter().map(|concurrency| Load {
+                traffic: traffic.clone(),
+                concurrency: *concurrency,
+            })
+        })
+        .collect();
     let model = cache::bundled_model()?;
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
@@ -163,14 +258,10 @@ pub fn run(options: &Options) -> Result<()> {
         .context("integration/llama.cpp/tools/score.cpp is missing")?;
 
     let _machine = cache.lock_machine()?;
-    if let Some(busy) = busy().filter(|busy| *busy > 0.15) {
-        eprintln!(
-            "warning: other programs keep {:.0} % of this machine busy; nothing measured now means much",
-            busy * 100.0
-        );
-    }
+    warn_if_busy();
     let start = Instant::now();
-    let mut samples: BTreeMap<(String, u16), Vec<Sample>> = BTreeMap::new();
+    let mut samples = Samples::new();
+    let contenders = contenders(options);
     let rounds = options.rounds.unwrap_or(3);
     let mut done = 0;
     let mut progress = process::Progress::new("measuring");
@@ -184,31 +275,24 @@ pub fn run(options: &Options) -> Result<()> {
         if options.rounds.is_none() && so_far + next > BUDGET {
             break;
         }
-        for &concurrency in &options.concurrency {
-            // Side by side in time, and in turn first: what the machine does meanwhile hits all policies alike.
-            let count = options.policies.len();
-            for policy in (0..count).map(|i| &options.policies[(i + round as usize) % count]) {
+        for load in &loads {
+            let (fast, lead) = stock(&samples, load);
+            // Side by side in time: what the machine does meanwhile hits all policies alike.
+            for at in race::order(round as usize, contenders.len()) {
+                let policy = &contenders[at];
+                // A layout that is so much slower is no baseline in this cell.
+                if round > 0 && LAYOUTS.contains(&policy.as_str()) && policy != fast && lead > 1.2 {
+                    continue;
+                }
                 progress.update(&format!(
-                    "round {} of {rounds}  {policy} with {concurrency} in flight",
+                    "round {} of {rounds}  {policy}, {load}",
                     round + 1
                 ));
-                let runtime = if base(policy) == REFERENCE {
-                    &runtimes[0]
-                } else {
-                    &runtimes[1]
-                };
-                let sample = measure(
-                    runtime,
-                    options,
-                    policy,
-                    concurrency,
-                    &model,
-                    &prompts,
-                    false,
-                )
-                .with_context(|| format!("policy {policy}, {concurrency} in flight"))?;
+                let runtime = &runtimes[usize::from(base(policy) != REFERENCE)];
+                let sample = measure(runtime, options, policy, load, &model, &prompts, false)
+                    .with_context(|| format!("policy {policy}, {load}"))?;
                 samples
-                    .entry((policy.clone(), concurrency))
+                    .entry((policy.clone(), load.clone()))
                     .or_default()
                     .push(sample);
             }
@@ -217,24 +301,16 @@ pub fn run(options: &Options) -> Result<()> {
     }
     progress.finish("done");
 
-    let mut apart: BTreeMap<(String, u16), Vec<Sample>> = BTreeMap::new();
+    let mut apart = Samples::new();
     if exact {
         let mut progress =
             process::Progress::new("repeating in builds that do not depend on the batch");
-        for (policy, concurrency) in samples.keys() {
-            progress.update(&format!("{policy} with {concurrency} in flight"));
+        for (policy, load) in samples.keys() {
+            progress.update(&format!("{policy}, {load}"));
             let runtime = &runtimes[if base(policy) == REFERENCE { 2 } else { 3 }];
-            let sample = measure(
-                runtime,
-                options,
-                policy,
-                *concurrency,
-                &model,
-                &prompts,
-                true,
-            )
-            .with_context(|| format!("policy {policy}, {concurrency} in flight"))?;
-            apart.insert((policy.clone(), *concurrency), vec![sample]);
+            let sample = measure(runtime, options, policy, load, &model, &prompts, true)
+                .with_context(|| format!("policy {policy}, {load}"))?;
+            apart.insert((policy.clone(), load.clone()), vec![sample]);
         }
         progress.finish("done");
     }
@@ -256,7 +332,7 @@ pub fn run(options: &Options) -> Result<()> {
     progress.finish("done");
 
     let report = Report {
-        cells: report::cells(options, &samples, &scores),
+        cells: report::cells(options, &contenders, &loads, &samples, &scores),
         model: model
             .file_name()
             .unwrap_or_default()
@@ -309,8 +385,11 @@ fn prompts() -> Result<Vec<String>> {
 }
 
 /// Enough for a steady state, and about the same time for each.
-fn requests(concurrency: u16) -> usize {
-    let c = usize::from(concurrency);
+fn requests(load: &Load) -> usize {
+    let c = usize::from(load.concurrency);
+    if load.traffic != SHORT {
+        return (2 * c).max(8);
+    }
     match c {
         1..=2 => 8,
         3..=8 => 3 * c,
@@ -341,7 +420,7 @@ fn server_args(
     }
     let (base, variant) = parts(policy);
     if base == REFERENCE {
-        if let Some(variant) = variant {
+        if let Some(variant) = variant.filter(|_| policy != LAYOUTS[1]) {
             add("--spec-type", variant.into());
         }
     } else {
@@ -355,7 +434,10 @@ fn server_args(
             }
         }
     }
-    args.extend(["--kv-unified", "--metrics", "--slots", "--no-webui"].map(Into::into));
+    if policy == LAYOUTS[1] {
+        args.push("--kv-unified".into());
+    }
+    args.extend(["--metrics", "--slots", "--no-webui"].map(Into::into));
     args
 }
 
@@ -363,26 +445,28 @@ fn measure(
     runtime: &Runtime,
     options: &Options,
     policy: &str,
-    concurrency: u16,
+    load: &Load,
     model: &Path,
-    prompts: &[String],
+    prompts: &Prompts,
     exact: bool,
 ) -> Result<Sample> {
     // Exact, no slot serves twice: a KV cell that is used again changes the order of summation.
     let slots = match exact {
-        true => usize::from(concurrency) + requests(concurrency),
-        false => concurrency.into(),
+        true => usize::from(load.concurrency) + requests(load),
+        false => load.concurrency.into(),
     };
     // Each request gets a prompt and an output; the room that is left over costs nothing, since only used cells are
     // attended to.
-    let ctx = (slots * (options.tokens as usize * 3 / 2 + 128))
-        .max(512)
-        .next_multiple_of(256);
+    let room = match lengths(&load.traffic)? {
+        Some(lengths) => lengths.longest().next_multiple_of(256),
+        None => options.tokens as usize * 3 / 2 + 128,
+    };
+    let ctx = (slots * room).max(512).next_multiple_of(256);
     let server = Server::start(
         runtime,
         server_args(options, policy, slots, model, ctx, exact),
     )?;
-    let result = drive(&server, options, concurrency, prompts);
+    let result = drive(&server, options, load, prompts);
     match result {
         Ok(sample) => {
             server.stop(Duration::from_secs(10))?;
@@ -395,12 +479,7 @@ fn measure(
     }
 }
 
-fn drive(
-    server: &Server,
-    options: &Options,
-    concurrency: u16,
-    prompts: &[String],
-) -> Result<Sample> {
+fn drive(server: &Server, options: &Options, load: &Load, prompts: &Prompts) -> Result<Sample> {
     let client = server.client;
     let body = |tokens: &[i64], n: u32| {
         let body = json!({
@@ -417,21 +496,32 @@ fn drive(
         });
         body.to_string().into_bytes()
     };
-    let in_flight = usize::from(concurrency);
-    let ids = prompts
-        .iter()
-        .map(|text| client.tokenize(text))
-        .collect::<Result<Vec<_>>>()?;
+    let in_flight = usize::from(load.concurrency);
+    let total = requests(load);
+    let jobs: Vec<(Vec<i64>, u32)> = match lengths(&load.traffic)? {
+        None => {
+            let ids = prompts
+                .short
+                .iter()
+                .map(|text| client.tokenize(text))
+                .collect::<Result<Vec<_>>>()?;
+            (0..total)
+                .map(|i| (ids[i % ids.len()].clone(), length(options, i)))
+                .collect()
+        }
+        Some(lengths) => Text::of(client, &prompts.corpus)
+            .map(|text| lengths.requests(&text, 0, total))?
+            .into_iter()
+            .map(|(prompt, answer)| (prompt, answer as u32))
+            .collect(),
+    };
     let warm_up: Vec<_> = (0..in_flight)
-        .map(|i| body(&ids[i % ids.len()], 8))
+        .map(|i| body(&jobs[i % jobs.len()].0, 8))
         .collect();
     load::closed_loop(client.addr, "/completion", &warm_up, in_flight, LIMITS)?;
 
     let before = client.metrics().unwrap_or_default();
-    let total = requests(concurrency);
-    let bodies: Vec<_> = (0..total)
-        .map(|i| body(&ids[i % ids.len()], length(options, i)))
-        .collect();
+    let bodies: Vec<_> = jobs.iter().map(|(prompt, n)| body(prompt, *n)).collect();
     let outcome = load::closed_loop(client.addr, "/completion", &bodies, in_flight, LIMITS)?;
     let after = client.metrics().unwrap_or_default();
 
@@ -494,7 +584,7 @@ fn drive(
         if generation.tokens.len() as u64 == predicted {
             sample
                 .streams
-                .push((ids[finished.job % ids.len()].clone(), generation.tokens));
+                .push((jobs[finished.job].0.clone(), generation.tokens));
         }
     }
     for cut in &outcome.cut {
@@ -531,6 +621,16 @@ fn gaps_ms(times: &[Instant]) -> impl Iterator<Item = f64> {
         .map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3)
 }
 
+/// Says so where other programs run.
+pub fn warn_if_busy() {
+    if let Some(busy) = busy().filter(|busy| *busy > 0.15) {
+        eprintln!(
+            "warning: other programs keep {:.0} % of this machine busy; nothing measured now means much",
+            busy * 100.0
+        );
+    }
+}
+
 /// The share of all cores that something is running on.
 fn busy() -> Option<f64> {
     let read = || -> Option<(u64, u64)> {
@@ -550,26 +650,31 @@ fn busy() -> Option<f64> {
     Some(1.0 - idle2.saturating_sub(idle) as f64 / (total2 - total).max(1) as f64)
 }
 
-fn quantile(values: &mut [f64], q: f64) -> f64 {
-    if values.is_empty() {
-        return 0.0;
-    }
-    values.sort_by(f64::total_cmp);
-    values[((values.len() - 1) as f64 * q).round() as usize]
-}
+type Scores = BTreeMap<Key, Vec<Score>>;
 
-type Scores = BTreeMap<(String, u16), Vec<Score>>;
+/// So many streams of long prompts are scored for each cell: most of the time goes into their prompts.
+const SCORED: usize = 16;
 
 /// The first round's streams: the later ones are mostly the same again.
 fn score_all(
     tool: &Path,
     model: &Path,
     threads: usize,
-    samples: &BTreeMap<(String, u16), Vec<Sample>>,
+    samples: &Samples,
     exact: bool,
 ) -> Result<Scores> {
-    let first = |list: &Vec<Sample>| list.first().map(|s| s.streams.clone()).unwrap_or_default();
-    let streams: Vec<_> = samples.values().flat_map(first).collect();
+    let first = |(key, list): (&Key, &Vec<Sample>)| {
+        let most = if key.1.traffic == SHORT {
+            usize::MAX
+        } else {
+            SCORED
+        };
+        let mut streams = list.first().map(|s| s.streams.clone()).unwrap_or_default();
+        streams.truncate(most);
+        streams
+    };
+    let counts: Vec<usize> = samples.iter().map(|cell| first(cell).len()).collect();
+    let streams: Vec<_> = samples.iter().flat_map(first).collect();
     let mut scores = score::score(
         tool,
         model,
@@ -578,11 +683,8 @@ fn score_all(
         &streams,
     )?
     .into_iter();
-    let take = |(key, list): (&(String, u16), &Vec<Sample>)| {
-        let n = list.first().map_or(0, |s| s.streams.len());
-        (key.clone(), scores.by_ref().take(n).collect())
-    };
-    Ok(samples.iter().map(take).collect())
+    let take = |(key, n): (&Key, usize)| (key.clone(), scores.by_ref().take(n).collect());
+    Ok(samples.keys().zip(counts).map(take).collect())
 }
 
 /// As it goes into the JSON: no more digits than mean something.
@@ -596,11 +698,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantiles() {
-        let mut values: Vec<f64> = (0..=100).rev().map(f64::from).collect();
-        assert_eq!(quantile(&mut values, 0.5), 50.0);
-        assert_eq!(quantile(&mut values, 0.99), 99.0);
-        assert_eq!(quantile(&mut [], 0.5), 0.0);
+    fn traffic_is_short_or_lengths() {
+        assert_eq!(lengths(SHORT).unwrap(), None);
+        assert_eq!(lengths("300/64").unwrap().unwrap().prompt, 300);
+        let error = format!("{:#}", lengths("chat").unwrap_err());
+        assert!(
+            error.contains("--traffic chat: the demo has short"),
+            "{error}"
+        );
+        assert!(lengths("400/400").is_err());
     }
 
     #[test]

@@ -22,15 +22,12 @@ pub fn class(policy: &str) -> &'static str {
 }
 
 /// Throughput ratio over concurrency, a line per policy. The concurrencies are spaced evenly: they are powers of two.
-pub fn ratio(cells: &[Cell], policies: &[&str]) -> String {
+pub fn ratio(cells: &[&Cell], policies: &[&str]) -> String {
     let (width, height, left, right, top, bottom) = (860.0, 330.0, 44.0, 90.0, 14.0, 44.0);
     let mut levels: Vec<u16> = cells.iter().map(|c| c.concurrency).collect();
     levels.sort_unstable();
     levels.dedup();
-    let ratios: Vec<f64> = cells.iter().filter_map(|c| c.ratio).collect();
-    if ratios.is_empty() {
-        return "<p class=\"note\">Not measured: the policy <b>off</b> was left out.</p>".into();
-    }
+    let ratios: Vec<f64> = cells.iter().map(|c| c.ratio).collect();
     let high = ratios.iter().copied().fold(1.1, f64::max);
     let low = ratios.iter().copied().fold(0.9, f64::min);
     let step = if high - low > 2.0 {
@@ -93,7 +90,7 @@ pub fn ratio(cells: &[Cell], policies: &[&str]) -> String {
         let mut points: Vec<(&Cell, f64)> = cells
             .iter()
             .filter(|c| c.policy == *policy)
-            .filter_map(|c| Some((c, c.ratio?)))
+            .map(|c| (*c, c.ratio))
             .collect();
         points.sort_by_key(|(cell, _)| cell.concurrency);
         let Some((_, last)) = points.last() else {
@@ -146,7 +143,7 @@ pub fn ratio(cells: &[Cell], policies: &[&str]) -> String {
 }
 
 /// A panel per concurrency: for each policy the median in front of the 99th percentile.
-pub fn time_between_tokens(cells: &[Cell]) -> String {
+pub fn time_between_tokens(cells: &[&Cell]) -> String {
     let mut levels: Vec<u16> = cells.iter().map(|c| c.concurrency).collect();
     levels.sort_unstable();
     levels.dedup();
@@ -189,7 +186,7 @@ pub fn time_between_tokens(cells: &[Cell]) -> String {
 }
 
 /// A stacked bar per policy and concurrency. The ramps get the tones of one colour, the earliest the strongest.
-pub fn exit_share(cells: &[Cell], policies: &[&str]) -> String {
+pub fn exit_share(cells: &[&Cell], policies: &[&str]) -> String {
     let mut layers: Vec<u32> = cells
         .iter()
         .flat_map(|c| c.exit_share.keys().copied())

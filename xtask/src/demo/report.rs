@@ -4,18 +4,27 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use serde_json::{Map, Value, json};
 
-use super::{OFF, Options, REFERENCE, Sample, Scores, base, fill, plot, rounded};
+use drex_harness::stats::median;
 
-/// One policy at one concurrency, over all rounds.
+use super::{
+    Load, OFF, Options, REFERENCE, Sample, Samples, Scores, base, fill, plot, rounded, stock,
+};
+
+/// One policy under one load, over all rounds.
 pub struct Cell {
     pub policy: String,
     /// None where nothing exits.
     pub fill: Option<String>,
+    pub traffic: String,
     pub concurrency: u16,
+    /// The unpatched server in the layout that the ratios are relative to.
+    pub baseline: bool,
     pub tokens_per_s: f64,
-    /// The median of the ratios to `off` of the same round; none if that was not measured.
-    pub ratio: Option<f64>,
+    /// The median of the ratios to the faster layout of the unpatched server in the same round.
+    pub ratio: f64,
     pub ratio_rounds: Vec<f64>,
+    /// The same to `off`; none if that was not measured.
+    pub ratio_to_off: Option<f64>,
     /// By the layer after which the ramp sits.
     pub exit_share: BTreeMap<u32, f64>,
     pub involuntary_exits: u64,
@@ -54,26 +63,31 @@ pub struct Report {
 
 pub fn cells(
     options: &Options,
-    samples: &BTreeMap<(String, u16), Vec<Sample>>,
+    contenders: &[String],
+    loads: &[Load],
+    samples: &Samples,
     scores: &Scores,
 ) -> Vec<Cell> {
     let mut cells = Vec::new();
-    for &concurrency in &options.concurrency {
-        let off = samples.get(&(OFF.to_owned(), concurrency));
-        for policy in &options.policies {
-            let key = (policy.clone(), concurrency);
+    for load in loads {
+        let (baseline, _) = stock(samples, load);
+        for policy in contenders {
+            let key = (policy.clone(), load.clone());
             let Some(list) = samples.get(&key).filter(|list| !list.is_empty()) else {
                 continue;
             };
-            let of = |value: &dyn Fn(&Sample) -> f64| median(list.iter().map(value).collect());
-            let ratio_rounds: Vec<f64> = off
-                .map(|off| {
-                    list.iter()
-                        .zip(off)
-                        .map(|(s, off)| s.tokens_per_s / off.tokens_per_s)
-                        .collect()
-                })
-                .unwrap_or_default();
+            let of = |value: &dyn Fn(&Sample) -> f64| {
+                median(&list.iter().map(value).collect::<Vec<_>>())
+            };
+            let ratios_to = |other: &str| -> Vec<f64> {
+                let other = samples.get(&(other.to_owned(), load.clone()));
+                list.iter()
+                    .zip(other.into_iter().flatten())
+                    .map(|(ours, theirs)| ours.tokens_per_s / theirs.tokens_per_s)
+                    .collect()
+            };
+            let ratio_rounds = ratios_to(baseline);
+            let to_off = ratios_to(OFF);
             let requests: u64 = list.iter().map(|s| s.requests).sum();
             let tokens: u64 = list.iter().map(|s| s.tokens).sum();
             let mut exit_share = BTreeMap::new();
@@ -95,10 +109,13 @@ pub fn cells(
                 policy: policy.clone(),
                 fill: (![OFF, REFERENCE].contains(&base(policy)))
                     .then(|| fill(options, policy).to_owned()),
-                concurrency,
+                traffic: load.traffic.clone(),
+                concurrency: load.concurrency,
+                baseline: policy == baseline,
                 tokens_per_s: of(&|s| s.tokens_per_s),
-                ratio: (!ratio_rounds.is_empty()).then(|| median(ratio_rounds.clone())),
+                ratio: median(&ratio_rounds),
                 ratio_rounds,
+                ratio_to_off: (!to_off.is_empty()).then(|| median(&to_off)),
                 exit_share,
                 involuntary_exits: list.iter().map(|s| s.involuntary_exits).sum(),
                 involuntary_stays: list.iter().map(|s| s.involuntary_stays).sum(),
@@ -118,15 +135,6 @@ pub fn cells(
     cells
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => 0.0,
-        n if n % 2 == 1 => values[n / 2],
-        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
-    }
-}
-
 pub fn machine() -> String {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = cpu
@@ -144,8 +152,17 @@ pub fn machine() -> String {
 impl Report {
     pub fn json(&self) -> Value {
         let runs: Vec<_> = self.cells.iter().map(Cell::json).collect();
+        let auto: Vec<f64> = self
+            .cells
+            .iter()
+            .filter(|c| c.policy == "auto")
+            .map(|c| c.ratio)
+            .collect();
+        let of = |value: f64| (!auto.is_empty()).then(|| rounded(value, 4));
         json!({
             "runs": runs,
+            "worst_auto": of(auto.iter().copied().fold(f64::INFINITY, f64::min)),
+            "median_auto": of(median(&auto)),
             "model": self.model,
             "machine": self.machine,
             "threshold": self.threshold,
@@ -162,6 +179,26 @@ impl Report {
         format!("{} round{plural}", self.rounds)
     }
 
+    /// The worst and the median cell of `auto`, or of what else is like it.
+    fn headline(&self) -> Option<String> {
+        let of = |name: &str| -> Vec<&Cell> {
+            self.cells
+                .iter()
+                .filter(|c| base(&c.policy) == name)
+                .collect()
+        };
+        let cells = Some(of("auto")).filter(|list| !list.is_empty())?;
+        let worst = cells.iter().min_by(|a, b| a.ratio.total_cmp(&b.ratio))?;
+        let all: Vec<f64> = cells.iter().map(|c| c.ratio).collect();
+        Some(format!(
+            "auto: worst cell {:.2} ({} at {} in flight), median cell {:.2} of the unpatched server's tokens/s",
+            worst.ratio,
+            worst.traffic,
+            worst.concurrency,
+            median(&all)
+        ))
+    }
+
     pub fn table(&self) -> String {
         let mut out = format!(
             "{}, threshold {}, {}, {} tokens per request\n{}\n\n",
@@ -172,19 +209,23 @@ impl Report {
             self.machine
         );
         let header = Row::header();
-        let names = self.cells.iter().map(|c| c.policy.len());
+        let names = self.cells.iter().map(|c| Row::of(c).0[0].len());
         let width = names.max().unwrap_or(0).max(10);
         let mut last = None;
         for cell in &self.cells {
-            if last != Some(cell.concurrency) {
+            let load = (&cell.traffic, cell.concurrency);
+            if last != Some(load) {
                 if last.is_some() {
                     out.push('\n');
                 }
-                let _ = writeln!(out, "{} in flight", cell.concurrency);
+                let _ = writeln!(out, "{}: {} in flight", cell.traffic, cell.concurrency);
                 let _ = writeln!(out, "{}", header.line(width));
-                last = Some(cell.concurrency);
+                last = Some(load);
             }
             let _ = writeln!(out, "{}", Row::of(cell).line(width));
+        }
+        if let Some(headline) = self.headline() {
+            let _ = writeln!(out, "\n{headline}");
         }
         if self.exact {
             let _ = writeln!(out, "\n{EXACT}");
@@ -196,7 +237,7 @@ impl Report {
         let mut rows = String::new();
         for cell in &self.cells {
             let row = Row::of(cell);
-            let class = if cell.ratio.is_some_and(|r| r < 1.0) {
+            let class = if cell.ratio < 1.0 {
                 " class=\"loss\""
             } else {
                 ""
@@ -207,7 +248,8 @@ impl Report {
                 .collect::<String>();
             let _ = writeln!(
                 rows,
-                "<tr{class}><th scope=\"row\"><i class=\"key {key}\"></i>{name}</th><td>{n}</td>{numbers}</tr>",
+                "<tr{class}><th scope=\"row\"><i class=\"key {key}\"></i>{name}</th><td>{traffic}</td><td>{n}</td>{numbers}</tr>",
+                traffic = escape(&cell.traffic),
                 key = plot::class(&cell.policy),
                 name = escape(&cell.policy),
                 n = cell.concurrency
@@ -233,21 +275,28 @@ impl Report {
                 )
             })
             .collect::<String>();
-        let best = self
-            .cells
-            .iter()
-            // A baseline that forces rows out has nobody to force where one request is served at a time.
-            .filter(|c| ![OFF, REFERENCE, "eager", "median", "mean"].contains(&base(&c.policy)))
-            .filter_map(|c| Some((c.ratio?, c)))
-            .max_by(|a, b| a.0.total_cmp(&b.0));
-        let headline = best.map_or_else(String::new, |(ratio, cell)| {
-            format!(
-                "<p class=\"lead\">Best without forcing anybody out: <b>{}</b> at {} in flight, <b>{ratio:.2}&times;</b> \
-                 the throughput of no early exit.</p>",
-                escape(&cell.policy),
-                cell.concurrency
-            )
+        let headline = self.headline().map_or_else(String::new, |text| {
+            format!("<p class=\"lead\">{}</p>", escape(&text))
         });
+        // A plot for each traffic.
+        let mut traffics: Vec<&str> = Vec::new();
+        for cell in &self.cells {
+            if !traffics.contains(&cell.traffic.as_str()) {
+                traffics.push(&cell.traffic);
+            }
+        }
+        let each = |plot: &dyn Fn(&[&Cell]) -> String| -> String {
+            let mut out = String::new();
+            for traffic in &traffics {
+                let cells: Vec<&Cell> = self
+                    .cells
+                    .iter()
+                    .filter(|c| c.traffic == **traffic)
+                    .collect();
+                let _ = write!(out, "<h3>{}</h3>{}", escape(traffic), plot(&cells));
+            }
+            out
+        };
         include_str!("report.html")
             .replace("@MODEL@", &escape(&self.model))
             .replace("@MACHINE@", &escape(&self.machine))
@@ -256,9 +305,20 @@ impl Report {
             .replace("@TOKENS@", &self.tokens_per_request.to_string())
             .replace("@HEADLINE@", &headline)
             .replace("@LEGEND@", &legend)
-            .replace("@RATIO@", &plot::ratio(&self.cells, &policies))
-            .replace("@TBT@", &plot::time_between_tokens(&self.cells))
-            .replace("@EXITS@", &plot::exit_share(&self.cells, &policies))
+            .replace("@RATIO@", &each(&|cells| plot::ratio(cells, &policies)))
+            .replace(
+                "@TBT@",
+                &each(&|cells| {
+                    format!(
+                        "<div class=\"panels\">{}</div>",
+                        plot::time_between_tokens(cells)
+                    )
+                }),
+            )
+            .replace(
+                "@EXITS@",
+                &each(&|cells| plot::exit_share(cells, &policies)),
+            )
             .replace("@HEAD@", &head)
             .replace("@ROWS@", &rows)
             .replace("@EXACT@", if self.exact { EXACT } else { "" })
@@ -275,9 +335,12 @@ impl Cell {
         json!({
             "policy": self.policy,
             "fill": self.fill,
+            "traffic": self.traffic,
             "concurrency": self.concurrency,
+            "baseline": self.baseline,
             "tokens_per_s": rounded(self.tokens_per_s, 1),
-            "ratio_to_off": self.ratio.map(|r| rounded(r, 4)),
+            "ratio_to_stock": rounded(self.ratio, 4),
+            "ratio_to_off": self.ratio_to_off.map(|r| rounded(r, 4)),
             "ratio_rounds": self.ratio_rounds.iter().map(|r| rounded(*r, 4)).collect::<Vec<_>>(),
             "exit_share": share,
             "involuntary_exits": self.involuntary_exits,
@@ -303,7 +366,7 @@ impl Row {
         let names = [
             "policy",
             "tok/s",
-            "x off",
+            "x stock",
             "exits",
             "forced out",
             "stays",
@@ -318,9 +381,12 @@ impl Row {
     fn of(cell: &Cell) -> Row {
         let exits: f64 = cell.exit_share.values().sum();
         Row([
-            cell.policy.clone(),
+            match &cell.policy {
+                policy if cell.baseline => format!("{policy} (stock)"),
+                policy => policy.clone(),
+            },
             format!("{:.0}", cell.tokens_per_s),
-            cell.ratio.map_or_else(|| "-".into(), |r| format!("{r:.2}")),
+            format!("{:.2}", cell.ratio),
             if cell.exit_share.is_empty() {
                 "-".into()
             } else {
@@ -356,14 +422,17 @@ pub fn escape(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn cell(policy: &str, concurrency: u16, ratio: Option<f64>) -> Cell {
+    fn cell(policy: &str, concurrency: u16, ratio: f64) -> Cell {
         Cell {
             policy: policy.into(),
             fill: None,
+            traffic: "300/64".into(),
             concurrency,
+            baseline: policy == REFERENCE,
             tokens_per_s: 1234.5,
             ratio,
-            ratio_rounds: ratio.into_iter().collect(),
+            ratio_rounds: vec![ratio],
+            ratio_to_off: (concurrency == 1).then_some(ratio),
             exit_share: BTreeMap::from([(4, 0.25), (8, 0.125)]),
             involuntary_exits: 0,
             involuntary_stays: 3,
@@ -383,9 +452,10 @@ mod tests {
     fn report() -> Report {
         Report {
             cells: vec![
-                cell("off", 1, Some(1.0)),
-                cell("hold", 1, Some(1.5)),
-                cell("hold", 8, None),
+                cell(REFERENCE, 1, 1.0),
+                cell("auto", 1, 1.5),
+                cell("auto", 4, 0.9),
+                cell("auto", 8, 1.2),
             ],
             model: "a<b".into(),
             machine: "m".into(),
@@ -422,14 +492,18 @@ mod tests {
         assert_eq!(run["exit_share"]["8"], 0.125);
         assert_eq!(run["tbt_ms"]["p99"], 2.0);
         assert_eq!(run["agreement"], 0.9877);
+        assert_eq!(run["ratio_to_stock"], 1.5);
         assert!(json["runs"][2]["ratio_to_off"].is_null());
+        assert_eq!(json["median_auto"], 1.2);
+        assert_eq!(json["worst_auto"], 0.9);
         assert!(!json.to_string().contains('\n'));
     }
 
+    /// Not the best cell: what is worst, and what is in the middle.
     #[test]
-    fn medians() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(vec![4.0, 1.0]), 2.5);
-        assert_eq!(median(vec![]), 0.0);
+    fn the_headline_is_the_worst_and_the_median_cell() {
+        let says = "auto: worst cell 0.90 (300/64 at 4 in flight), median cell 1.20 of";
+        assert!(report().table().contains(says), "{}", report().table());
+        assert!(report().html().contains(says));
     }
 }

@@ -10,6 +10,7 @@ mod fills;
 mod first_ramp;
 mod lifecycle;
 mod programs;
+mod race;
 mod requests;
 mod scheduler;
 mod transparency;
@@ -91,6 +92,7 @@ pub fn all() -> Vec<Test> {
         fills::TESTS,
         transparency::TESTS,
         first_ramp::TESTS,
+        race::TESTS,
     ]
     .into_iter()
     .flat_map(|tests| tests())

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask triton --load`: AIPerf, the load generator of Triton's makers, against the server, without early exit and
-//! with it.
+//! with it, and against the unpatched llama-server, in whose faster layout of the cache the baseline is.
 
 use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
+use drex_harness::{race::order, stats::median};
 use serde_json::{Value, json};
 
 use super::{
@@ -18,14 +20,19 @@ use super::{
 use crate::{
     cache::{self, Cache, Key},
     client::Metrics,
+    llama::Runtime,
     process,
+    server::Server,
     server_tests::prompt,
 };
 
 /// The exact packages, for Python 3.10 or newer.
 const PACKAGES: &str = "integration/triton/tests/aiperf.txt";
 const TOKENS: u32 = 64;
-pub const POLICIES: [&str; 2] = ["off", "auto"];
+/// The unpatched llama-server in its layouts of the cache (a stream for each sequence, one for all), and Triton's policies.
+const CONTENDERS: [&str; 4] = ["streams", "unified", "off", "auto"];
+/// So many of them are llama-server.
+const STOCK: usize = 2;
 
 /// Name here, name in AIPerf's export, and which of its values.
 const FIGURES: [(&str, &str, &str); 6] = [
@@ -89,11 +96,45 @@ pub fn aiperf(cache: &Cache, installed: &Installed) -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// Where AIPerf sends requests, and in which form.
+struct Target {
+    url: String,
+    /// A request's body, with the prompt's place in it.
+    template: String,
+    /// Which field of an answer is its text.
+    text: &'static str,
+}
+
+impl Target {
+    fn triton(server: &Triton) -> Target {
+        Target {
+            url: format!(
+                "http://{}/v2/models/{MODEL}/generate_stream",
+                server.http.addr
+            ),
+            template: format!(
+                r#"{{"text_input": {{{{ text|tojson }}}}, "stream": true, "temperature": 0, "max_tokens": {TOKENS}, "ignore_eos": true}}"#
+            ),
+            text: "text_output",
+        }
+    }
+
+    fn llama(server: &Server) -> Target {
+        Target {
+            url: format!("http://{}/completion", server.client.addr),
+            template: format!(
+                r#"{{"prompt": {{{{ text|tojson }}}}, "stream": true, "temperature": 0, "n_predict": {TOKENS}, "ignore_eos": true, "cache_prompt": false}}"#
+            ),
+            text: "content",
+        }
+    }
+}
+
 /// One run of AIPerf: its figures in the order of `FIGURES`, and its whole export.
 fn once(
     installed: &Installed,
     aiperf: &Path,
-    server: &Triton,
+    target: &Target,
     requests: u32,
     concurrency: u32,
 ) -> Result<(Vec<f64>, Value)> {
@@ -113,27 +154,28 @@ fn once(
         .map(|i| format!("{}\n", json!({"text": prompt(i)})))
         .collect();
     fs::write(dir.join("prompts.jsonl"), prompts)?;
-    let template = format!(
-        r#"{{"text_input": {{{{ text|tojson }}}}, "stream": true, "temperature": 0, "max_tokens": {TOKENS}, "ignore_eos": true}}"#
-    );
-    fs::write(dir.join("template.json"), template)?;
-    let url = format!(
-        "http://{}/v2/models/{MODEL}/generate_stream",
-        server.http.addr
-    );
+    fs::write(dir.join("template.json"), &target.template)?;
     let count = |n: u32| n.to_string();
     let mut command: Command = installed.python.command();
     command
         .current_dir(&dir)
         .env("PYTHONPATH", aiperf)
-        .args(["-m", "aiperf", "profile", "--model", MODEL, "--url", &url])
+        .args([
+            "-m",
+            "aiperf",
+            "profile",
+            "--model",
+            MODEL,
+            "--url",
+            &target.url,
+        ])
         .args(["--endpoint-type", "template", "--streaming"])
         .arg("--extra-inputs")
         .arg(format!(
             "payload_template:{}",
             dir.join("template.json").display()
         ))
-        .args(["--extra-inputs", "response_field:text_output"])
+        .args(["--extra-inputs", &format!("response_field:{}", target.text)])
         .arg("--tokenizer")
         .arg(&tokenizer)
         .args(["--input-file", "prompts.jsonl"])
@@ -187,41 +229,81 @@ fn once(
     Ok((figures, export))
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    if n % 2 == 1 {
-        values[n / 2]
-    } else {
-        (values[n / 2 - 1] + values[n / 2]) / 2.0
+/// One run against the unpatched llama-server. The last figure is nobody's: it comes from drex's metrics.
+fn stock(
+    installed: &Installed,
+    aiperf: &Path,
+    reference: &Runtime,
+    layout: &str,
+    load: &Load,
+    concurrency: u32,
+) -> Result<Vec<f64>> {
+    let model = cache::bundled_model()?.display().to_string();
+    let (slots, context) = (concurrency.to_string(), (concurrency * 512).to_string());
+    let mut args = vec![
+        "-m", &model, "-np", &slots, "-c", &context, "-t", "1", "-tb", "1",
+    ];
+    args.extend(["--cache-ram", "0", "-fa", "on", "--no-webui"]);
+    if layout == "unified" {
+        args.push("--kv-unified");
     }
+    let server = Server::start(reference, &args)?;
+    let (mut found, _) = once(
+        installed,
+        aiperf,
+        &Target::llama(&server),
+        load.requests,
+        concurrency,
+    )?;
+    found.push(f64::NAN);
+    server.stop(Duration::from_secs(10))?;
+    Ok(found)
 }
 
 /// Prints a table for each concurrency and returns everything as JSON.
-pub fn run(cache: &Cache, installed: &Installed, load: &Load, quiet: bool) -> Result<Value> {
+pub fn run(
+    cache: &Cache,
+    installed: &Installed,
+    reference: &Runtime,
+    load: &Load,
+    quiet: bool,
+) -> Result<Value> {
     let aiperf = aiperf(cache, installed)?;
     let _machine = cache.lock_machine()?;
     let mut cells = Vec::new();
     for &concurrency in &load.concurrency {
         let slots = concurrency.to_string();
-        // By policy, then by round.
-        let mut figures = [const { Vec::new() }; POLICIES.len()];
-        let mut exits = [0.0; POLICIES.len()];
+        // By contender, then by round.
+        let mut figures = [const { Vec::new() }; CONTENDERS.len()];
+        let mut exits = [0.0; CONTENDERS.len()];
         for round in 0..load.rounds {
-            for (at, policy) in POLICIES.iter().enumerate() {
+            for at in order(round as usize, CONTENDERS.len()) {
+                let name = CONTENDERS[at];
+                eprintln!(
+                    "AIPerf, {concurrency} at a time, {name}, round {} of {}",
+                    round + 1,
+                    load.rounds
+                );
+                if at < STOCK {
+                    figures[at].push(stock(
+                        installed,
+                        &aiperf,
+                        reference,
+                        name,
+                        load,
+                        concurrency,
+                    )?);
+                    continue;
+                }
                 let repository = installed.repository(&[
-                    ("policy", policy),
+                    ("policy", name),
                     ("slots", &slots),
                     ("context", "512"),
                     ("threads", "1"),
                 ])?;
                 let server = Triton::start(installed, repository, 0, &[])?;
-                eprintln!(
-                    "AIPerf, {concurrency} at a time, policy {policy}, round {} of {}",
-                    round + 1,
-                    load.rounds
-                );
-                let (mut found, _) = once(installed, &aiperf, &server, load.requests, concurrency)?;
+                let target = Target::triton(&server);
+                let (mut found, _) = once(installed, &aiperf, &target, load.requests, concurrency)?;
                 // The counters are whole when nothing runs any more.
                 let idle = server.metrics_with("drex_requests_running", |n| n == 0.0)?;
                 let metrics = Metrics::parse(&idle);
@@ -236,51 +318,81 @@ pub fn run(cache: &Cache, installed: &Installed, load: &Load, quiet: bool) -> Re
                 );
             }
         }
+        let (off, auto) = (STOCK, STOCK + 1);
         ensure!(
-            exits[0] == 0.0 && exits[1] > 0.0,
-            "early exits: {exits:?} of the tokens, by policy {POLICIES:?}"
+            exits[off] == 0.0 && exits[auto] > 0.0,
+            "early exits: {exits:?} of the tokens, by contender {CONTENDERS:?}"
         );
-        let mut rows = Vec::new();
-        let names = FIGURES.iter().map(|(name, _, _)| *name).chain([WINDOWS]);
-        for (i, name) in names.enumerate() {
-            let of = |at: usize| figures[at].iter().map(|f| f[i]).collect::<Vec<_>>();
-            let (off, auto) = (of(0), of(1));
-            let ratios: Vec<f64> = off
+        let names: Vec<&str> = FIGURES
+            .iter()
+            .map(|(name, _, _)| *name)
+            .chain([WINDOWS])
+            .collect();
+        let of =
+            |at: usize, figure: usize| figures[at].iter().map(|f| f[figure]).collect::<Vec<f64>>();
+        let rate = |at: usize| median(&of(at, 1));
+        let stock = usize::from(rate(1) > rate(0));
+        let ratios = |at: usize, to: usize, figure: usize| -> Vec<f64> {
+            of(at, figure)
                 .iter()
-                .zip(&auto)
-                .map(|(off, auto)| auto / off)
-                .collect();
-            rows.push(json!({"figure": name, "off": median(off), "auto": median(auto), "ratio": median(ratios.clone()),
-                "ratios": ratios}));
-        }
+                .zip(of(to, figure))
+                .map(|(ours, theirs)| ours / theirs)
+                .collect()
+        };
+        let known = |value: f64| value.is_finite().then_some(value);
+        let rows: Vec<Value> = names
+            .iter()
+            .enumerate()
+            .map(|(i, name)| {
+                let to_stock = ratios(auto, stock, i);
+                json!({
+                    "figure": name,
+                    "stock": known(median(&of(stock, i))),
+                    "off": known(median(&of(off, i))),
+                    "auto": known(median(&of(auto, i))),
+                    "ratio_to_stock": known(median(&to_stock)),
+                    "ratio_to_off": known(median(&ratios(auto, off, i))),
+                    "ratios": to_stock.iter().map(|r| known(*r)).collect::<Vec<_>>(),
+                })
+            })
+            .collect();
         if !quiet {
             println!(
-                "\n{concurrency} at a time; {:.0} % of the tokens left early\n{:24} {:>10} {:>10} {:>7}  rounds",
-                exits[1] * 100.0,
+                "\n{concurrency} at a time; {:.0} % of the tokens left early; stock: llama-server, {}\n{:24} {:>10} {:>10} {:>10} {:>8} {:>8}  rounds",
+                exits[auto] * 100.0,
+                CONTENDERS[stock],
                 "",
-                POLICIES[0],
-                POLICIES[1],
-                "ratio"
+                "stock",
+                CONTENDERS[off],
+                CONTENDERS[auto],
+                "x stock",
+                "x off"
             );
             for row in &rows {
-                let number = |name: &str| row[name].as_f64().unwrap_or(0.0);
-                let ratios: Vec<String> = row["ratios"]
+                let number = |value: &Value| {
+                    value
+                        .as_f64()
+                        .map_or_else(|| "-".to_owned(), |v| format!("{v:.2}"))
+                };
+                let rounds: Vec<String> = row["ratios"]
                     .as_array()
                     .into_iter()
                     .flatten()
-                    .map(|r| format!("{:.2}", r.as_f64().unwrap_or(0.0)))
+                    .map(number)
                     .collect();
                 println!(
-                    "{:24} {:10.2} {:10.2} {:7.2}  {}",
+                    "{:24} {:>10} {:>10} {:>10} {:>8} {:>8}  {}",
                     row["figure"].as_str().unwrap_or_default(),
-                    number("off"),
-                    number("auto"),
-                    number("ratio"),
-                    ratios.join(", ")
+                    number(&row["stock"]),
+                    number(&row["off"]),
+                    number(&row["auto"]),
+                    number(&row["ratio_to_stock"]),
+                    number(&row["ratio_to_off"]),
+                    rounds.join(", ")
                 );
             }
         }
-        cells.push(json!({"concurrency": concurrency, "exits": exits[1], "figures": rows}));
+        cells.push(json!({"concurrency": concurrency, "exits": exits[auto], "stock_layout": CONTENDERS[stock], "figures": rows}));
     }
     Ok(json!({"requests": load.requests, "tokens": TOKENS, "rounds": load.rounds, "cells": cells}))
 }

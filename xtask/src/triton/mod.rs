@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::{
     Source,
     cache::Cache,
-    llama::{Kind, Llama},
+    llama::{Kind, Llama, Runtime},
     server_tests::prompt,
 };
 use server::Triton;
@@ -39,7 +39,8 @@ pub struct Options {
         value_name = "PORT"
     )]
     port: u16,
-    /// Measure with AIPerf instead, without early exit and with it (fetches 1.2 GB once)
+    /// Measure with AIPerf instead: the unpatched llama-server, and Triton without early exit and with it (fetches 1.2 GB
+    /// once)
     #[arg(long, conflicts_with_all = ["stay", "install", "port", "streams"])]
     load: bool,
     /// Requests of each of AIPerf's runs
@@ -81,7 +82,8 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let installed = setup::install(&cache, &runtime)?;
     if options.load {
-        return measure(&cache, &installed, options);
+        let reference = llama.ensure_one(Kind::Reference)?;
+        return measure(&cache, &installed, &reference, options);
     }
     let repository = installed.repository(&[("slots", "64"), ("context", "512")])?;
     let server = Triton::start(&installed, repository, options.port, &[])?;
@@ -175,13 +177,18 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn measure(cache: &Cache, installed: &setup::Installed, options: &Options) -> Result<()> {
+fn measure(
+    cache: &Cache,
+    installed: &setup::Installed,
+    reference: &Runtime,
+    options: &Options,
+) -> Result<()> {
     let load = load::Load {
         requests: options.requests,
         concurrency: options.concurrency.clone(),
         rounds: options.rounds.max(1),
     };
-    let figures = load::run(cache, installed, &load, options.json)?;
+    let figures = load::run(cache, installed, reference, &load, options.json)?;
     if options.json {
         println!("{figures}");
         return Ok(());

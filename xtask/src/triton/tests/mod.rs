@@ -110,7 +110,9 @@ pub fn run(
             concurrency: vec![16],
             rounds: 1,
         };
-        let result = load::run(&bench.cache, &bench.installed, &load, false).map(drop);
+        let result = llama.ensure_one(Kind::Reference).and_then(|reference| {
+            load::run(&bench.cache, &bench.installed, &reference, &load, false).map(drop)
+        });
         one("triton: AIPerf, 64 requests at 16 at a time", result, start);
     }
     Ok(chosen.len() + usize::from(load))

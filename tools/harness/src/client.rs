@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 //! A blocking client: single requests, and event streams that can be dropped (which cancels them).
 
 use std::{

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 //! Running other programs: with a log file, with progress, and with their last words when they fail.
 
 use std::{
@@ -153,6 +154,12 @@ impl Progress {
         } else {
             eprintln!("{text}");
         }
+    }
+
+    /// A line of its own, which stays.
+    pub fn note(&mut self, text: &str) {
+        let clear = if self.tty { "\r\x1b[2K" } else { "" };
+        eprintln!("{clear}{text}");
     }
 
     pub fn finish(&mut self, state: &str) {

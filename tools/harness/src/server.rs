@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 //! A llama-server as a child process.
 
 use std::{
@@ -13,7 +14,23 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{cache, client::Client, llama::Runtime, process};
+use crate::{client::Client, process};
+
+/// What can name the program that a server is.
+pub trait Program {
+    fn program(&self) -> PathBuf;
+}
+
+impl Program for PathBuf {
+    fn program(&self) -> PathBuf {
+        self.clone()
+    }
+}
+
+/// Where servers' logs go: the target folder of the clone that this was built in.
+fn logs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/xtask-servers")
+}
 
 /// Killed when it is dropped, and by the kernel when xtask ends in whatever way.
 ///
@@ -26,26 +43,27 @@ pub struct Server {
 
 impl Server {
     /// Starts a server on a free port and waits until it is healthy.
-    pub fn start<I, S>(runtime: &Runtime, args: I) -> Result<Server>
+    pub fn start<I, S>(program: &impl Program, args: I) -> Result<Server>
     where
         I: IntoIterator<Item = S>,
         S: AsRef<OsStr>,
     {
+        let program = program.program();
         let args: Vec<OsString> = args.into_iter().map(|a| a.as_ref().to_owned()).collect();
         // Somebody else may take the port between our looking for it and the server's opening it.
         let mut attempt = 0;
         loop {
             attempt += 1;
-            match Server::try_start(runtime, &args) {
+            match Server::try_start(&program, &args) {
                 Err(error) if attempt < 3 && format!("{error:#}").contains("couldn't bind") => {}
                 other => return other,
             }
         }
     }
 
-    fn try_start(runtime: &Runtime, args: &[OsString]) -> Result<Server> {
+    fn try_start(program: &Path, args: &[OsString]) -> Result<Server> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let logs = cache::repo().join("target/xtask-servers");
+        let logs = logs();
         fs::create_dir_all(&logs)?;
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let log = logs.join(format!("{}-{count}.log", std::process::id()));
@@ -55,7 +73,7 @@ impl Server {
             .port();
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
 
-        let mut command = Command::new(runtime.server());
+        let mut command = Command::new(program);
         command
             .args(args)
             .args(["--host", "127.0.0.1", "--port", &port.to_string()]);
@@ -90,7 +108,7 @@ impl Server {
         }
         let child = command
             .spawn()
-            .with_context(|| format!("cannot run {}", runtime.server().display()))?;
+            .with_context(|| format!("cannot run {}", program.display()))?;
         let mut server = Server {
             child,
             client: Client { addr },

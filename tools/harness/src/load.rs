@@ -1,5 +1,6 @@
-//! A closed-loop load generator: so many requests in flight at all times, one thread, no work on a token but noting when
-//! it came. Everything is parsed when the load is over, since the server under test has the same two cores.
+// SPDX-License-Identifier: Apache-2.0
+//! A load generator: one thread for all connections, no work on a token but noting when it came. Everything is parsed when
+//! the load is over, since the server under test has the same two cores.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -81,6 +82,55 @@ impl Limits {
     }
 }
 
+/// What a source of requests wants next.
+pub enum Next {
+    /// Sends a body. The number comes back as `Finished::job`.
+    Send(usize, Vec<u8>),
+    /// Nothing before this time since the start.
+    At(Duration),
+    /// Nothing before an answer has come.
+    Busy,
+    /// Nothing any more.
+    End,
+}
+
+/// Decides when which request is sent.
+pub trait Source {
+    /// Asked until it has nothing to send now. `now` is the time since the start.
+    fn next(&mut self, now: Duration) -> Result<Next>;
+    /// Told of each answer as soon as it is whole.
+    fn answered(&mut self, finished: &Finished) -> Result<()>;
+}
+
+/// A list of bodies, so many in flight.
+struct List<'a> {
+    bodies: &'a [Vec<u8>],
+    next: usize,
+    open: usize,
+    concurrency: usize,
+}
+
+impl Source for List<'_> {
+    fn next(&mut self, _: Duration) -> Result<Next> {
+        if self.open >= self.concurrency {
+            return Ok(Next::Busy);
+        }
+        let Some(body) = self.bodies.get(self.next) else {
+            // A load that is smaller than the places counts as whole until its first answer.
+            let none_came = self.next == self.open && self.open > 0;
+            return Ok(if none_came { Next::Busy } else { Next::End });
+        };
+        self.next += 1;
+        self.open += 1;
+        Ok(Next::Send(self.next - 1, body.clone()))
+    }
+
+    fn answered(&mut self, _: &Finished) -> Result<()> {
+        self.open -= 1;
+        Ok(())
+    }
+}
+
 /// Sends all the bodies to `path`, `concurrency` at a time.
 pub fn closed_loop(
     addr: SocketAddr,
@@ -89,9 +139,25 @@ pub fn closed_loop(
     concurrency: usize,
     limits: Limits,
 ) -> Result<Outcome> {
+    let mut list = List {
+        bodies,
+        next: 0,
+        open: 0,
+        concurrency,
+    };
+    drive(addr, path, &mut list, limits)
+}
+
+/// Sends to `path` what a source gives, until it ends and all is answered.
+pub fn drive(
+    addr: SocketAddr,
+    path: &str,
+    source: &mut dyn Source,
+    limits: Limits,
+) -> Result<Outcome> {
+    const POLL: Duration = Duration::from_secs(1);
     let start = Instant::now();
     let cpu = cpu_seconds();
-    let mut waiting = 0..bodies.len();
     let mut open: Vec<Connection> = Vec::new();
     let mut finished = Vec::new();
     let mut drain = None;
@@ -99,17 +165,30 @@ pub fn closed_loop(
     let mut polls: Vec<libc::pollfd> = Vec::new();
     let mut last_news = Instant::now();
     loop {
-        while open.len() < concurrency {
+        let mut wait = POLL;
+        let mut ended = false;
+        loop {
             if start.elapsed() > limits.send {
-                waiting = 0..0;
+                ended = true;
+                break;
             }
-            let Some(job) = waiting.next() else { break };
-            open.push(connect(addr, path, job, &bodies[job])?);
+            match source.next(start.elapsed())? {
+                Next::Send(job, body) => open.push(connect(addr, path, job, &body)?),
+                Next::At(time) => {
+                    wait = time.saturating_sub(start.elapsed()).min(POLL);
+                    break;
+                }
+                Next::Busy => break,
+                Next::End => {
+                    ended = true;
+                    break;
+                }
+            }
         }
-        if open.len() < concurrency && drain.is_none() && !finished.is_empty() {
+        if ended && drain.is_none() {
             drain = Some(Instant::now());
         }
-        if open.is_empty() || start.elapsed() > limits.total {
+        if ended && open.is_empty() || start.elapsed() > limits.total {
             break;
         }
         polls.clear();
@@ -118,14 +197,19 @@ pub fn closed_loop(
             events: libc::POLLIN,
             revents: 0,
         }));
+        // Rounded up: a poll that ends before its time would be asked again and again.
+        let timeout = wait.as_micros().div_ceil(1000) as libc::c_int;
         // SAFETY: a list of that many entries, which lives through the call.
-        let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, 1000) };
+        let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout) };
         if ready < 0 {
             let error = std::io::Error::last_os_error();
             if error.kind() != ErrorKind::Interrupted {
                 return Err(error).context("poll");
             }
             continue;
+        }
+        if open.is_empty() {
+            last_news = Instant::now();
         }
         if ready == 0 {
             if last_news.elapsed() > limits.silence {
@@ -157,7 +241,9 @@ pub fn closed_loop(
                 Err(e) => return Err(e).context("reading from the server"),
             }
             if connection.parser.done() {
-                finished.push(open.swap_remove(index).finish());
+                let answer = open.swap_remove(index).finish();
+                source.answered(&answer)?;
+                finished.push(answer);
             }
         }
     }

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 //! As much of HTTP/1.1 and of server-sent events as a client of one local server needs, made to be fed with whatever
 //! arrives: the load generator has one thread for all of its connections, and must leave the cores to the server.
 
@@ -37,6 +38,12 @@ pub struct Parser {
     pending: Vec<u8>,
     pub status: u16,
     pub body: Vec<u8>,
+}
+
+impl Default for Parser {
+    fn default() -> Parser {
+        Parser::new()
+    }
 }
 
 impl Parser {

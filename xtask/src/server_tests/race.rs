@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+//! That `bench serve` measures what it says: the same load for everybody, and everything counted.
+
+use anyhow::{Context, Result, ensure};
+use drex_harness::{
+    race::{Cell, Report},
+    traffic::{Lengths, Text},
+};
+use serde_json::Value;
+
+use super::{Suite, Test};
+use crate::bench::serve;
+
+pub const TESTS: fn() -> Vec<Test> =
+    || vec![Test::new("a race gives everybody the same load", fair)];
+
+fn fair(suite: &Suite) -> Result<()> {
+    let race = serve::small(&suite.reference.0.server(), &suite.patched.0.server())?;
+    let report = race.run()?;
+    let groups = report.groups();
+    let loads: Vec<&str> = groups.iter().map(|g| g[0].traffic.as_str()).collect();
+    ensure!(loads == ["16/8", "chat", "poisson-0.8"], "loads {loads:?}");
+    for group in groups {
+        let find = |name: &str| group.iter().find(|c| c.policy == name);
+        let of = |name: &str| find(name).with_context(|| format!("no {name}"));
+        let (stock, off, auto) = (of("stock")?, of("off")?, of("auto")?);
+        ensure!(group.len() == 4, "{} contenders", group.len());
+        for cell in group {
+            let name = format!("{} {}", cell.traffic, cell.policy);
+            ensure!(
+                cell.requests * stock.rounds as u64 == stock.requests * cell.rounds as u64,
+                "{name}: {} requests, stock had {}",
+                cell.requests,
+                stock.requests
+            );
+            ensure!(
+                cell.tokens_per_s > 0.0 && cell.ratio_to_stock > 0.0,
+                "{name}: {cell:?}"
+            );
+            ensure!(
+                cell.ttft_ms.p50 > 0.0 && cell.completion_ms > cell.ttft_ms.p50,
+                "{name}: {cell:?}"
+            );
+        }
+        ensure!(
+            off.tokens == stock.tokens,
+            "tokens {} of {}",
+            off.tokens,
+            stock.tokens
+        );
+        // The prompts of a chat hold answers, and tokens that end within a character have no id in a stream.
+        ensure!(
+            off.prompt == stock.prompt || stock.traffic == "chat",
+            "prompts {} of {}",
+            off.prompt,
+            stock.prompt
+        );
+        ensure!(
+            stock.exits == 0.0 && off.exits == 0.0,
+            "exits without early exit"
+        );
+        ensure!(auto.exits > 0.0 && auto.involuntary_exits == 0, "{auto:?}");
+    }
+
+    // What was answered is what the text and the lengths give, computed here once more.
+    let server = suite.start(&suite.reference, 1, &[])?;
+    let text = Text::of(server.client, &race.corpus)?;
+    let cell = &report.cells[0];
+    let per_round = cell.requests as usize / cell.rounds;
+    let lengths = Lengths {
+        prompt: 16,
+        answer: 8,
+    };
+    // The first requests, one for each place, do not count.
+    let places = cell.in_flight;
+    let wanted: usize = (0..cell.rounds as u64)
+        .flat_map(|round| {
+            lengths
+                .requests(&text, round, places + per_round)
+                .split_off(places)
+        })
+        .map(|(_, answer)| answer)
+        .sum();
+    ensure!(
+        cell.tokens == wanted as u64,
+        "{} tokens instead of {wanted}",
+        cell.tokens
+    );
+
+    let line = serde_json::to_string(&report)?;
+    let json: Value = serde_json::from_str(&line)?;
+    ensure!(
+        json["worst_auto"].is_number() && json["median_auto"].is_number(),
+        "{line}"
+    );
+    let back: Report = serde_json::from_str(&line)?;
+    let same = |a: &[Cell], b: &[Cell]| a == b;
+    ensure!(
+        same(&back.cells, &report.cells),
+        "the cells do not read back"
+    );
+    println!(
+        "        {}",
+        report.headline().trim().replace('\n', "\n        ")
+    );
+    Ok(())
+}
