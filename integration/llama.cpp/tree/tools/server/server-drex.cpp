@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
@@ -957,14 +958,16 @@ std::string server_drex::metrics() const {
     single("drex_dropped_rows_total",       "counter", "Rows run for nothing, behind a draft that was not confirmed",      s.rows_dropped);
     single("drex_pending_rows",             "gauge",   "Exited rows in the hidden arena that have layers to go",           s.pending_rows);
 
-    static const char * misses[DREX_MISS_REASONS] = { "host", "queue", "held", "run" };
+    static const char * misses[] = { "host", "queue", "held", "run" };
+    static_assert(std::size(misses) == DREX_MISS_REASONS, "a name for each");
 
     family("drex_deadline_misses_total", "counter", "Tokens emitted after their deadline, by where most of their time went");
     for (size_t i = 0; i < DREX_MISS_REASONS; ++i) {
         out << "drex_deadline_misses_total{reason=\"" << misses[i] << "\"} " << s.misses[i] << "\n";
     }
 
-    static const char * reasons[DREX_FLUSH_REASONS] = { "none", "fill", "age", "deadline", "idle", "stay" };
+    static const char * reasons[] = { "none", "fill", "age", "deadline", "idle", "stay", "prompt" };
+    static_assert(std::size(reasons) == DREX_FLUSH_REASONS, "a name for each");
 
     family("drex_flushes_total", "counter", "Windows over held rows, by what caused them");
     for (size_t i = 1; i < DREX_FLUSH_REASONS; ++i) {
