@@ -677,6 +677,7 @@ pub(super) mod tests {
             in_flight: 16,
             counted: 2,
             capacity: 0.0,
+            warm_up: Vec::new(),
             samples: vec![
                 vec![
                     sample(1000.0, 10.0, 0),
