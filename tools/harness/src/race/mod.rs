@@ -449,7 +449,7 @@ impl Race {
             field.capacity = self.capacity(servers, text, in_flight, &measure)?;
             let rate = share * field.capacity;
             // Where more comes than can be served, the queue is what is measured; it grows with the slice.
-            field.counted = ((rate * seconds * 2.0).ceil() as usize).clamp(16, 4000);
+            field.counted = ((rate * seconds * 2.0).ceil() as usize).clamp(6, 4000);
         }
         let mut rate = 0.0_f64;
         for at in 0..servers.len() {
