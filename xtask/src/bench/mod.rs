@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask bench`: the core's calls, servers against each other, and a model whose weights bound the time.
 
-mod scale;
+pub mod scale;
 pub mod serve;
 
 use std::{

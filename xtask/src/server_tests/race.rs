@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! That `bench serve` measures what it says: the same load for everybody, and everything counted.
+//! That `bench serve` and `bench scale` measure what they say: the same load for everybody, and everything counted.
 
 use anyhow::{Context, Result, ensure};
 use drex_harness::{
@@ -9,10 +9,17 @@ use drex_harness::{
 use serde_json::Value;
 
 use super::{Suite, Test};
-use crate::bench::serve;
+use crate::{
+    bench::{scale, serve},
+    cache::TempDir,
+};
 
-pub const TESTS: fn() -> Vec<Test> =
-    || vec![Test::new("a race gives everybody the same load", fair)];
+pub const TESTS: fn() -> Vec<Test> = || {
+    vec![
+        Test::new("a race gives everybody the same load", fair),
+        Test::new("a large model's measurement, with a tiny one", scale_up),
+    ]
+};
 
 fn fair(suite: &Suite) -> Result<()> {
     let race = serve::small(&suite.reference.0.server(), &suite.patched.0.server())?;
@@ -103,5 +110,47 @@ fn fair(suite: &Suite) -> Result<()> {
         "        {}",
         report.headline().trim().replace('\n', "\n        ")
     );
+    Ok(())
+}
+
+fn scale_up(suite: &Suite) -> Result<()> {
+    let folder = TempDir::unlocked("scale")?;
+    let report = scale::small(&suite.patched.0, folder.path())?;
+    ensure!(
+        report["ok"] == true && report["split_identical"] == true,
+        "{report}"
+    );
+    ensure!(
+        report["worst_auto"].is_number() && report["median_auto"].is_number(),
+        "{report}"
+    );
+    let cells = report["cells"].as_array().context("no cells")?;
+    // Three loads, two policies, two shares.
+    ensure!(cells.len() == 12, "{} cells", cells.len());
+    for cell in cells {
+        let number = |name: &str| {
+            cell[name]
+                .as_f64()
+                .with_context(|| format!("{name} in {cell}"))
+        };
+        for name in [
+            "tokens_per_s",
+            "stock_tokens_per_s",
+            "ratio_to_stock",
+            "ratio_low",
+            "ratio_high",
+            "cold_ratio",
+        ] {
+            ensure!(number(name)? > 0.0, "{name}: {cell}");
+        }
+        ensure!(number("ratio_to_stock")? <= number("ratio_high")?, "{cell}");
+        ensure!(number("involuntary_exits")? == 0.0, "{cell}");
+        let (exits, of_mask) = (number("exits")?, number("exits_of_mask")?);
+        ensure!(
+            exits == of_mask || cell["policy"] == "auto" && exits < of_mask,
+            "not the mask's exits: {cell}"
+        );
+    }
+    println!("        {} cells", cells.len());
     Ok(())
 }

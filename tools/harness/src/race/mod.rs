@@ -254,6 +254,8 @@ struct Field {
     counted: usize,
     /// Requests a second that the server without early exit can serve, where arrivals are a share of it.
     capacity: f64,
+    /// Tokens/s of the slices that do not count, by contender.
+    warm_up: Vec<f64>,
     /// By contender, by round; none in rounds that a contender did not run.
     samples: Vec<Vec<Option<Sample>>>,
 }
@@ -294,21 +296,36 @@ impl Field {
             .unwrap_or(0)
     }
 
-    /// A layout that was slower in two rounds by more than any noise between them.
+    /// A layout that was slower in two rounds by more than any noise between them; by much more, in the warm-up and one round.
     fn beaten(&self) -> Option<usize> {
         let stock = self.stock();
         let other = 1 - stock;
         let rates = |at: usize| -> Vec<f64> {
-            self.samples[at]
-                .iter()
-                .flatten()
-                .map(|s| s.tokens_per_s)
-                .collect()
+            let rounds = self.samples[at].iter().flatten();
+            rounds.map(|s| s.tokens_per_s).collect()
+        };
+        // Of the faster one what was worst, of the slower one what was best.
+        let slower = |ours: &[f64], theirs: &[f64], by: f64| {
+            let worst = ours.iter().copied().fold(f64::INFINITY, f64::min);
+            let best = theirs.iter().copied().fold(0.0, f64::max);
+            theirs.len() >= 2 && best < by * worst
         };
         let (ours, theirs) = (rates(stock), rates(other));
-        let worst = ours.iter().copied().fold(f64::INFINITY, f64::min);
-        let best = theirs.iter().copied().fold(0.0, f64::max);
-        (theirs.len() >= 2 && best < 0.92 * worst).then_some(other)
+        let with_warm_up = |rates: &[f64], at: usize| -> Vec<f64> {
+            self.warm_up
+                .get(at)
+                .into_iter()
+                .chain(rates)
+                .copied()
+                .collect()
+        };
+        let out = slower(&ours, &theirs, 0.92)
+            || slower(
+                &with_warm_up(&ours, stock),
+                &with_warm_up(&theirs, other),
+                0.6,
+            );
+        out.then_some(other)
     }
 }
 
@@ -348,7 +365,12 @@ impl Race {
         );
         let start = Instant::now();
         let plan = self.plan();
-        let total: usize = plan.iter().map(|(_, traffic)| traffic.len()).sum();
+        let weight = |level: usize| 1.0 + level as f64 / 8.0;
+        let weights: Vec<f64> = plan
+            .iter()
+            .flat_map(|(level, traffic)| traffic.iter().map(|_| weight(*level)))
+            .collect();
+        let total = weights.len();
         let mut progress = Progress::new("measuring");
         let mut cells = Vec::new();
         let mut idle = 0.0_f64;
@@ -361,10 +383,11 @@ impl Race {
                 .collect::<Result<Vec<_>>>()?;
             let text = Text::of(servers[0].server.client, &self.corpus)?;
             for traffic in traffics {
-                // What is left, shared by the cells that are left.
+                // What is left, shared by the cells that are left; more in flight takes longer.
                 let until = self.budget.map(|budget| {
                     let left = budget.saturating_sub(start.elapsed());
-                    Instant::now() + left / (total - done) as u32
+                    let all: f64 = weights[done..].iter().sum();
+                    Instant::now() + left.mul_f64(weights[done] / all)
                 });
                 let mut say = |what: &str| {
                     progress.update(&format!(
@@ -417,6 +440,7 @@ impl Race {
             in_flight,
             counted: in_flight.div_ceil(2).max(2),
             capacity: 0.0,
+            warm_up: Vec::new(),
             samples: vec![Vec::new(); servers.len()],
         };
         say("warm-up");
@@ -425,11 +449,12 @@ impl Race {
             field.capacity = self.capacity(servers, text, in_flight, &measure)?;
             let rate = share * field.capacity;
             // Where more comes than can be served, the queue is what is measured; it grows with the slice.
-            field.counted = ((rate * seconds * 2.0).ceil() as usize).clamp(16, 4000);
+            field.counted = ((rate * seconds * 2.0).ceil() as usize).clamp(6, 4000);
         }
         let mut rate = 0.0_f64;
         for at in 0..servers.len() {
             let sample = measure(at, &mut *field.source(text, WARM_UP))?;
+            field.warm_up.push(sample.tokens_per_s);
             // The first contender's speed decides for all.
             if at == 0 {
                 let per_request = sample.tokens as f64 / sample.requests as f64;
@@ -444,8 +469,11 @@ impl Race {
         }
 
         let mut out: Option<usize> = None;
+        let mut last = Duration::ZERO;
         for round in 0..self.rounds {
-            if round >= 2 && until.is_some_and(|until| Instant::now() > until) {
+            let begin = Instant::now();
+            // A round may end late by half of its time, since others end early by as much.
+            if round >= 2 && until.is_some_and(|until| begin + last / 2 > until) {
                 break;
             }
             for at in order(round, servers.len()) {
@@ -463,6 +491,7 @@ impl Race {
                 field.samples[at].push(Some(sample));
             }
             out = out.or_else(|| field.beaten());
+            last = begin.elapsed();
         }
         Ok(field)
     }
@@ -610,6 +639,7 @@ mod tests {
             in_flight: 1,
             counted: 1,
             capacity: 0.0,
+            warm_up: vec![streams[0], unified[0]],
             samples: vec![list(streams), list(unified)],
         }
     }
@@ -620,8 +650,11 @@ mod tests {
         assert_eq!(field(&[10.0, 9.0], &[11.0, 12.0]).stock(), 1);
         assert_eq!(field(&[10.0, 10.0], &[4.0, 4.0]).beaten(), Some(1));
         assert_eq!(field(&[4.0, 4.0], &[10.0, 10.0]).beaten(), Some(0));
-        // One round says nothing, and neither do rounds that overlap.
-        assert_eq!(field(&[10.0], &[4.0]).beaten(), None);
+        // One round says little, and neither do rounds that overlap.
+        assert_eq!(field(&[10.0], &[7.0]).beaten(), None);
+        assert_eq!(field(&[10.0], &[4.0]).beaten(), Some(1));
+        assert_eq!(field(&[10.0, 10.0], &[9.0, 9.1]).beaten(), Some(1));
+        assert_eq!(field(&[10.0, 10.0], &[9.0, 9.3]).beaten(), None);
         assert_eq!(field(&[10.0, 5.0], &[4.0, 4.9]).beaten(), None);
     }
 

@@ -47,6 +47,8 @@ pub struct Cell {
     pub policy: String,
     /// Of the cache, where the server is the unpatched one.
     pub layout: Option<String>,
+    /// Of the server that ratios are relative to.
+    pub stock_layout: String,
     pub tokens_per_s: f64,
     pub ratio_to_stock: f64,
     pub ratio_low: Option<f64>,
@@ -135,6 +137,12 @@ type Times = for<'a> fn(&'a Sample) -> &'a [f64];
 fn pooled(samples: &[&Sample], of: Times, q: f64) -> f64 {
     let mut all: Vec<f64> = samples.iter().flat_map(|s| of(s)).copied().collect();
     quantile(&mut all, q)
+}
+
+/// The layout of a contender that is the unpatched server.
+fn layout_of(name: &str) -> Option<String> {
+    let layout = name.split('+').nth(1).unwrap_or_default();
+    LAYOUTS.contains(&name).then(|| layout.to_owned())
 }
 
 /// A cell for each contender.
@@ -243,6 +251,7 @@ pub(super) fn cells(contenders: &[Contender], field: &Field) -> Vec<Cell> {
                 contender.name.clone()
             },
             layout,
+            stock_layout: layout_of(&contenders[stock].name).unwrap_or_default(),
             tokens_per_s: rounded(
                 median(&ours.iter().map(|s| s.tokens_per_s).collect::<Vec<_>>()),
                 1,
@@ -423,11 +432,6 @@ impl Report {
             .collect()
     }
 
-    fn layout(group: &[Cell]) -> &str {
-        let stock = group.iter().find(|c| c.policy == STOCK);
-        stock.and_then(|c| c.layout.as_deref()).unwrap_or("?")
-    }
-
     /// Worst and median of each policy.
     pub fn headline(&self) -> String {
         let mut out = String::new();
@@ -492,7 +496,7 @@ impl Report {
                 "\n{} at {} in flight (stock: {})\n  {:16}{:>8}{:>8}{:>15}{:>16}{:>7}{:>7}{:>15}{:>7}{:>9}{:>7}{:>8}\n",
                 group[0].traffic,
                 group[0].in_flight,
-                Report::layout(group),
+                group[0].stock_layout,
                 "",
                 "tok/s",
                 "x stock",
@@ -581,7 +585,7 @@ impl Report {
                      | {:.3} |",
                     c.traffic,
                     c.in_flight,
-                    Report::layout(group),
+                    group[0].stock_layout,
                     c.policy,
                     c.tokens_per_s,
                     c.ratio_to_stock,
@@ -673,6 +677,7 @@ pub(super) mod tests {
             in_flight: 16,
             counted: 2,
             capacity: 0.0,
+            warm_up: Vec::new(),
             samples: vec![
                 vec![
                     sample(1000.0, 10.0, 0),
@@ -770,6 +775,7 @@ pub(super) mod tests {
             assert_eq!(cell[key].as_f64(), Some(value), "{key}");
         }
         assert_eq!(cell["policy"], "auto");
+        assert_eq!(cell["stock_layout"], "streams");
         assert!(cell["ratio_low"].is_f64() && cell["ratio_high"].is_f64());
         for times in ["ttft_ms", "tbt_ms"] {
             assert!(cell[times]["p50"].is_f64() && cell[times]["p99"].is_f64());
