@@ -45,6 +45,7 @@ struct request {
   size_t limit = 0;
   uint32_t sequence = 0;  // whose cells of the K/V cache it has
   std::vector<int32_t> prompt, tokens;  // tokens: prompt and output; the newest has not run yet
+  uint32_t started = 0;                 // rows of the prompt that a window has taken
   std::vector<produced> output;         // under `verify`, its end may be drafts
   float confidence = NAN;               // of the row under way
   bool cancelled = false;
@@ -66,7 +67,9 @@ class host {
   host(const gguf::file &file, const options &o)
       : options_(o), tokenizer_(file), keeps_rows_(o.fill == DREX_FILL_POSTFILL || o.fill == DREX_FILL_VERIFY),
         // Requests that keep pending rows want room for them in the arena and in a window.
-        n_slots_(o.parallel * (keeps_rows_ ? 1 + max_pending : 1)), model_(file, o.parallel, n_slots_), rows_(n_slots_) {
+        n_slots_(o.parallel * (keeps_rows_ ? 1 + max_pending : 1)),
+        // Prompt rows that wait at a ramp have arena rows beyond drex's.
+        n_window_rows_(n_slots_ + prompt_chunk), model_(file, o.parallel, n_slots_ + n_window_rows_), rows_(n_slots_) {
     // ANCHOR: create
     drex_config config = DREX_CONFIG_INITIALIZER;
     config.n_layers = model_.n_layers;
@@ -74,6 +77,7 @@ class host {
     config.ramp_layers = o.ramps.data();
     config.n_slots = n_slots_;
     config.max_batch = n_slots_;
+    config.max_pass_rows = n_window_rows_;
     config.max_requests = o.parallel;
     config.policy = o.policy;
     config.fill = o.fill;
@@ -102,34 +106,40 @@ class host {
       drex_plan_input input = DREX_PLAN_INPUT_INITIALIZER;
       drex_step step = DREX_STEP_INITIALIZER;
       input.now_ns = now_ns();
+      input.n_prompt_rows = prompt_rows();
       check(drex_plan(engine_, &input, rows_.data(), n_slots_, &step));
-      if (step.n_rows == 0) return;  // a server would wait for a request here
+      if (step.n_rows == 0 && step.n_prompt_rows == 0) return;  // a server would wait for a request here
 
       const std::vector<model_row> rows = translate(step.n_rows);
+      if (step.layer_begin == 0) take_prompts(step.n_prompt_rows);
+      const std::vector<model_row> all = with_prompts(rows, step);
       const uint64_t start = now_ns();
       std::vector<float> logits;
       model_.fail = options_.fail.count(++n_windows_) != 0;
       try {
-        logits = model_.window(step.layer_begin, step.layer_end, rows);
+        logits = model_.window(step.layer_begin, step.layer_end, all, rows.size());
       } catch (const window_failed &) {
         // Nobody has left, and the arena rows are as they were, since the model writes them last: all rows come again.
-        // A server counts these, and ends requests whose windows fail for good.
+        // Prompt rows start again at layer 0. A server counts these, and ends requests whose windows fail for good.
         n_failed_++;
         check(drex_abandon(engine_));
+        if (step.n_prompt_rows > 0) forget_prompts();
         continue;
       }
       uint64_t duration = now_ns() - start;
 
       cancel();  // clients go when they like, here in the middle of a step
       advanced_.clear();
-      if (step.ramp != DREX_NO_RAMP) duration += at_ramp(step, rows, logits);
-      else at_end(step, rows, logits);
+      // A window may have prompt rows alone: nobody to ask, and nothing to sample.
+      if (step.n_rows > 0 && step.ramp != DREX_NO_RAMP) duration += at_ramp(step, rows, logits);
+      else if (step.n_rows > 0) at_end(step, rows, logits);
 
       drex_completion completion = DREX_COMPLETION_INITIALIZER;
       completion.now_ns = now_ns();
       completion.duration_ns = duration;
       for (const model_row &row : rows) completion.n_kv += row.position + 1;
       check(drex_complete(engine_, &completion));
+      if (step.n_prompt_rows > 0 && step.ramp == DREX_NO_RAMP) prompts_ran();
       for (const uint64_t id : advanced_) go_on(id);
     }
   }
@@ -147,6 +157,7 @@ class host {
 
  private:
   static constexpr uint32_t max_pending = 4;
+  static constexpr uint32_t prompt_chunk = 16;  // prompt rows in a window beside as many decode rows as there can be
 
   // ANCHOR: bind
   // Tells drex where K and V lie, for state-copy. Other fills need no binding, but it does no harm.
@@ -166,7 +177,8 @@ class host {
   // ANCHOR_END: bind
 
   // ANCHOR: admit
-  // Prompts are the host's: through all layers, but for the last token, which is the first that drex schedules.
+  // Prompts are the host's: through all layers, but for the last token, which is the first that drex schedules. Their
+  // rows wait here, and run along in the windows that drex plans.
   void admit() {
     while (!waiting_.empty() && !free_sequences_.empty()) {
       request r = std::move(waiting_.front());
@@ -174,19 +186,78 @@ class host {
       r.sequence = free_sequences_.back();
       free_sequences_.pop_back();
       r.tokens = r.prompt;
-      std::vector<model_row> rows;
-      for (uint32_t i = 0; i + 1 < r.prompt.size(); i++) rows.push_back({r.prompt[i], i, r.sequence, 0});
-      if (!rows.empty()) model_.window(0, model_.n_layers, rows, false);
-
       drex_request_config config = DREX_REQUEST_CONFIG_INITIALIZER;
       config.id = r.id;
       config.max_tokens = r.limit;
       check(drex_request_add(engine_, &config));
-      check(drex_request_ready(engine_, r.id, static_cast<uint32_t>(r.tokens.size()), now_ns()));
-      alive_[r.id] = std::move(r);
+      const uint64_t id = r.id;
+      alive_[id] = std::move(r);
+      if (alive_[id].prompt.size() > 1) in_prompt_.push_back(id);
+      else ready(id);
     }
   }
+
+  void ready(uint64_t id) {
+    check(drex_request_ready(engine_, id, static_cast<uint32_t>(alive_.at(id).tokens.size()), now_ns()));
+  }
   // ANCHOR_END: admit
+
+  // ANCHOR: prompts
+  // Prompt rows that wait at layer 0.
+  uint32_t prompt_rows() const {
+    uint32_t n = 0;
+    for (const uint64_t id : in_prompt_) n += rows_left(alive_.at(id));
+    return n;
+  }
+  static uint32_t rows_left(const request &r) { return static_cast<uint32_t>(r.prompt.size()) - 1 - r.started; }
+
+  // So many of them run now, in a window from layer 0: prompt by prompt, the last one in part.
+  void take_prompts(uint32_t n) {
+    while (n > 0) {
+      const uint64_t id = in_prompt_.front();
+      request &r = alive_.at(id);
+      const uint32_t taken = std::min(n, rows_left(r));
+      on_the_way_.push_back({id, r.started, taken});
+      r.started += taken;
+      n -= taken;
+      if (rows_left(r) == 0) in_prompt_.pop_front();
+    }
+  }
+
+  // The window's rows: those that drex named, and behind them those of the prompts that are on their way. Whose client
+  // has gone has none.
+  std::vector<model_row> with_prompts(std::vector<model_row> rows, const drex_step &step) const {
+    if (step.n_prompt_rows == 0) return rows;
+    uint32_t slot = n_slots_;
+    for (const part &p : on_the_way_) {
+      const auto found = alive_.find(p.id);
+      for (uint32_t i = p.first; i < p.first + p.n; i++, slot++)
+        if (found != alive_.end()) rows.push_back({found->second.prompt[i], i, found->second.sequence, slot});
+    }
+    return rows;
+  }
+
+  // They are through all layers. A request whose whole prompt is has its last token to run.
+  void prompts_ran() {
+    for (const part &p : on_the_way_) {
+      const auto found = alive_.find(p.id);
+      if (found != alive_.end() && p.first + p.n + 1 == found->second.prompt.size()) ready(p.id);
+    }
+    on_the_way_.clear();
+  }
+
+  // Those on their way wait at layer 0 again, before all others.
+  void forget_prompts() {
+    for (size_t i = on_the_way_.size(); i-- > 0;) {
+      const part &p = on_the_way_[i];
+      const auto found = alive_.find(p.id);
+      if (found == alive_.end()) continue;
+      if (rows_left(found->second) == 0) in_prompt_.push_front(p.id);
+      found->second.started = p.first;
+    }
+    on_the_way_.clear();
+  }
+  // ANCHOR_END: prompts
 
   // ANCHOR: translate
   // What drex names by request and age, the engine knows by sequence and position.
@@ -287,7 +358,7 @@ class host {
   void go_on(uint64_t id) {
     request &r = alive_.at(id);
     if (!r.finished(tokenizer_.eos())) {
-      check(drex_request_ready(engine_, id, static_cast<uint32_t>(r.tokens.size()), now_ns()));
+      ready(id);
       return;
     }
     if (options_.fill == DREX_FILL_VERIFY) {
@@ -302,6 +373,7 @@ class host {
   void remove(uint64_t id) {
     check(drex_request_remove(engine_, id));
     const auto found = alive_.find(id);
+    in_prompt_.erase(std::remove(in_prompt_.begin(), in_prompt_.end(), id), in_prompt_.end());
     free_sequences_.push_back(found->second.sequence);
     done_[id] = std::move(found->second);
     alive_.erase(found);
@@ -321,13 +393,19 @@ class host {
   const options &options_;
   tokenizer tokenizer_;
   bool keeps_rows_;
-  uint32_t n_slots_;
+  uint32_t n_slots_, n_window_rows_;
   model model_;
   drex_engine *engine_ = nullptr;
   std::vector<drex_row> rows_;  // of the planned step
   std::vector<uint32_t> free_sequences_;
   std::deque<request> waiting_;
   std::map<uint64_t, request> alive_, done_;
+  struct part {
+    uint64_t id;
+    uint32_t first, n;  // rows of its prompt
+  };
+  std::deque<uint64_t> in_prompt_;  // requests with prompt rows that wait at layer 0
+  std::vector<part> on_the_way_;    // prompt rows in the windows since
   uint64_t n_windows_ = 0, n_failed_ = 0;  // planned, and of these failed
   std::vector<uint64_t> advanced_;  // requests that got a token, or the last word on one, in this step
 };

@@ -257,6 +257,79 @@ fn more_rows_than_decode_rows_is_all_that_fits() {
     assert!(Engine::try_new(&c).is_err());
 }
 
+/// What the engine is told of a machine: `t0` ms a pass, `t1` and `t2` ms a row
+/// and a prompt row, a head of 2 % of t0.
+fn teach(h: &Host, t0: f64, t1: f64, t2: f64) {
+    let mut o = sized!(drex_observation);
+    for i in 0..300u32 {
+        for (begin, end) in [(0, 4), (4, 12), (0, 12)] {
+            (o.layer_begin, o.layer_end) = (begin, end);
+            (o.n_rows, o.n_prompt_rows) = (1 + i % 8, i % 3 * 20);
+            let work = t0 + t1 * f64::from(o.n_rows) + t2 * f64::from(o.n_prompt_rows);
+            let head = if end == 4 { 0.02 * t0 } else { 0.0 };
+            let ms = work * f64::from(end - begin) / 12.0 + head;
+            o.duration_ns = (ms * MS as f64) as u64;
+            // SAFETY: valid pointers.
+            ok(unsafe { drex_observe(h.e.raw, &o) }).unwrap();
+        }
+    }
+}
+
+/// Under `auto` a cut is a matter of time: nobody is held, so it pays where rows
+/// cost and exit, and not where weights bound the time.
+#[test]
+fn auto_cuts_where_it_saves_time() {
+    let cut = |t0: f64, t1: f64, sure: u64| {
+        let ramps = [4u32];
+        let mut c = config(&ramps, 8, 8, DREX_POLICY_AUTO);
+        c.n_layers = 12;
+        c.max_pass_rows = 64;
+        let e = Engine::new(&c);
+        for id in 0..8 {
+            e.add(id).unwrap();
+        }
+        let mut h = Host {
+            e,
+            now: 0,
+            waiting: 0,
+        };
+        let mut cuts = (0, 0);
+        teach(&h, t0, t1, 0.1 * t1);
+        for i in 0..600 {
+            for id in 0..8 {
+                let _ = h.e.ready(id, h.now);
+            }
+            h.waiting = if i % 4 == 0 { 40 } else { 0 };
+            let p = h.plan();
+            let s = p.step;
+            let rows = f64::from(s.n_rows) * t1 + f64::from(s.n_prompt_rows) * 0.1 * t1;
+            let mut ms = (t0 + rows) * f64::from(s.layer_end - s.layer_begin) / 12.0;
+            if s.ramp != DREX_NO_RAMP && s.n_rows > 0 {
+                ms += 0.02 * t0;
+                let c: Vec<f32> = p
+                    .ids()
+                    .iter()
+                    .map(|id| if id + i % 8 < 4 + sure { 0.9 } else { 0.1 })
+                    .collect();
+                h.e.ramp(&c).unwrap();
+            }
+            if i >= 200 && s.n_prompt_rows > 0 && s.layer_begin == 0 {
+                cuts.0 += u32::from(s.ramp != DREX_NO_RAMP);
+                cuts.1 += 1;
+            }
+            h.now += (ms * MS as f64) as u64;
+            h.e.complete(h.now, (ms * MS as f64) as u64).unwrap();
+        }
+        f64::from(cuts.0) / f64::from(cuts.1)
+    };
+    // Rows cost as much as a fifth of a pass each, and most exit.
+    let dear = cut(2.0, 0.4, 4);
+    assert!(dear > 0.9, "{dear}");
+    // Nothing but the weights costs, and few exit: the rule is `off`.
+    let flat = cut(10.0, 0.002, 0);
+    assert!(flat < 0.2, "{flat}");
+}
+
 /// A flush of its own meets the deadline, the carrier would not; and the other
 /// way round.
 #[test]

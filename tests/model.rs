@@ -31,6 +31,8 @@ enum Op {
         /// Make exited requests ready before complete.
         eager_ready: bool,
         capacity: u32,
+        /// Prompt rows that wait.
+        prompts: u32,
     },
     Time(u64),
 }
@@ -47,13 +49,15 @@ fn op(n: u64) -> impl Strategy<Value = Op> {
             prop::option::weighted(0.1, (0usize..8, any::<bool>())),
             any::<bool>(),
             1u32..10,
+            prop_oneof![2 => Just(0u32), 1 => 1u32..20],
         )
-            .prop_map(|(confidences, end, remove, eager_ready, capacity)| Op::Step {
+            .prop_map(|(confidences, end, remove, eager_ready, capacity, prompts)| Op::Step {
                 confidences,
                 end,
                 remove,
                 eager_ready,
                 capacity,
+                prompts,
             }),
         1 => (0u64..5000).prop_map(Op::Time),
     ]
@@ -86,6 +90,10 @@ struct Model {
     policy: drex_policy,
     art_ratio: f64,
     max_batch: usize,
+    /// Rows of one window.
+    most: usize,
+    /// Prompt rows that a window left at a ramp.
+    transit: Option<(usize, usize)>,
     n_slots: usize,
     requests: BTreeMap<u64, Request>,
     now: u64,
@@ -100,17 +108,27 @@ const RAMPS: [u32; 2] = [4, 8];
 const BASE: f32 = 0.5;
 
 impl Model {
-    fn new(policy: drex_policy, n: u32, batch: u32, art_ratio: f32, max_hold: u64) -> Model {
+    fn new(
+        policy: drex_policy,
+        n: u32,
+        batch: u32,
+        most: u32,
+        art_ratio: f32,
+        max_hold: u64,
+    ) -> Model {
         let mut c = config(&RAMPS, n, batch, policy);
         c.art_ratio = art_ratio;
         c.max_hold_ns = max_hold;
         c.n_slots = n + 1;
         c.threshold = BASE;
+        c.max_pass_rows = batch + most;
         Model {
             engine: Engine::new(&c),
             policy,
             art_ratio: art_ratio.into(),
             max_batch: batch.min(n) as usize,
+            most: (batch + most) as usize,
+            transit: None,
             n_slots: n as usize + 1,
             requests: BTreeMap::new(),
             now: 0,
@@ -254,21 +272,39 @@ impl Model {
         remove: Option<(usize, bool)>,
         eager_ready: bool,
         capacity: u32,
+        waiting: usize,
     ) -> bool {
         self.now += 100;
-        let plan = self.engine.plan(self.now, capacity).unwrap();
+        let plan = self
+            .engine
+            .plan_with(self.now, capacity, waiting as u32)
+            .unwrap();
         let n = plan.rows.len();
-        let limit = self.max_batch.min(capacity as usize);
-        assert!(n <= limit);
-        if n == 0 {
+        let prompts = plan.step.n_prompt_rows as usize;
+        let mut limit = self.max_batch.min(capacity as usize);
+        assert!(n <= limit && n + prompts <= self.most);
+        if n + prompts == 0 {
             // Nothing to run means that nothing waits.
             assert_eq!(self.count(|at| at != At::Idle), 0);
+            assert_eq!((waiting, self.transit), (0, None));
             return false;
         }
+        // Prompt rows on their way come first, then stay rows, then what is
+        // due, then prompt rows that wait.
+        let transit = self.transit.take();
+        let least = self.most.div_ceil(8).min(waiting);
+        if let Some((_, rows)) = transit {
+            limit = limit.min(self.most - rows);
+        } else if prompts > 0 {
+            limit = limit.min(self.most - least);
+        }
         // Stay rows first; the rows are of one kind.
-        let stay = (0..2)
-            .rev()
-            .find(|&r| self.count(|at| at == At::Stay(r)) > 0);
+        let stay = match transit {
+            Some((ramp, _)) => Some(ramp),
+            None => (0..2)
+                .rev()
+                .find(|&r| self.count(|at| at == At::Stay(r)) > 0),
+        };
         let ids = plan.ids();
         assert_eq!(ids.iter().collect::<BTreeSet<_>>().len(), n);
         let mut may_exit = [false; 2];
@@ -284,10 +320,24 @@ impl Model {
             // Topped up with what is held there.
             let here = stays + self.count(|at| at == At::Held(r));
             assert_eq!(n, here.min(limit));
-            assert_eq!(plan.step.reason, DREX_FLUSH_STAY);
+            let reason = match transit {
+                Some(_) => DREX_FLUSH_PROMPT,
+                None => DREX_FLUSH_STAY,
+            };
+            assert_eq!(plan.step.reason, reason);
+            assert_eq!(prompts, transit.map_or(0, |t| t.1));
         } else {
             assert_ne!(plan.step.reason, DREX_FLUSH_STAY);
+            assert_ne!(plan.step.reason, DREX_FLUSH_PROMPT);
             assert_eq!(plan.step.reason == DREX_FLUSH_NONE, ramp.is_none());
+            // Prompt rows wait for nothing but what is due.
+            assert_eq!(prompts > 0, waiting > 0 && ramp.is_none());
+            if waiting > 0 && ramp.is_some() {
+                assert!(matches!(
+                    plan.step.reason,
+                    DREX_FLUSH_AGE | DREX_FLUSH_DEADLINE
+                ));
+            }
             let here = match ramp {
                 None => self.count(|at| at == At::Ready),
                 Some(r) => self.count(|at| at == At::Held(r)),
@@ -321,13 +371,25 @@ impl Model {
         }
         // The window ends at the next ramp where someone may exit.
         let first = ramp.map_or(0, |r| r + 1);
-        let stop = (first..2).find(|&r| may_exit[r] && self.policy != DREX_POLICY_OFF);
+        // With prompt rows, also where rows are held.
+        let held = |r: usize| self.count(|at| at == At::Held(r));
+        let stop = (first..2).find(|&r| {
+            self.policy != DREX_POLICY_OFF && (may_exit[r] || prompts > 0 && held(r) > 0)
+        });
+        if prompts > 0 && transit.is_none() {
+            // Behind a cut, all that may go deep fits.
+            let behind = stop.map_or(0, |r| (held(r) + n).min(self.max_batch));
+            let room = (self.most - n.max(behind)).max(self.most.div_ceil(8));
+            assert_eq!(prompts, waiting.min(room).min(self.most - n));
+        }
         assert_eq!(plan.step.ramp, stop.map_or(DREX_NO_RAMP, |r| r as u32));
         assert_eq!(plan.step.layer_end, stop.map_or(12, |r| RAMPS[r]));
         assert!(begin < plan.step.layer_end);
 
         let mut gone: BTreeSet<u64> = BTreeSet::new();
-        let victim = remove.map(|(i, after)| (ids[i % n], after));
+        let victim = remove
+            .filter(|_| n > 0)
+            .map(|(i, after)| (ids[i % n], after));
         let drop_row = |m: &mut Model, gone: &mut BTreeSet<u64>, id: u64| {
             let free = m.engine.stats().slots_free;
             m.remove(id);
@@ -347,7 +409,8 @@ impl Model {
             return true;
         }
         let mut exited = Vec::new();
-        if let Some(stop) = stop {
+        // A ramp without rows may be left out.
+        if let Some(stop) = stop.filter(|_| n > 0 || eager_ready) {
             let c: Vec<f32> = (0..n)
                 .map(|i| CONFIDENCES[confidences[i % confidences.len()]])
                 .collect();
@@ -422,6 +485,9 @@ impl Model {
         }
         self.engine.complete(self.now + 50, 1000).unwrap();
         self.steps += 1;
+        if prompts > 0 {
+            self.transit = stop.map(|r| (r, prompts));
+        }
         if stop.is_none() {
             for id in ids {
                 if let Some(r) = self.requests.get_mut(&id) {
@@ -484,8 +550,10 @@ impl Model {
                 remove,
                 eager_ready,
                 capacity,
+                prompts,
             } => {
-                self.step(confidences, *end, *remove, *eager_ready, *capacity);
+                let prompts = *prompts as usize;
+                self.step(confidences, *end, *remove, *eager_ready, *capacity, prompts);
             }
             Op::Time(ns) => self.now += ns,
         }
@@ -494,12 +562,16 @@ impl Model {
     /// Whatever waits comes out in the end, once.
     fn drain(&mut self) {
         let waiting = self.count(|at| at != At::Idle) as u64;
+        let on_the_way = if self.transit.is_some() { 2 } else { 0 };
         let before = self.tokens;
         let mut steps = 0;
-        while self.step(&[0, 3, 5, 1], 0, None, false, 64) {
+        while self.step(&[0, 3, 5, 1], 0, None, false, 64, 0) {
             self.check();
             steps += 1;
-            assert!(steps <= 3 * waiting + 3, "rows do not come out");
+            assert!(
+                steps <= 3 * waiting + 3 + on_the_way,
+                "rows do not come out"
+            );
         }
         assert_eq!(self.tokens - before, waiting);
         let ids: Vec<u64> = self.requests.keys().copied().collect();
@@ -514,13 +586,14 @@ impl Model {
 /// Under art a row that stayed may be held at the next ramp, and then its step be given up.
 #[test]
 fn a_row_that_stayed_and_was_to_be_held_stays_again() {
-    let mut model = Model::new(DREX_POLICY_ART, 3, 2, 0.0, 0);
+    let mut model = Model::new(DREX_POLICY_ART, 3, 2, 0, 0.0, 0);
     let step = |confidences: [usize; 2], end| Op::Step {
         confidences: confidences.to_vec(),
         end,
         remove: None,
         eager_ready: false,
         capacity: 2,
+        prompts: 0,
     };
     let add = |id| Op::Add {
         id,
@@ -560,11 +633,12 @@ proptest! {
         policy in DREX_POLICY_OFF..=DREX_POLICY_ART,
         n in 1u32..9,
         batch in 1u32..9,
+        most in 0u32..24,
         ratio in prop::sample::select(vec![0.0f32, 0.3, 0.5, 1.0]),
         max_hold in prop::sample::select(vec![0u64, 300, 3000]),
         ops in prop::collection::vec(op(8), 1..120),
     ) {
-        let mut model = Model::new(policy, n, batch, ratio, max_hold);
+        let mut model = Model::new(policy, n, batch, most, ratio, max_hold);
         for op in &ops {
             if let Op::Add { id, .. } = op
                 && model.requests.len() == n as usize && !model.requests.contains_key(id) {
@@ -589,11 +663,13 @@ proptest! {
         table in prop::collection::vec(prop::collection::vec(0..CONFIDENCES.len(), 2), 9 * 6),
         thresholds in prop::collection::vec(0..THRESHOLDS.len(), 9),
         priorities in prop::collection::vec(-2i32..3, 9),
+        prompts in prop::collection::vec(0u32..40, 30),
     ) {
         let serve = |ids: &[u64], batch: u32| {
             let mut c = config(&RAMPS, ids.len() as u32, batch, policy);
             c.art_ratio = 0.0;
             c.flush_rows = flush;
+            c.max_pass_rows = batch + 16;
             let e = Engine::new(&c);
             let mut exits: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
             for &id in ids {
@@ -605,16 +681,21 @@ proptest! {
                 exits.insert(id, Vec::new());
             }
             let mut now = 0;
-            loop {
+            for k in 0.. {
                 now += 10;
-                let plan = e.plan(now, 64).unwrap();
-                if plan.rows.is_empty() {
+                // Prompts come along for a while.
+                let waiting = prompts.get(k).map_or(0, |n| n.saturating_sub(15));
+                let plan = e.plan_with(now, 64, waiting).unwrap();
+                if plan.rows.is_empty() && plan.step.n_prompt_rows == 0 {
+                    if k < prompts.len() {
+                        continue;
+                    }
                     break;
                 }
                 let ids = plan.ids();
                 let ramp = plan.step.ramp;
                 let mut out = ids.clone();
-                if ramp != DREX_NO_RAMP {
+                if ramp != DREX_NO_RAMP && !ids.is_empty() {
                     let c: Vec<f32> = ids.iter().map(|id| {
                         let token = exits[id].len();
                         CONFIDENCES[table[*id as usize * 6 + token][ramp as usize]]

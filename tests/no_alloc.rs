@@ -85,6 +85,7 @@ fn serve(
     config.fill = fill;
     config.n_slots = N as u32 + 16;
     config.token_deadline_ns = 20_000;
+    config.max_pass_rows = 32;
     if cuda {
         config.device = DREX_DEVICE_CUDA;
         fake::context(1);
@@ -138,7 +139,7 @@ fn serve(
     let mut verdicts = Vec::with_capacity(8);
     let mut cells = [0u32; 8];
     let (mut now, mut x, mut idle_error) = (0u64, 1u64, 0);
-    let mut steps = 0;
+    let (mut steps, mut carried) = (0, 0);
 
     let before = count();
     for i in 0..iterations {
@@ -154,6 +155,8 @@ fn serve(
         }
         let mut input = sized!(drex_plan_input);
         input.now_ns = now;
+        // Prompts come and go, too.
+        input.n_prompt_rows = if i % 7 < 3 { (x >> 40) as u32 % 50 } else { 0 };
         let mut step = sized!(drex_step);
         // SAFETY: room for 8 rows.
         let status = unsafe { drex_plan(engine.raw, &input, rows.as_mut_ptr(), 8, &mut step) };
@@ -161,12 +164,13 @@ fn serve(
         // SAFETY: written by the engine.
         unsafe { rows.set_len(step.n_rows as usize) };
         steps += 1;
+        carried += u64::from(step.n_prompt_rows > 0 && step.layer_begin > 0);
         if i % 17 == 3 {
             // SAFETY: a handle.
             assert_eq!(unsafe { drex_abandon(engine.raw) }, DREX_OK);
             continue;
         }
-        if step.ramp != DREX_NO_RAMP {
+        if step.ramp != DREX_NO_RAMP && (step.n_rows > 0 || i % 2 == 0) {
             for (j, row) in rows.iter().enumerate() {
                 let row: &drex_row = row;
                 let level = (x >> (8 + 3 * j)) as usize % 23;
@@ -191,7 +195,7 @@ fn serve(
             assert_eq!(status, DREX_OK);
             // SAFETY: a handle.
             assert_eq!(unsafe { drex_fill(engine.raw) }, DREX_OK);
-        } else if step.n_rows > 0 {
+        } else if step.ramp == DREX_NO_RAMP && step.n_rows > 0 {
             let agrees = [1, 0, 1, 1, 0, 1, 1, 1];
             let mut out = [0; 8];
             // SAFETY: at most 8 rows.
@@ -240,6 +244,7 @@ fn serve(
     // It did serve.
     let _: Vec<drex_verdict> = verdicts;
     assert!(steps > 0 && idle_error > 0);
+    assert_eq!(carried > 0, policy != DREX_POLICY_OFF, "{carried}");
     let stats = engine.stats();
     assert!(stats.tokens > iterations / 4, "{policy} {fill} {stats:?}");
     if policy != DREX_POLICY_OFF {

@@ -135,10 +135,10 @@ class model {
   uint32_t cell(const model_row &row) const { return row.sequence * context + row.position; }
 
   // ANCHOR: window
-  // Runs layers [begin, end) over the rows and, unless told not to, the final norm and the head after them, which are
-  // this model's ramp heads too. Returns logits [rows, n_vocab]. Several rows of one sequence may be in it: each sees
-  // those before it.
-  std::vector<float> window(uint32_t begin, uint32_t end, const std::vector<model_row> &rows, bool head = true) {
+  // Runs layers [begin, end) over the rows and, for the first n_logits of them, the final norm and the head after them,
+  // which are this model's ramp heads too. Returns logits [n_logits, n_vocab]. Several rows of one sequence may be in
+  // it: each sees those before it.
+  std::vector<float> window(uint32_t begin, uint32_t end, const std::vector<model_row> &rows, size_t n_logits) {
     std::vector<float> x(rows.size() * width_);
     for (size_t i = 0; i < rows.size(); i++) {
       if (begin == 0) embed(rows[i].token, &x[i * width_]);
@@ -148,7 +148,7 @@ class model {
     if (end < n_layers)
       for (size_t i = 0; i < rows.size(); i++)
         std::memcpy(&arena_[rows[i].slot * width_], &x[i * width_], width_ * sizeof(float));
-    if (!head) return {};
+    x.resize(n_logits * width_);
     return output_.times(normed(x, output_norm_));
   }
   // ANCHOR_END: window

@@ -157,6 +157,69 @@ fn auto_keeps_its_promise() {
     }
 }
 
+/// Prompts as half of the work and as nine tenths of it, in the passes that
+/// decode rows ride along in.
+#[test]
+fn auto_keeps_its_promise_with_prompts() {
+    let mut exits = 0;
+    for (share, sizes) in [(0.5, &[(8, 8), (64, 64)][..]), (0.9, &[(16, 8)][..])] {
+        let o = Options {
+            prompt_share: share,
+            tokens: 10_000,
+            ..options()
+        };
+        for name in ["memory", "mixed", "compute"] {
+            for &(n, batch) in sizes {
+                for (a, p) in [(0.25, 0.8), (0.5, 0.2)] {
+                    let c = cell(class(name), n, batch, a, p, &o).unwrap();
+                    let place = format!("{name} {n} {a} {p}, prompts {share}");
+                    assert!(c.vs_off() >= 0.99, "{place}: {:.4} of off", c.vs_off());
+                    assert!(c.vs_best() >= 0.97, "{place}: {:.4} of best", c.vs_best());
+                    // The share is that of the work in full batches; time per pass
+                    // comes on top where fewer requests are in decode.
+                    let got = c.off.prompt_share;
+                    assert!(got > 0.6 * share && got < 1.1 * share, "{place}: {got}");
+                    exits += u32::from(c.auto.exit_share > 0.3);
+                }
+            }
+        }
+    }
+    assert!(exits >= 5, "{exits} cells exit");
+}
+
+/// What a closed form says of one request at a time, and of two whose passes
+/// meet.
+#[test]
+fn prompts_run_in_windows() {
+    let mut s = setup(class("mixed"), 1, 4, 0.25, 0.5);
+    let (t0, t1) = (s.profile.time(0, 2, 0.0, 0.0), s.profile.prompt_row(0, 2));
+    s.workload.length = (10, 10);
+    s.workload.prompt_rows = (1300, 1300);
+    s.tokens = 1000;
+    // Chunks of 512: three passes, then ten of a row each.
+    let request = 3.0 * t0 + 1300.0 * t1 + 10.0 * (t0 + t1);
+    let off = go(&s, "off");
+    assert!(
+        (off.tokens_per_s * request / 1e10 - 1.0).abs() < 1e-6,
+        "{off:?}"
+    );
+    let first = 3.0 * t0 + 1300.0 * t1 + t0 + t1;
+    assert!((off.ttft_p50_ms * 1e6 / first - 1.0).abs() < 1e-3);
+    // Cut nowhere, since nobody is there to exit or is held: the first token
+    // comes as soon.
+    let hold = go(&s, "hold");
+    assert!(hold.ttft_p50_ms <= off.ttft_p50_ms * 1.001, "{hold:?}");
+    // Of two requests, one's rows ride along in the other's prompt.
+    s.workload.arrivals = Arrivals::Closed(2);
+    s.max_requests = 2;
+    let two = go(&s, "off");
+    assert!(two.tokens_per_s > 1.05 * off.tokens_per_s, "{two:?}");
+    // With rows held, every third pass is cut, and all come out.
+    let hold = go(&s, "hold");
+    assert_eq!((hold.involuntary_exits, hold.involuntary_stays), (0, 0));
+    assert!((hold.exit_share - 0.5).abs() < 0.06, "{hold:?}");
+}
+
 fn filling(fill: Fill, accept: f64) -> Filling {
     Filling {
         fill,
@@ -410,6 +473,29 @@ fn a_record_is_replayed() {
     assert_eq!(hold.tokens, 80);
     assert!((hold.exit_share - 0.5).abs() < 1e-9, "{}", hold.exit_share);
     assert_eq!(hold.unknown, 0);
+}
+
+/// Servers that run prompts in windows say how many rows of them there were.
+#[test]
+fn a_record_has_prompts_in_its_windows() {
+    let plain = recorded();
+    let mut text = String::new();
+    for (i, line) in plain.lines().enumerate() {
+        // 0.01 ms a row.
+        let prompt = i as u64 % 5 * 40;
+        let line = line.replace(
+            "\"ns\":3000000",
+            &format!("\"ns\":{},\"prompt\":{prompt}", 3_000_000 + 10_000 * prompt),
+        );
+        text += &format!("{line}\n");
+    }
+    let r = Record::parse("f", &text).unwrap();
+    assert_eq!(r.prompts, [10; 4]);
+    let row = r.profile.prompt_row(1, 3);
+    assert!((row / 1e4 - 1.0).abs() < 0.1, "{row}");
+    let bad = text.replacen("\"prompt\":", "\"prompt\":-", 1);
+    let e = format!("{:#}", Record::parse("f", &bad).unwrap_err());
+    assert!(e.contains("prompt is"), "{e}");
 }
 
 #[test]
