@@ -22,6 +22,7 @@ fn setup(class: Class, n: u32, batch: u32, a: f64, p: f64) -> Setup {
         workload: Workload::closed(n, vec![p], 1),
         batch,
         pass_rows: 0,
+        max_hold_ns: 0,
         max_requests: n,
         thresholds: vec![0.5],
         tokens: 20_000,
@@ -49,6 +50,8 @@ fn agrees_with_the_reference_simulation() {
         let (n, batch, a, p) = (number(1) as u32, number(2) as u32, number(3), number(4));
         let mut s = setup(class(f[0]), n, batch, a, p);
         s.tokens = 60_000;
+        // The reference holds rows for as long as its rule says.
+        s.max_hold_ns = u64::MAX;
         let off = go(&s, "off").tokens_per_s;
         for (rule, theta, expect) in [
             ("paper", batch, number(5)),
@@ -457,6 +460,7 @@ fn a_record_is_replayed() {
         },
         batch: 4,
         pass_rows: 0,
+        max_hold_ns: 0,
         max_requests: 4,
         thresholds: vec![0.5],
         tokens: 1000,
