@@ -178,10 +178,11 @@ fn auto_keeps_its_promise_with_prompts() {
                     let place = format!("{name} {n} {a} {p}, prompts {share}");
                     assert!(c.vs_off() >= 0.99, "{place}: {:.4} of off", c.vs_off());
                     assert!(c.vs_best() >= 0.97, "{place}: {:.4} of best", c.vs_best());
-                    // The share is that of the work in full batches; time per pass
-                    // comes on top where fewer requests are in decode.
+                    // The share is that of the work in full batches. Passes with fewer
+                    // rows lessen it; the prompts of answers that the run cuts off,
+                    // some 64 of 164, are above it.
                     let got = c.off.prompt_share;
-                    assert!(got > 0.6 * share && got < 1.1 * share, "{place}: {got}");
+                    assert!(got > 0.6 * share && got < 1.4 * share, "{place}: {got}");
                     exits += u32::from(c.auto.exit_share > 0.3);
                 }
             }
