@@ -197,16 +197,14 @@ impl Planner {
             0 => {
                 let layer = v.config.ramp_layers[ramp];
                 let rows = v.deep_rows(v.buffer.held_at(ramp) as usize, layer);
-                match v.cost.remaining(layer, rows) {
-                    Some(deep) => (deep * HOLD_TIMES) as u64,
-                    None => u64::MAX,
-                }
+                let deep = v.cost.remaining(layer, rows);
+                deep.map(|ns| (ns * HOLD_TIMES) as u64)
             }
-            ns => ns,
+            ns => Some(ns),
         };
         let late = match aged {
-            u64::MAX => self.plans - row.plans >= HOLD_PLANS_MAX,
-            ns => now_ns.saturating_sub(row.since_ns) >= ns,
+            None => self.plans - row.plans >= HOLD_PLANS_MAX,
+            Some(ns) => now_ns.saturating_sub(row.since_ns) >= ns,
         };
         late.then_some(Reason::Age)
     }

@@ -200,6 +200,7 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
         workload,
         batch,
         pass_rows: o.pass_rows.max(batch),
+        max_hold_ns: 0,
         max_requests: n,
         thresholds: vec![0.5],
         tokens: o.tokens,

@@ -122,6 +122,9 @@ struct Cli {
     /// Rows of one window at most, those of prompts included
     #[arg(long, value_name = "ROWS", default_value_t = PASS_ROWS)]
     pass_rows: u32,
+    /// Longest wait of a held row, in ms [default: 8 times the predicted time of its remaining layers]
+    #[arg(long, default_value_t = 0.0, hide_default_value = true)]
+    max_hold_ms: f64,
     /// Time between tokens that flushes keep, in ms; 0: none
     #[arg(long, default_value_t = 0.0)]
     deadline_ms: f64,
@@ -204,6 +207,7 @@ fn check(cli: &Cli) -> Result<()> {
     range("noise", cli.noise, 0.0, 2.0)?;
     range("outliers", cli.outliers, 0.0, 1.0)?;
     range("gap-us", cli.gap_us, 0.0, 1e9)?;
+    range("max-hold-ms", cli.max_hold_ms, 0.0, 1e9)?;
     range("deadline-ms", cli.deadline_ms, 0.0, 1e9)?;
     range("request-deadline-ms", cli.request_deadline_ms, 0.0, 1e9)?;
     range("wrong-profile", cli.wrong_profile, 1e-3, 1e3)?;
@@ -423,6 +427,7 @@ fn base(cli: &Cli, profile: drex::core::profile::Profile, thresholds: Vec<f32>) 
         workload: Workload::closed(cli.requests, Vec::new(), cli.seed),
         batch: batch(cli),
         pass_rows: cli.pass_rows.max(batch(cli)),
+        max_hold_ns: (cli.max_hold_ms * 1e6) as u64,
         max_requests: cli.requests,
         thresholds,
         tokens: cli.tokens,

@@ -106,6 +106,8 @@ pub struct Setup {
     pub batch: u32,
     /// Rows of one window at most, those of prompts included; 0: enough.
     pub pass_rows: u32,
+    /// Longest wait of a held row; 0: the engine's own.
+    pub max_hold_ns: u64,
     /// Requests in decode or in their prompt at most; more wait.
     pub max_requests: u32,
     pub thresholds: Vec<f32>,
@@ -193,7 +195,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         max_pending: setup.filling.max_pending,
         flush_rows: contender.theta,
         min_ready: contender.phi,
-        max_hold_ns: 0,
+        max_hold_ns: setup.max_hold_ns,
         token_deadline_ns: w.token_deadline_ns,
         routing: setup.routing,
         seed: w.seed,

@@ -22,6 +22,7 @@ fn setup(class: Class, n: u32, batch: u32, a: f64, p: f64) -> Setup {
         workload: Workload::closed(n, vec![p], 1),
         batch,
         pass_rows: 0,
+        max_hold_ns: 0,
         max_requests: n,
         thresholds: vec![0.5],
         tokens: 20_000,
@@ -49,6 +50,8 @@ fn agrees_with_the_reference_simulation() {
         let (n, batch, a, p) = (number(1) as u32, number(2) as u32, number(3), number(4));
         let mut s = setup(class(f[0]), n, batch, a, p);
         s.tokens = 60_000;
+        // The reference holds rows for as long as its rule says.
+        s.max_hold_ns = u64::MAX;
         let off = go(&s, "off").tokens_per_s;
         for (rule, theta, expect) in [
             ("paper", batch, number(5)),
@@ -175,10 +178,11 @@ fn auto_keeps_its_promise_with_prompts() {
                     let place = format!("{name} {n} {a} {p}, prompts {share}");
                     assert!(c.vs_off() >= 0.99, "{place}: {:.4} of off", c.vs_off());
                     assert!(c.vs_best() >= 0.97, "{place}: {:.4} of best", c.vs_best());
-                    // The share is that of the work in full batches; time per pass
-                    // comes on top where fewer requests are in decode.
+                    // The share is that of the work in full batches. Passes with fewer
+                    // rows lessen it; the prompts of answers that the run cuts off,
+                    // some 64 of 164, are above it.
                     let got = c.off.prompt_share;
-                    assert!(got > 0.6 * share && got < 1.1 * share, "{place}: {got}");
+                    assert!(got > 0.5 * share && got < 1.4 * share, "{place}: {got}");
                     exits += u32::from(c.auto.exit_share > 0.3);
                 }
             }
@@ -457,6 +461,7 @@ fn a_record_is_replayed() {
         },
         batch: 4,
         pass_rows: 0,
+        max_hold_ns: 0,
         max_requests: 4,
         thresholds: vec![0.5],
         tokens: 1000,
