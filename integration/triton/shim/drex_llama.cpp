@@ -87,6 +87,8 @@ struct drex_llama {
     uint32_t          n_context = 0;
     void            * stream    = nullptr; // of the GPU, on a CPU there is none
 
+    std::vector<int32_t> outputs; // of each row of the last window: its place among the outputs, -1 where it is none
+
     ~drex_llama() {
         if (batch) {
             llama_batch_ext_free(batch);
@@ -114,14 +116,18 @@ struct drex_llama_sampler {
 // false when a row is refused
 static bool fill(drex_llama * l, const int32_t * tokens, const int32_t * positions, const int32_t * sequences,
                  const uint8_t * outputs, int32_t n) {
+    l->outputs.clear();
     llama_batch_ext_clear(l->batch);
+    int32_t n_outputs = 0;
     for (int32_t i = 0; i < n; ++i) {
         const int32_t at = llama_batch_ext_add_token(l->batch, sequences[i], tokens ? tokens[i] : 0);
         if (at < 0) {
             return false;
         }
         llama_batch_ext_set_pos(l->batch, at, &positions[i]);
-        llama_batch_ext_set_output_logits(l->batch, at, outputs ? outputs[i] != 0 : true);
+        const bool output = outputs && outputs[i] != 0;
+        llama_batch_ext_set_output_logits(l->batch, at, output);
+        l->outputs.push_back(output ? n_outputs++ : -1);
     }
     return true;
 }
@@ -188,7 +194,7 @@ drex_llama * drex_llama_open(const drex_llama_params * p, char * error, size_t n
         cp.n_seq_max       = p->n_seq;
         cp.n_batch         = p->n_batch;
         cp.n_ubatch        = p->n_batch;
-        cp.n_outputs_max   = p->n_batch;
+        cp.n_outputs_max   = p->n_outputs;
         cp.n_threads       = p->n_threads;
         cp.n_threads_batch = p->n_threads;
         cp.type_k          = ggml_type(type);
@@ -225,9 +231,9 @@ size_t drex_llama_exit_layers(const drex_llama * l, uint32_t * layers, size_t n)
 }
 const char * drex_llama_exit_head(const drex_llama * l) { return l->meta.head.c_str(); }
 
-const char * drex_llama_windows(drex_llama * l, uint32_t n_slots, uint32_t n_graphs) {
+const char * drex_llama_windows(drex_llama * l, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph) {
     try {
-        return llama_layer_range_init(l->ctx, { n_slots, n_graphs, llama_n_ubatch(l->ctx), 0 });
+        return llama_layer_range_init(l->ctx, { n_rows, n_graphs, n_rows_graph, 0 });
     } catch (...) {
         return "no memory for the hidden arena";
     }
@@ -301,29 +307,16 @@ size_t drex_llama_longest(const drex_llama * l) {
 }
 int32_t drex_llama_is_end(const drex_llama * l, int32_t token) { return llama_vocab_is_eog(l->vocab, token); }
 
-int32_t drex_llama_decode(drex_llama * l, const int32_t * tokens, const int32_t * positions, const int32_t * sequences,
-                          const uint8_t * outputs, int32_t n) {
+int32_t drex_llama_window(drex_llama * l, const int32_t * tokens, const int32_t * positions, const int32_t * sequences,
+                          const int32_t * slots, const uint8_t * outputs, int32_t n, int32_t begin, int32_t end) {
     return guarded([&] {
         if (!fill(l, tokens, positions, sequences, outputs, n)) {
             return -1;
         }
-        const int32_t ret = llama_process(l->ctx, LLAMA_PROCESS_TYPE_DECODE, l->batch);
-        if (ret == 0) {
-            llama_synchronize(l->ctx);
-        }
-        return ret;
-    });
-}
-
-int32_t drex_llama_window(drex_llama * l, const int32_t * tokens, const int32_t * positions, const int32_t * sequences,
-                          const int32_t * slots, int32_t n, int32_t begin, int32_t end) {
-    return guarded([&] {
-        if (!fill(l, tokens, positions, sequences, nullptr, n)) {
-            return -1;
-        }
         const int32_t ret = llama_layer_range_decode(l->ctx, l->batch, begin, end, slots);
         // what drex scores on a device's stream needs no wait
-        if (ret == 0 && (!l->stream || end == llama_model_n_layer(l->model))) {
+        const bool scored = end < llama_model_n_layer(l->model) && std::count(outputs, outputs + n, 0) < n;
+        if (ret == 0 && (!l->stream || !scored)) {
             llama_synchronize(l->ctx);
         }
         return ret;
@@ -348,16 +341,16 @@ static const ggml_tensor * plain_logits(const drex_llama * l) {
         (l->stream || ggml_backend_buffer_is_host(t->buffer));
     return plain ? t : nullptr;
 }
-const float * drex_llama_logits(drex_llama * l, int32_t i, int32_t window) {
+const float * drex_llama_logits(drex_llama * l, int32_t i) {
     try {
-        if (window && !l->stream) {
-            const ggml_tensor * t = plain_logits(l);
-            return t ? static_cast<const float *>(t->data) + size_t(i)*llama_vocab_n_tokens(l->vocab) : nullptr;
-        }
-        if (window && !llama_layer_range_fetch_logits(l->ctx, i, 1)) {
+        if (i < 0 || size_t(i) >= l->outputs.size() || l->outputs[i] < 0) {
             return nullptr;
         }
-        return llama_get_logits_ith(l->ctx, i);
+        if (!l->stream) {
+            const ggml_tensor * t = plain_logits(l);
+            return t ? static_cast<const float *>(t->data) + size_t(l->outputs[i])*llama_vocab_n_tokens(l->vocab) : nullptr;
+        }
+        return llama_layer_range_fetch_logits(l->ctx, i, 1) ? llama_get_logits_ith(l->ctx, i) : nullptr;
     } catch (...) {
         return nullptr;
     }
@@ -409,10 +402,9 @@ drex_llama_sampler * drex_llama_sampler_new(const drex_llama * l, const drex_lla
 }
 void drex_llama_sampler_free(drex_llama_sampler * s) { delete s; }
 
-int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, int32_t window, const int32_t * banned,
-                          int32_t n_banned) {
+int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, const int32_t * banned, int32_t n_banned) {
     return guarded([&] {
-        const float * logits = drex_llama_logits(l, i, window);
+        const float * logits = drex_llama_logits(l, i);
         if (!logits) {
             return -1;
         }

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 /* Changes with anything below. */
-#define DREX_LLAMA_VERSION 2
+#define DREX_LLAMA_VERSION 3
 
 typedef struct drex_llama drex_llama;
 typedef struct drex_llama_sampler drex_llama_sampler;
@@ -26,7 +26,8 @@ typedef struct drex_llama_params {
   const char *kv_type; /* ggml's name of the K/V cache's type, such as "f16" */
   uint32_t n_ctx;      /* tokens of a sequence; cut to what the model was trained with, see drex_llama_n_context() */
   uint32_t n_seq;      /* the K/V cache has cells for so many sequences of n_ctx tokens */
-  uint32_t n_batch;    /* most tokens of one pass */
+  uint32_t n_batch;    /* most rows of one window */
+  uint32_t n_outputs;  /* most of them that have logits */
   int32_t n_threads;
   int32_t n_gpu_layers; /* 0: on the CPU; else all of them must fit on the GPU */
   int32_t main_gpu;
@@ -64,8 +65,9 @@ size_t drex_llama_exit_layers(const drex_llama *llama, uint32_t *layers, size_t 
 /* <arch>.early_exit.head, "shared" when the metadata has none. */
 const char *drex_llama_exit_head(const drex_llama *llama);
 
-/* After open: the hidden arena. NULL, or why this model cannot run layer windows (static). */
-const char *drex_llama_windows(drex_llama *llama, uint32_t n_slots, uint32_t n_graphs);
+/* After open: the hidden arena of n_rows rows. Graphs of windows of at most n_rows_graph rows are kept, n_graphs of them.
+ * NULL, or why this model cannot run layer windows (static). */
+const char *drex_llama_windows(drex_llama *llama, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph);
 /* After windows: where layers, K/V and head are. *cuda: 1, and K/V and logits are device pointers, in order on *stream, whose
  * context is current on the calling thread; 0: in host memory. NULL, or why drex cannot work there (static). */
 const char *drex_llama_device(drex_llama *llama, int32_t *cuda, void **stream);
@@ -82,21 +84,20 @@ int32_t drex_llama_piece(const drex_llama *llama, int32_t token, int32_t special
 size_t drex_llama_longest(const drex_llama *llama);
 int32_t drex_llama_is_end(const drex_llama *llama, int32_t token);
 
-/* All layers; outputs[i] != 0: row i's logits are wanted. Returns what llama_decode() does, 2 or below -1 on failure. */
-int32_t drex_llama_decode(drex_llama *llama, const int32_t *tokens, const int32_t *positions, const int32_t *sequences,
-                          const uint8_t *outputs, int32_t n);
-/* Layers [begin, end); waits for the result, on a GPU only where the window ends at the last layer. slots[i]: the arena row
- * of row i. */
+/* Layers [begin, end); waits for the result, on a GPU only where the window ends at the last layer or has no outputs.
+ * slots[i]: the arena row of row i. outputs[i] != 0: row i's logits are wanted. Returns what llama_decode() does, 2 or below
+ * -1 on failure. */
 int32_t drex_llama_window(drex_llama *llama, const int32_t *tokens, const int32_t *positions, const int32_t *sequences,
-                          const int32_t *slots, int32_t n, int32_t begin, int32_t end);
+                          const int32_t *slots, const uint8_t *outputs, int32_t n, int32_t begin, int32_t end);
 /* K and V of layers [begin, n_layer) from the hidden rows as they are. */
 int32_t drex_llama_project(drex_llama *llama, const int32_t *positions, const int32_t *sequences, const int32_t *slots,
                            int32_t n, int32_t begin);
 /* KV cell of each row of the last window. */
 const uint32_t *drex_llama_cells(const drex_llama *llama);
-/* [n_vocab] of row i of the last window, or of the last drex_llama_decode(), in host memory; NULL when there are none. */
-const float *drex_llama_logits(drex_llama *llama, int32_t i, int32_t window);
-/* [n][n_vocab] of the last window, where it left them; NULL when they do not lie like this. */
+/* [n_vocab] of the last window's row i, in host memory; NULL when it is no output. */
+const float *drex_llama_logits(drex_llama *llama, int32_t i);
+/* [n_outputs][n_vocab] of the last window, in the order of its outputs, where it left them; NULL when they do not lie like
+ * this. */
 const float *drex_llama_window_logits(const drex_llama *llama);
 /* Frees all cells of a sequence; -1: of all sequences. */
 void drex_llama_forget(drex_llama *llama, int32_t sequence);
@@ -107,10 +108,9 @@ void drex_llama_rollback(drex_llama *llama, int32_t sequence, int32_t position);
 drex_llama_sampler *drex_llama_sampler_new(const drex_llama *llama, const drex_llama_sampling *params, const int32_t *prompt,
                                            int32_t n_prompt);
 void drex_llama_sampler_free(drex_llama_sampler *sampler);
-/* Chooses a token from row i's logits, none of the banned ones, and remembers it. window: of the last window, else of the
- * last decode. -1: there are no such logits; -2: one of them is NaN; -3: it failed. */
-int32_t drex_llama_sample(drex_llama *llama, drex_llama_sampler *sampler, int32_t i, int32_t window, const int32_t *banned,
-                          int32_t n_banned);
+/* Chooses a token from the logits of the last window's row i, none of the banned ones, and remembers it. -1: there are no
+ * such logits; -2: one of them is NaN; -3: it failed. */
+int32_t drex_llama_sample(drex_llama *llama, drex_llama_sampler *sampler, int32_t i, const int32_t *banned, int32_t n_banned);
 
 void drex_llama_perf(const drex_llama *llama, uint64_t *graphs_built, uint64_t *graphs_reused);
 

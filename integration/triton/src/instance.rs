@@ -397,7 +397,10 @@ fn run<W: Work>(
             }
             let rows = now.stats.step_rows - before.stats.step_rows;
             let end = now_ns();
-            executions.add(rows, end - (now.window_ns - before.window_ns), end);
+            // A window of prompt rows alone is none.
+            if rows > 0 {
+                executions.add(rows, end - (now.window_ns - before.window_ns), end);
+            }
         }
         let all = engine.is_idle() || published.elapsed() >= METRICS_EVERY;
         if all {

@@ -5,12 +5,12 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use crate::engine::decoder::{Decoder, Device};
+use crate::engine::decoder::{Decoder, Device, Windows};
 use crate::settings::Settings;
 use crate::triton::error::Failure;
 
 /// `DREX_LLAMA_VERSION` of the header that is declared here.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const LIBRARY: &str = "libdrex_llama.so";
 
 #[repr(C)]
@@ -20,6 +20,7 @@ pub struct Params {
     n_ctx: u32,
     n_seq: u32,
     n_batch: u32,
+    n_outputs: u32,
     n_threads: i32,
     n_gpu_layers: i32,
     main_gpu: i32,
@@ -81,24 +82,23 @@ functions! {
     bos: fn(Handle) -> i32;
     exit_layers: fn(Handle, *mut u32, usize) -> usize;
     exit_head: fn(Handle) -> *const c_char;
-    windows: fn(Handle, u32, u32) -> *const c_char;
+    windows: fn(Handle, u32, u32, u32) -> *const c_char;
     device: fn(Handle, *mut i32, *mut *mut c_void) -> *const c_char;
     layer: fn(Handle, i32, *mut LayerKv) -> i32;
     tokenize: fn(Handle, *const c_char, i32, i32, *mut i32, i32) -> i32;
     piece: fn(Handle, i32, i32, *mut c_char, i32) -> i32;
     longest: fn(Handle) -> usize;
     is_end: fn(Handle, i32) -> i32;
-    decode: fn(Handle, *const i32, *const i32, *const i32, *const u8, i32) -> i32;
-    window: fn(Handle, *const i32, *const i32, *const i32, *const i32, i32, i32, i32) -> i32;
+    window: fn(Handle, *const i32, *const i32, *const i32, *const i32, *const u8, i32, i32, i32) -> i32;
     project: fn(Handle, *const i32, *const i32, *const i32, i32, i32) -> i32;
     cells: fn(Handle) -> *const u32;
-    logits: fn(Handle, i32, i32) -> *const f32;
+    logits: fn(Handle, i32) -> *const f32;
     window_logits: fn(Handle) -> *const f32;
     forget: fn(Handle, i32);
     rollback: fn(Handle, i32, i32);
     sampler_new: fn(Handle, *const SamplerParams, *const i32, i32) -> Handle;
     sampler_free: fn(Handle);
-    sample: fn(Handle, Handle, i32, i32, *const i32, i32) -> i32;
+    sample: fn(Handle, Handle, i32, *const i32, i32) -> i32;
     perf: fn(Handle, *mut u64, *mut u64);
 }
 
@@ -246,6 +246,7 @@ impl Llama {
             n_ctx: settings.context,
             n_seq: settings.slots,
             n_batch: settings.batch,
+            n_outputs: settings.outputs(),
             n_threads: settings.threads,
             n_gpu_layers: settings.gpu_layers as i32,
             main_gpu: settings.main_gpu as i32,
@@ -335,10 +336,11 @@ impl Decoder for Llama {
             .into_owned()
     }
 
-    fn windows(&mut self, n_slots: u32, n_graphs: u32) -> Result<(), Failure> {
+    fn windows(&mut self, windows: Windows) -> Result<(), Failure> {
+        let n_rows = windows.n_slots + windows.n_prompts;
         // SAFETY: NULL or a static text.
         unsafe {
-            let why = (self.f.windows)(self.handle, n_slots, n_graphs);
+            let why = (self.f.windows)(self.handle, n_rows, windows.n_graphs, windows.n_rows_graph);
             if why.is_null() {
                 return Ok(());
             }
@@ -382,25 +384,17 @@ impl Decoder for Llama {
         unsafe { (self.f.is_end)(self.handle, token) != 0 }
     }
 
-    fn decode(&mut self, rows: &[Row], outputs: &[bool]) -> i32 {
+    fn window(
+        &mut self,
+        rows: &[Row],
+        arena: &[i32],
+        outputs: &[bool],
+        begin: u32,
+        end: u32,
+    ) -> i32 {
         let (tokens, positions, sequences) = columns(rows);
         let outputs: Vec<u8> = outputs.iter().map(|&o| u8::from(o)).collect();
-        // SAFETY: four arrays of the same length.
-        unsafe {
-            (self.f.decode)(
-                self.handle,
-                tokens.as_ptr(),
-                positions.as_ptr(),
-                sequences.as_ptr(),
-                outputs.as_ptr(),
-                rows.len() as i32,
-            )
-        }
-    }
-
-    fn window(&mut self, rows: &[Row], arena: &[i32], begin: u32, end: u32) -> i32 {
-        let (tokens, positions, sequences) = columns(rows);
-        // SAFETY: four arrays of the same length.
+        // SAFETY: five arrays of the same length.
         unsafe {
             (self.f.window)(
                 self.handle,
@@ -408,6 +402,7 @@ impl Decoder for Llama {
                 positions.as_ptr(),
                 sequences.as_ptr(),
                 arena.as_ptr(),
+                outputs.as_ptr(),
                 rows.len() as i32,
                 begin as i32,
                 end as i32,
@@ -441,11 +436,11 @@ impl Decoder for Llama {
         (!data.is_null()).then_some(data)
     }
 
-    fn logits(&mut self, i: usize, window: bool) -> Option<&[f32]> {
+    fn logits(&mut self, i: usize) -> Option<&[f32]> {
         let n = self.n_vocab as usize;
         // SAFETY: n numbers that stay until the next pass, which needs `&mut self`; i is one of the window's rows.
         unsafe {
-            let data = (self.f.logits)(self.handle, i as i32, i32::from(window));
+            let data = (self.f.logits)(self.handle, i as i32);
             (!data.is_null()).then(|| std::slice::from_raw_parts(data, n))
         }
     }
@@ -471,20 +466,13 @@ impl Decoder for Llama {
         Ok(Sampler { f: self.f, handle })
     }
 
-    fn sample(
-        &mut self,
-        sampler: &mut Sampler,
-        i: usize,
-        window: bool,
-        banned: &[i32],
-    ) -> Result<i32, Failure> {
+    fn sample(&mut self, sampler: &mut Sampler, i: usize, banned: &[i32]) -> Result<i32, Failure> {
         // SAFETY: both handles are good, and as many tokens are banned as it says.
         let token = unsafe {
             (self.f.sample)(
                 self.handle,
                 sampler.handle,
                 i as i32,
-                i32::from(window),
                 banned.as_ptr(),
                 banned.len() as i32,
             )

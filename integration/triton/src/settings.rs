@@ -167,6 +167,26 @@ impl Settings {
         Ok(out)
     }
 
+    /// Arena rows of requests: one for each, and its pending rows.
+    pub fn arena(&self) -> u32 {
+        self.slots * (1 + self.max_pending)
+    }
+
+    /// Most decode rows of a window.
+    pub fn decode_rows(&self) -> u32 {
+        let most = if self.max_batch > 0 {
+            self.max_batch
+        } else {
+            self.batch
+        };
+        most.min(self.arena())
+    }
+
+    /// Most rows of a window that have logits: all decode rows, and the last row of each prompt.
+    pub fn outputs(&self) -> u32 {
+        self.batch.min(self.decode_rows() + self.slots)
+    }
+
     /// For an instance that config.pbtxt wants on this GPU: all layers, if it does not say how many.
     pub fn on_gpu(&mut self, device: i32) {
         if self.gpu_layers == 0 {

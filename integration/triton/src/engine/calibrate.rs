@@ -27,10 +27,10 @@ impl<D: Decoder> Engine<D> {
             self.decoder.forget(None);
             for time in 0..TIMES {
                 let count = time > 0;
-                self.measure(n_rows, 2 * time, None, count)?;
+                self.measure(n_rows, 2 * time, 0, self.decoder.n_layer(), count)?;
                 let mut begin = 0;
                 for &end in &bounds {
-                    self.measure(n_rows, 2 * time + 1, Some((begin, end)), count)?;
+                    self.measure(n_rows, 2 * time + 1, begin, end, count)?;
                     begin = end;
                 }
             }
@@ -45,12 +45,13 @@ impl<D: Decoder> Engine<D> {
         Ok(())
     }
 
-    /// A window, or all layers without one, over one token of each of the first sequences.
+    /// A window over one token of each of the first sequences.
     fn measure(
         &mut self,
         n_rows: u32,
         position: u32,
-        window: Option<(u32, u32)>,
+        begin: u32,
+        end: u32,
         count: bool,
     ) -> Result<(), Failure> {
         let rows: Vec<Row> = (0..n_rows as i32)
@@ -61,16 +62,11 @@ impl<D: Decoder> Engine<D> {
             })
             .collect();
         let start = now_ns();
-        let code = match window {
-            Some((begin, end)) => {
-                let arena: Vec<i32> = (0..n_rows as i32).collect();
-                let code = self.decoder.window(&rows, &arena, begin, end);
-                // waits, where a window does not
-                let _ = self.decoder.logits(0, true);
-                code
-            }
-            None => self.decoder.decode(&rows, &vec![true; rows.len()]),
-        };
+        let arena: Vec<i32> = (0..n_rows as i32).collect();
+        let outputs = vec![true; rows.len()];
+        let code = self.decoder.window(&rows, &arena, &outputs, begin, end);
+        // waits, where a window does not
+        let _ = self.decoder.logits(0);
         if code != 0 {
             return Err(Failure::internal(format!(
                 "llama.cpp failed on the passes that policy art is calibrated with ({code})"
@@ -79,7 +75,6 @@ impl<D: Decoder> Engine<D> {
         if !count {
             return Ok(());
         }
-        let (begin, end) = window.unwrap_or((0, self.decoder.n_layer()));
         let mut seen: drex_observation = zeroed();
         seen.size = size_of::<drex_observation>() as u32;
         seen.n_rows = n_rows;

@@ -15,6 +15,19 @@ pub struct Device {
     pub stream: *mut c_void,
 }
 
+/// What windows need beside the model.
+#[derive(Clone, Copy)]
+pub struct Windows {
+    /// Arena rows that drex has.
+    pub n_slots: u32,
+    /// Arena rows behind them, of prompt rows.
+    pub n_prompts: u32,
+    /// Graphs kept for later.
+    pub n_graphs: u32,
+    /// Windows of more rows are rarely alike: their graphs are not kept.
+    pub n_rows_graph: u32,
+}
+
 /// A model with its K/V cache. What runs returns 0, 1 where fewer rows may do, or another number.
 pub trait Decoder {
     type Sampler;
@@ -30,23 +43,28 @@ pub trait Decoder {
     fn exit_head(&self) -> String;
 
     /// The hidden arena, before anything runs.
-    fn windows(&mut self, n_slots: u32, n_graphs: u32) -> Result<(), Failure>;
+    fn windows(&mut self, windows: Windows) -> Result<(), Failure>;
     /// After `windows`.
     fn device(&mut self) -> Result<Device, Failure>;
     fn layer(&self, layer: u32) -> Option<LayerKv>;
 
-    /// All layers; the logits of the rows with `outputs` are wanted.
-    fn decode(&mut self, rows: &[Row], outputs: &[bool]) -> i32;
-    /// Layers [begin, end); `arena[i]` is the arena row of row i.
-    fn window(&mut self, rows: &[Row], arena: &[i32], begin: u32, end: u32) -> i32;
+    /// Layers [begin, end); `arena[i]` is the arena row of row i. The logits of the rows with `outputs` are wanted.
+    fn window(
+        &mut self,
+        rows: &[Row],
+        arena: &[i32],
+        outputs: &[bool],
+        begin: u32,
+        end: u32,
+    ) -> i32;
     /// K and V of layers from `begin` on, from the hidden rows as they are.
     fn project(&mut self, rows: &[Row], arena: &[i32], begin: u32) -> i32;
     /// The KV cells of the last window's rows.
     fn cells(&self) -> *const u32;
-    /// The logits of all rows of the last window, where the device has them.
+    /// The logits of the last window's outputs, one after another, where the device has them.
     fn window_logits(&self) -> Option<*const f32>;
-    /// The logits of row i in host memory, of the last window or of the last pass through all layers.
-    fn logits(&mut self, i: usize, window: bool) -> Option<&[f32]>;
+    /// The logits of the last window's row i in host memory. `None`: it is no output.
+    fn logits(&mut self, i: usize) -> Option<&[f32]>;
 
     /// Frees the cells of a sequence, or of all.
     fn forget(&mut self, sequence: Option<i32>);
@@ -60,7 +78,6 @@ pub trait Decoder {
         &mut self,
         sampler: &mut Self::Sampler,
         i: usize,
-        window: bool,
         banned: &[i32],
     ) -> Result<i32, Failure>;
 

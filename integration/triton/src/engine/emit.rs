@@ -12,15 +12,9 @@ pub(super) struct End(i32, String, Finish);
 pub(super) type Emitted = Result<Option<End>, Failure>;
 
 impl<D: Decoder> Engine<D> {
-    /// Chooses the token of a row, of a window or of a prompt, and gives it out if it is not the last one: that is for
+    /// Chooses the token of a row of the last window, and gives it out if it is not the request's last one: that is for
     /// `end()`. `known`: the row's most likely token.
-    pub(super) fn emit(
-        &mut self,
-        at: usize,
-        row: usize,
-        window: bool,
-        known: Option<i32>,
-    ) -> Emitted {
+    pub(super) fn emit(&mut self, at: usize, row: usize, known: Option<i32>) -> Emitted {
         let Some(slot) = &mut self.slots[at] else {
             return Ok(None);
         };
@@ -40,10 +34,10 @@ impl<D: Decoder> Engine<D> {
             }
         }
         let token = match (&mut slot.sampler, known) {
-            (Some(sampler), _) => self.decoder.sample(sampler, row, window, &banned)?,
+            (Some(sampler), _) => self.decoder.sample(sampler, row, &banned)?,
             (None, Some(token)) if !banned.contains(&token) => token,
             (None, _) => {
-                let logits = self.decoder.logits(row, window);
+                let logits = self.decoder.logits(row);
                 let logits = logits.ok_or_else(|| Failure::internal("a row gave no logits"))?;
                 argmax(logits, &banned)?
             }

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use super::decoder::{Decoder, Device};
+use super::decoder::{Decoder, Device, Windows};
 use crate::llama::{LayerKv, Row, SamplerParams};
 use crate::triton::error::Failure;
 
@@ -17,9 +17,16 @@ pub const END: i32 = 0;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
-    Prompt,
+    /// A window of all layers, without prompt rows.
+    Full,
+    /// A window from layer 0 to a ramp, without prompt rows.
     Shallow,
+    /// A window from a ramp, without prompt rows.
     Deep,
+    /// A window from layer 0, with prompt rows.
+    Prompt,
+    /// A window from a ramp, with prompt rows.
+    Carry,
     Project,
 }
 
@@ -42,14 +49,19 @@ pub struct Fake {
     tokens: HashMap<(i32, i32), i32>,
     /// Sequence, position, the layer that comes next.
     arena: Vec<Option<(i32, i32, u32)>>,
+    /// Arena rows from here on are of prompt rows.
+    n_slots: usize,
     spare: Vec<(i32, i32, usize)>,
     last_cells: Vec<u32>,
+    /// In the order of the outputs, and of each row its place there.
     last_logits: Vec<f32>,
-    prompt_logits: Vec<f32>,
+    places: Vec<Option<usize>>,
     pub fault: Option<Fault>,
     /// The sequences of the call that failed last.
     pub failed: Vec<i32>,
     pub calls: Vec<Call>,
+    /// Of each call: decode rows and prompt rows.
+    pub sizes: Vec<(usize, usize)>,
 }
 
 fn hash(tokens: &[i32], salt: u64) -> u64 {
@@ -105,13 +117,15 @@ impl Fake {
             v: vec![vec![0; n]; LAYERS as usize],
             tokens: HashMap::new(),
             arena: Vec::new(),
+            n_slots: 0,
             spare: Vec::new(),
             last_cells: Vec::new(),
             last_logits: Vec::new(),
-            prompt_logits: Vec::new(),
+            places: Vec::new(),
             fault: None,
             failed: Vec::new(),
             calls: Vec::new(),
+            sizes: Vec::new(),
         }
     }
 
@@ -119,8 +133,11 @@ impl Fake {
         self.cells.iter().flatten().count()
     }
 
-    fn fails(&mut self, call: Call, rows: &[Row]) -> Option<i32> {
+    fn fails(&mut self, call: Call, rows: &[Row], arena: &[i32]) -> Option<i32> {
         self.calls.push(call);
+        let own = arena.iter().filter(|&&at| (at as usize) < self.n_slots);
+        let own = own.count();
+        self.sizes.push((own, rows.len() - own));
         let fault = self.fault.as_mut()?;
         if fault.call != call || rows.len() <= fault.above || fault.times == 0 {
             return None;
@@ -225,8 +242,9 @@ impl Decoder for Fake {
     fn exit_head(&self) -> String {
         "shared".into()
     }
-    fn windows(&mut self, n_slots: u32, _: u32) -> Result<(), Failure> {
-        self.arena = vec![None; n_slots as usize];
+    fn windows(&mut self, windows: Windows) -> Result<(), Failure> {
+        self.n_slots = windows.n_slots as usize;
+        self.arena = vec![None; self.n_slots + windows.n_prompts as usize];
         Ok(())
     }
     fn device(&mut self) -> Result<Device, Failure> {
@@ -248,34 +266,26 @@ impl Decoder for Fake {
         Some(kv)
     }
 
-    fn decode(&mut self, rows: &[Row], outputs: &[bool]) -> i32 {
-        if let Some(code) = self.fails(Call::Prompt, rows) {
-            return code;
-        }
-        for row in rows {
-            if self.place(row).is_none() {
-                return 1;
-            }
-        }
-        self.run(rows, 0, LAYERS);
-        self.prompt_logits.clear();
-        for (row, &output) in rows.iter().zip(outputs) {
-            let logits = if output {
-                self.scores(row, LAYERS)
-            } else {
-                vec![f32::NAN; VOCAB as usize]
-            };
-            self.prompt_logits.extend(logits);
-        }
-        0
-    }
-
-    fn window(&mut self, rows: &[Row], arena: &[i32], begin: u32, end: u32) -> i32 {
-        let call = if begin == 0 {
-            Call::Shallow
-        } else {
-            Call::Deep
+    fn window(
+        &mut self,
+        rows: &[Row],
+        arena: &[i32],
+        outputs: &[bool],
+        begin: u32,
+        end: u32,
+    ) -> i32 {
+        let prompts = arena.iter().any(|&at| at as usize >= self.n_slots);
+        let call = match (begin, prompts) {
+            (0, true) => Call::Prompt,
+            (0, false) if end == LAYERS => Call::Full,
+            (0, false) => Call::Shallow,
+            (_, true) => Call::Carry,
+            (_, false) => Call::Deep,
         };
+        let mut distinct = arena.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), rows.len(), "two rows share an arena row");
         for (row, &at) in rows.iter().zip(arena) {
             let wanted = Some((row.sequence, row.position, begin));
             assert!(
@@ -283,7 +293,13 @@ impl Decoder for Fake {
                 "{row:?} is not at {at}"
             );
         }
-        if let Some(code) = self.fails(call, rows) {
+        if end < LAYERS {
+            // Only decode rows meet a ramp, and they stand first.
+            let own = arena.iter().map(|&at| (at as usize) < self.n_slots);
+            assert!(own.eq(outputs.iter().copied()), "{outputs:?}");
+            assert!(outputs.is_sorted_by(|a, b| a >= b), "{outputs:?}");
+        }
+        if let Some(code) = self.fails(call, rows, arena) {
             for &at in arena {
                 self.arena[at as usize] = None;
             }
@@ -291,6 +307,7 @@ impl Decoder for Fake {
         }
         self.last_cells.clear();
         self.last_logits.clear();
+        self.places.clear();
         for row in rows {
             let cell = if begin == 0 {
                 self.place(row).expect("a free cell")
@@ -300,10 +317,15 @@ impl Decoder for Fake {
             self.last_cells.push(cell as u32);
         }
         self.run(rows, begin, end);
-        for (row, &at) in rows.iter().zip(arena) {
+        let mut n_outputs = 0;
+        for ((row, &at), &output) in rows.iter().zip(arena).zip(outputs) {
             self.arena[at as usize] = Some((row.sequence, row.position, end));
-            let logits = self.scores(row, end);
-            self.last_logits.extend(logits);
+            self.places.push(output.then_some(n_outputs));
+            if output {
+                n_outputs += 1;
+                let logits = self.scores(row, end);
+                self.last_logits.extend(logits);
+            }
         }
         0
     }
@@ -313,7 +335,7 @@ impl Decoder for Fake {
             let wanted = Some((row.sequence, row.position, begin));
             assert_eq!(self.arena[at as usize], wanted, "projected too late");
         }
-        if let Some(code) = self.fails(Call::Project, rows) {
+        if let Some(code) = self.fails(Call::Project, rows, arena) {
             return code;
         }
         for row in rows {
@@ -332,13 +354,9 @@ impl Decoder for Fake {
     fn window_logits(&self) -> Option<*const f32> {
         Some(self.last_logits.as_ptr())
     }
-    fn logits(&mut self, i: usize, window: bool) -> Option<&[f32]> {
-        let all = if window {
-            &self.last_logits
-        } else {
-            &self.prompt_logits
-        };
-        all.chunks(VOCAB as usize).nth(i)
+    fn logits(&mut self, i: usize) -> Option<&[f32]> {
+        let at = (*self.places.get(i)?)?;
+        self.last_logits.chunks(VOCAB as usize).nth(at)
     }
 
     fn forget(&mut self, sequence: Option<i32>) {
@@ -373,14 +391,8 @@ impl Decoder for Fake {
         })
     }
 
-    fn sample(
-        &mut self,
-        sampler: &mut Sampler,
-        i: usize,
-        window: bool,
-        _: &[i32],
-    ) -> Result<i32, Failure> {
-        let logits = self.logits(i, window).expect("logits");
+    fn sample(&mut self, sampler: &mut Sampler, i: usize, _: &[i32]) -> Result<i32, Failure> {
+        let logits = self.logits(i).expect("logits");
         let best = (0..VOCAB as usize).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
         let token = sampled(best.expect("a token") as i32, sampler.seed, sampler.seen);
         sampler.seen += 1;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Runs requests: prompts through all layers, then one layer window after another over the rows that drex names.
+//! Runs requests: one layer window after another over the rows that drex names, with the prompt rows that it gives room.
 //!
 //! Knows nothing of Triton; what becomes of a request goes out as `Event`s.
 
@@ -136,6 +136,10 @@ pub struct Engine<D: Decoder = Llama> {
     queue: Queue,
     admitted: u64,
     leavers: Vec<window::Leaver>,
+    /// Prompt rows at a ramp: the next window is theirs.
+    transit: Vec<prompts::Transit>,
+    /// Arena rows that drex has; those of prompt rows follow.
+    n_arena: u32,
     plan: Vec<drex_row>,
     verdicts: Vec<drex_verdict>,
     out: Out,
@@ -206,6 +210,7 @@ impl<D: Decoder> Engine<D> {
         // SAFETY: allowed at any time; without a step it says so and does nothing.
         unsafe { drex_abandon(self.drex) };
         self.leavers.clear();
+        self.transit.clear();
         for at in 0..self.slots.len() {
             self.fail(at, failure.clone());
         }
@@ -214,11 +219,10 @@ impl<D: Decoder> Engine<D> {
         }
     }
 
-    /// Takes in what waits, runs prompts, runs one window.
+    /// Takes in what waits, runs one window.
     pub fn step(&mut self) -> Result<(), Failure> {
         self.cancel();
         self.admit();
-        self.prompts()?;
         self.window()
     }
 
@@ -262,6 +266,7 @@ impl<D: Decoder> Engine<D> {
             // SAFETY: removes a request by its id.
             unsafe { drex_request_remove(self.drex, slot.id) };
             self.leavers.retain(|leaver| leaver.slot != at);
+            self.transit.retain(|one| one.slot != at);
             self.free.push_back(at);
         }
     }

@@ -1,117 +1,123 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Prompts: as many tokens as fit into a batch, through all layers.
+//! Prompts: their rows run along in windows, and pass every layer.
+//!
+//! A prompt runs whole or in parts. Rows of a part that a window leaves at a ramp go on in the next window; a part has
+//! passed all layers before the next one begins.
 
 use super::decoder::Decoder;
+use super::window::Step;
 use super::{Engine, Row};
 use crate::triton::error::Failure;
 
-/// How many rows each of the waiting prompts gets: as many for each, what is left over for the first ones.
-pub(super) fn shares(waiting: &[usize], room: usize) -> Vec<usize> {
-    let each = (room / waiting.len().max(1)).max(1);
-    let mut left = room;
-    let mut shares: Vec<usize> = waiting
-        .iter()
-        .map(|&n| {
-            let share = n.min(each).min(left);
-            left -= share;
-            share
-        })
-        .collect();
-    for (share, &n) in shares.iter_mut().zip(waiting) {
-        let more = (n - *share).min(left);
-        *share += more;
-        left -= more;
-    }
-    shares
+/// A prompt's row that a window left at a ramp.
+pub(super) struct Transit {
+    pub slot: usize,
+    pub row: Row,
+    pub arena: i32,
 }
 
 impl<D: Decoder> Engine<D> {
-    pub(super) fn prompts(&mut self) -> Result<(), Failure> {
-        let mut room = self.settings.batch as usize;
-        while let Some(less) = self.prompt_batch(room)? {
-            room = less;
+    /// Prompt rows at layer 0. Rows at a ramp are not among them.
+    pub(super) fn waiting(&self) -> u32 {
+        let slots = self.slots.iter().flatten();
+        let rest = slots.map(|slot| slot.prompt.len().saturating_sub(slot.n_past as usize));
+        (rest.sum::<usize>() - self.transit.len()) as u32
+    }
+
+    /// The prompt rows of a planned step, behind its decode rows.
+    pub(super) fn take_prompts(&mut self, step: &mut Step) -> Result<(), Failure> {
+        let last = step.info.layer_end == self.decoder.n_layer();
+        if step.info.layer_begin > 0 {
+            if step.info.n_prompt_rows > 0 {
+                for one in &self.transit {
+                    let ends = self.ends_prompt(one.slot, &one.row);
+                    step.add(one.slot, one.row, one.arena, last && ends);
+                }
+            }
+            return Ok(());
+        }
+        if !self.transit.is_empty() {
+            return Err(Failure::internal("drex left prompt rows at a ramp"));
+        }
+        let mut waiting: Vec<usize> = Vec::new();
+        for (at, slot) in self.slots.iter().enumerate() {
+            if slot.as_ref().is_some_and(|slot| slot.in_prompt()) {
+                waiting.push(at);
+            }
+        }
+        // Higher priority first, the older first among equals.
+        waiting.sort_by_key(|&at| {
+            let slot = self.slots[at].as_ref();
+            slot.map(|slot| (std::cmp::Reverse(slot.sampling.drex_priority), slot.order))
+        });
+        // Arena rows behind those that drex has.
+        let mut arena = self.n_arena as i32;
+        let mut left = step.info.n_prompt_rows as usize;
+        for at in waiting {
+            let Some(slot) = &self.slots[at] else {
+                continue;
+            };
+            let begin = slot.n_past as usize;
+            let part = &slot.prompt[begin..];
+            for (k, &token) in part.iter().take(left).enumerate() {
+                let row = Row {
+                    token,
+                    position: (begin + k) as i32,
+                    sequence: at as i32,
+                };
+                step.add(at, row, arena, last && k + 1 == part.len());
+                arena += 1;
+                left -= 1;
+            }
         }
         Ok(())
     }
 
-    /// Gives a smaller number of rows to try again with.
-    fn prompt_batch(&mut self, room: usize) -> Result<Option<usize>, Failure> {
-        let mut waiting: Vec<(usize, usize)> = Vec::new();
-        for (at, slot) in self.slots.iter().enumerate() {
-            if let Some(slot) = slot.as_ref().filter(|slot| slot.in_prompt()) {
-                waiting.push((at, slot.prompt.len() - slot.n_past as usize));
-            }
-        }
-        // Higher priority first, the older first among equals: one that is long does not keep the others waiting.
-        waiting.sort_by_key(|&(at, _)| {
-            let slot = self.slots[at].as_ref();
-            slot.map(|slot| (std::cmp::Reverse(slot.sampling.drex_priority), slot.order))
-        });
-        let lengths: Vec<usize> = waiting.iter().map(|&(_, n)| n).collect();
+    fn ends_prompt(&self, at: usize, row: &Row) -> bool {
+        let slot = self.slots[at].as_ref();
+        slot.is_some_and(|slot| row.position as usize + 1 == slot.prompt.len())
+    }
 
-        let (mut rows, mut outputs) = (Vec::new(), Vec::new());
-        let (mut parts, mut ends) = (Vec::new(), Vec::new());
-        for (&(at, _), count) in waiting.iter().zip(shares(&lengths, room)) {
-            let Some(slot) = self.slots[at].as_ref().filter(|_| count > 0) else {
+    /// A window ran: its prompt rows wait at its ramp, or have passed all layers.
+    pub(super) fn advance_prompts(&mut self, step: &Step) {
+        self.transit.clear();
+        for i in step.prompts() {
+            let (slot, row, arena) = (step.slots[i], step.rows[i], step.arena[i]);
+            if step.at_ramp() {
+                self.transit.push(Transit { slot, row, arena });
+            } else if let Some(slot) = &mut self.slots[slot] {
+                slot.n_past += 1;
+            }
+        }
+    }
+
+    /// Prompts that are over get their first token.
+    pub(super) fn end_prompts(&mut self, step: &Step) {
+        for i in step.prompts() {
+            let at = step.slots[i];
+            if step.at_ramp() || !step.outputs[i] {
                 continue;
-            };
-            let begin = slot.n_past as usize;
-            for position in begin..begin + count {
-                let last = position + 1 == slot.prompt.len();
-                if last {
-                    ends.push((at, rows.len()));
-                }
-                outputs.push(last);
-                rows.push(Row {
-                    token: slot.prompt[position],
-                    position: position as i32,
-                    sequence: at as i32,
-                });
             }
-            parts.push((at, count as u32));
-        }
-        if rows.is_empty() {
-            return Ok(None);
-        }
-        let code = self.decoder.decode(&rows, &outputs);
-        if code == 1 && rows.len() > 1 {
-            return Ok(Some(rows.len() / 2));
-        }
-        if code != 0 {
-            for (at, _) in parts {
-                let text = format!("llama.cpp failed on the prompt ({code})");
-                self.fail(at, Failure::internal(text));
-            }
-            return Ok(None);
-        }
-        for (at, count) in parts {
-            if let Some(slot) = &mut self.slots[at] {
-                slot.n_past += count;
-            }
-        }
-        for (at, row) in ends {
             match self.register(at) {
                 Ok(()) => {
-                    let how = self.emit(at, row, false, None);
+                    let how = self.emit(at, i, None);
                     self.end(at, how);
                 }
                 Err(failure) => self.fail(at, failure),
             }
         }
-        Ok(None)
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::shares;
-
-    #[test]
-    fn a_long_prompt_leaves_room_for_short_ones() {
-        assert_eq!(shares(&[1000, 10, 10], 100), [80, 10, 10]);
-        assert_eq!(shares(&[1000, 1000], 101), [51, 50]);
-        assert_eq!(shares(&[3, 5], 100), [3, 5]);
-        assert_eq!(shares(&[7, 7, 7], 2), [1, 1, 0]);
-        assert_eq!(shares(&[], 5), [0; 0]);
+    /// Prompt rows at a ramp begin again at layer 0, in the cells that they have.
+    pub(super) fn restart_prompts(&mut self) {
+        let mut before = None;
+        for one in std::mem::take(&mut self.transit) {
+            // The first of a sequence's rows is its oldest.
+            if before != Some(one.slot) {
+                let position = one.row.position as u32;
+                self.decoder.rollback(one.row.sequence, position);
+            }
+            before = Some(one.slot);
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::ptr::null_mut;
 use drex::ffi::functions::*;
 use drex::ffi::types::*;
 
-use super::decoder::Decoder;
+use super::decoder::{Decoder, Windows};
 use super::{Engine, Out, Queue, check, nanoseconds, zeroed};
 use crate::settings::Settings;
 use crate::triton::error::Failure;
@@ -24,14 +24,14 @@ impl<D: Decoder> Engine<D> {
             settings.context = decoder.n_context();
         }
         let name = |text: &str| CString::new(text).unwrap_or_default();
-        let arena = settings.slots * (1 + settings.max_pending);
-        let most = if settings.max_batch > 0 {
-            settings.max_batch
-        } else {
-            settings.batch
-        };
-        let max_batch = most.min(arena);
-        decoder.windows(arena, settings.graphs)?;
+        let arena = settings.arena();
+        let max_batch = settings.decode_rows();
+        decoder.windows(Windows {
+            n_slots: arena,
+            n_prompts: settings.batch,
+            n_graphs: settings.graphs,
+            n_rows_graph: max_batch,
+        })?;
         let device = decoder.device()?;
         let thresholds = &settings.threshold;
         let mut config: drex_config = zeroed();
@@ -43,6 +43,7 @@ impl<D: Decoder> Engine<D> {
         config.n_slots = arena;
         config.max_requests = settings.slots;
         config.max_batch = max_batch;
+        config.max_pass_rows = settings.batch;
         config.fill = settings.fill;
         config.device = DREX_DEVICE_HOST;
         if device.cuda {
@@ -86,6 +87,8 @@ impl<D: Decoder> Engine<D> {
             queue: Queue::new(settings.max_queue),
             admitted: 0,
             leavers: Vec::new(),
+            transit: Vec::new(),
+            n_arena: arena,
             plan: vec![zeroed(); max_batch as usize],
             verdicts: vec![zeroed(); max_batch as usize],
             out,

@@ -18,7 +18,7 @@ impl<D: Decoder> Engine<D> {
         step: &Step,
         given: &mut Vec<(usize, Emitted)>,
     ) -> Result<(), Failure> {
-        let n = step.slots.len();
+        let n = step.n_decode();
         let mut agrees = vec![0; n];
         let mut any = false;
         let mut first = 0;
@@ -41,7 +41,7 @@ impl<D: Decoder> Engine<D> {
                     slot.n_past += 1;
                     slot.ahead.remove(0);
                 }
-                let how = self.emit(at, row, true, None);
+                let how = self.emit(at, row, None);
                 let last = !matches!(how, Ok(None));
                 if last {
                     given.push((at, how));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One layer window over the rows that drex plans, and what comes of it.
+//! One layer window over the rows that drex plans, decode rows and prompt rows, and what comes of it.
 
 use drex::ffi::functions::*;
 use drex::ffi::types::*;
@@ -8,12 +8,44 @@ use super::decoder::Decoder;
 use super::{Engine, Row, check, now_ns, zeroed};
 use crate::triton::error::Failure;
 
+/// A planned window. Its prompt rows stand behind its decode rows.
 pub(super) struct Step {
     pub info: drex_step,
     /// Of each row: its slot here.
     pub slots: Vec<usize>,
     pub rows: Vec<Row>,
     pub arena: Vec<i32>,
+    /// Rows whose logits are wanted.
+    pub outputs: Vec<bool>,
+}
+
+impl Step {
+    pub fn add(&mut self, slot: usize, row: Row, arena: i32, output: bool) {
+        self.slots.push(slot);
+        self.rows.push(row);
+        self.arena.push(arena);
+        self.outputs.push(output);
+    }
+
+    pub fn at_ramp(&self) -> bool {
+        self.info.ramp != DREX_NO_RAMP
+    }
+
+    pub fn n_decode(&self) -> usize {
+        self.info.n_rows as usize
+    }
+
+    /// Where its prompt rows are. A request that ended has none.
+    pub fn prompts(&self) -> std::ops::Range<usize> {
+        self.n_decode()..self.rows.len()
+    }
+}
+
+/// Most rows of a window: fewer than there could be where the last try found no room.
+#[derive(Clone, Copy)]
+struct Most {
+    decode: u32,
+    prompts: u32,
 }
 
 /// A row that left with fill propagate: its K and V are projected before the next window.
@@ -27,15 +59,24 @@ pub(super) struct Leaver {
 impl<D: Decoder> Engine<D> {
     pub(super) fn window(&mut self) -> Result<(), Failure> {
         self.ready()?;
-        let mut most = self.max_batch;
+        let mut most = Most {
+            decode: self.max_batch,
+            prompts: u32::MAX,
+        };
         loop {
             let Some(step) = self.plan(most)? else {
                 return Ok(());
             };
+            if step.info.n_prompt_rows > 0 && step.prompts().is_empty() {
+                // The requests of all prompt rows at a ramp have ended.
+                self.abandon()?;
+                continue;
+            }
             let start = now_ns();
             let code = self.project();
             if code != 0 {
                 self.abandon()?;
+                self.restart_prompts();
                 for leaver in std::mem::take(&mut self.leavers) {
                     let text = format!("llama.cpp failed to project K and V ({code})");
                     self.fail(leaver.slot, Failure::internal(text));
@@ -43,18 +84,30 @@ impl<D: Decoder> Engine<D> {
                 return Ok(());
             }
             let (begin, end) = (step.info.layer_begin, step.info.layer_end);
-            let code = self.decoder.window(&step.rows, &step.arena, begin, end);
+            let code = self
+                .decoder
+                .window(&step.rows, &step.arena, &step.outputs, begin, end);
             if code == 0 {
                 return self.complete(&step, start);
             }
             self.abandon()?;
-            // No room in the KV cache: with fewer rows there may be.
-            if code == 1 && step.rows.len() > 1 {
-                most = step.rows.len() as u32 / 2;
+            // Room in the KV cache may do for fewer rows. Only windows from layer 0 take any.
+            let (decode, prompts) = (step.info.n_rows, step.prompts().len() as u32);
+            if code == 1 && begin == 0 && decode + prompts > 1 {
+                if decode > 0 {
+                    most.decode = decode.div_ceil(2);
+                }
+                most.prompts = prompts / 2;
                 continue;
             }
-            for at in step.slots {
-                let text = format!("llama.cpp failed on a layer window ({code})");
+            self.transit.clear();
+            for (i, &at) in step.slots.iter().enumerate() {
+                let what = if step.prompts().contains(&i) {
+                    "the prompt"
+                } else {
+                    "a layer window"
+                };
+                let text = format!("llama.cpp failed on {what} ({code})");
                 self.fail(at, Failure::internal(text));
             }
             return Ok(());
@@ -97,33 +150,34 @@ impl<D: Decoder> Engine<D> {
         Ok(())
     }
 
-    fn plan(&mut self, most: u32) -> Result<Option<Step>, Failure> {
+    fn plan(&mut self, most: Most) -> Result<Option<Step>, Failure> {
         let mut input: drex_plan_input = zeroed();
         input.size = size_of::<drex_plan_input>() as u32;
-        // Prompts run between the windows.
-        input.n_prompt_rows = 0;
+        input.n_prompt_rows = self.waiting().min(most.prompts);
         input.now_ns = now_ns();
         let mut info: drex_step = zeroed();
         info.size = size_of::<drex_step>() as u32;
         let rows = self.plan.as_mut_ptr();
         // SAFETY: room for max_batch rows.
         unsafe {
-            let mut status = drex_plan(self.drex, &input, rows, most, &mut info);
-            if status == DREX_ERROR_CAPACITY && most < self.max_batch {
+            let mut status = drex_plan(self.drex, &input, rows, most.decode, &mut info);
+            if status == DREX_ERROR_CAPACITY && most.decode < self.max_batch {
                 // a deep window with many rows of one request; it needs no cells
                 status = drex_plan(self.drex, &input, rows, self.max_batch, &mut info);
             }
             check(status)?;
         };
         let n = info.n_rows as usize;
-        if n == 0 {
+        let all = n + info.n_prompt_rows as usize;
+        if all == 0 {
             return Ok(None);
         }
         let mut step = Step {
             info,
-            slots: Vec::with_capacity(n),
-            rows: Vec::with_capacity(n),
-            arena: Vec::with_capacity(n),
+            slots: Vec::with_capacity(all),
+            rows: Vec::with_capacity(all),
+            arena: Vec::with_capacity(all),
+            outputs: Vec::with_capacity(all),
         };
         for (i, row) in self.plan[..n].iter().enumerate() {
             let at = self
@@ -139,15 +193,16 @@ impl<D: Decoder> Engine<D> {
                 .last()
                 .is_some_and(|last| last.back == 0);
             let ran = own && info.layer_begin > 0;
-            step.slots.push(at);
-            step.arena.push(row.slot as i32);
-            step.rows.push(Row {
+            let output = step.at_ramp() || row.back == 0 || slot.verifies();
+            let one = Row {
                 // only first windows look at it
                 token: slot.next,
                 position: slot.n_ran() as i32 - i32::from(ran) - row.back as i32,
                 sequence: at as i32,
-            });
+            };
+            step.add(at, one, row.slot as i32, output);
         }
+        self.take_prompts(&mut step)?;
         Ok(Some(step))
     }
 
@@ -168,8 +223,9 @@ impl<D: Decoder> Engine<D> {
 
     fn complete(&mut self, step: &Step, start: u64) -> Result<(), Failure> {
         let info = step.info;
+        let n = step.n_decode();
         if info.layer_begin == 0 {
-            for &at in &step.slots {
+            for &at in &step.slots[..n] {
                 if let Some(slot) = &mut self.slots[at] {
                     if slot.verifies() {
                         slot.ahead.push(slot.next);
@@ -179,8 +235,9 @@ impl<D: Decoder> Engine<D> {
                 }
             }
         }
-        let ramp = info.ramp != DREX_NO_RAMP;
-        if ramp {
+        self.advance_prompts(step);
+        let ramp = step.at_ramp();
+        if ramp && n > 0 {
             self.score(info.n_rows)?;
         }
         let end = now_ns();
@@ -190,7 +247,7 @@ impl<D: Decoder> Engine<D> {
         if !ramp {
             self.verify(step, &mut given)?;
         }
-        for i in 0..info.n_rows as usize {
+        for i in 0..n {
             let at = step.slots[i];
             let Some(slot) = &mut self.slots[at] else {
                 continue;
@@ -220,18 +277,22 @@ impl<D: Decoder> Engine<D> {
                 });
             }
             let known = (ramp && verdict.token >= 0).then_some(verdict.token);
-            given.push((at, self.emit(at, i, true, known)));
+            given.push((at, self.emit(at, i, known)));
         }
         let mut done: drex_completion = zeroed();
         done.size = size_of::<drex_completion>() as u32;
         done.now_ns = now_ns();
-        done.duration_ns = end - start;
-        done.n_kv = step.rows.iter().map(|r| r.position as u64 + 1).sum();
+        // The time of fewer rows than were planned says nothing of those.
+        if step.prompts().len() == info.n_prompt_rows as usize {
+            done.duration_ns = end - start;
+        }
+        done.n_kv = step.rows[..n].iter().map(|r| r.position as u64 + 1).sum();
         // SAFETY: a step is planned, and its ramp was called.
         unsafe { check(drex_complete(self.drex, &done))? };
         for (at, how) in given {
             self.end(at, how);
         }
+        self.end_prompts(step);
         Ok(())
     }
 
@@ -248,7 +309,7 @@ impl<D: Decoder> Engine<D> {
         logits.data = data
             .ok_or_else(|| Failure::internal("the window gave no logits"))?
             .cast();
-        // SAFETY: all rows of a window are outputs, so that the logits of n rows lie one after another.
+        // SAFETY: the window's first rows are outputs, so that the logits of n rows lie one after another.
         unsafe {
             check(drex_ramp(
                 self.drex,

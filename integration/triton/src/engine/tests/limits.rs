@@ -99,7 +99,7 @@ fn policy_art_is_calibrated_before_the_first_request() {
     let count = |call| calls.iter().filter(|&&c| c == call).count();
     // 1, 2 and 4 rows, each four times: all layers, and three windows
     assert_eq!(
-        (count(Call::Prompt), count(Call::Shallow), count(Call::Deep)),
+        (count(Call::Full), count(Call::Shallow), count(Call::Deep)),
         (12, 12, 24)
     );
     assert_eq!(bench.engine.decoder.cells_used(), 0);

@@ -4,6 +4,7 @@
 mod faults;
 mod fills;
 mod limits;
+mod prompts;
 
 use std::collections::HashMap;
 use std::sync::Mutex;
