@@ -34,7 +34,12 @@ fn refused(server: Result<Server>, what: &str, texts: &[&str]) -> Result<()> {
 
 fn flags(suite: &Suite) -> Result<()> {
     let cases: &[(&[&str], &[&str])] = &[
-        (&["--drex-exit-layers", "0"], &["ramp_layers", "0"]),
+        (&["--drex-exit-layers", "0"], &["--drex-exit-layers", "\"0\""]),
+        // junk behind a number is no number
+        (&["--drex-exit-layers", "4 8"], &["--drex-exit-layers", "4 8"]),
+        (&["--drex-exit-layers", "4.5"], &["--drex-exit-layers", "4.5"]),
+        (&["--drex-threshold", "0.5;0.6"], &["--drex-threshold", "0.5;0.6"]),
+        (&["--drex-max-hold-ms", "5abc"], &["--drex-max-hold-ms", "5abc"]),
         (&["--drex-exit-layers", "16"], &["ramp_layers", "16"]),
         (&["--drex-exit-layers", "8,4"], &["ramp_layers", "4"]),
         (&["--drex-exit-layers", "x"], &["--drex-exit-layers"]),
@@ -46,12 +51,12 @@ fn flags(suite: &Suite) -> Result<()> {
         ),
         (
             &["--drex-threshold", "0.5,0.6,-2"],
-            &["ramp_thresholds", "-2"],
+            &["--drex-threshold", "\"-2\""],
         ),
         (&["--drex-metric", "vibes"], &["vibes"]),
         (
             &["--drex-fill", "guess"],
-            &["--drex-fill guess", "copy, propagate, postfill or verify"],
+            &["--drex-fill", "copy, propagate, postfill, verify", "guess"],
         ),
         (
             &["--drex-slots", "2"],
@@ -63,7 +68,7 @@ fn flags(suite: &Suite) -> Result<()> {
         ),
         (
             &["--drex-max-pending", "-1"],
-            &["--drex-max-pending is -1", "1 or more"],
+            &["--drex-max-pending", "\"-1\""],
         ),
         (
             &["--drex-max-batch", "4096"],
@@ -73,18 +78,18 @@ fn flags(suite: &Suite) -> Result<()> {
             &["--drex-max-batch", "128", "--batch-size", "64"],
             &["--drex-max-batch 128", "--batch-size 64"],
         ),
-        (&["--drex-art-ratio", "-0.5"], &["art_ratio", "-0.5"]),
-        (&["--drex-flush-rows", "-1"], &["--drex-flush-rows is -1"]),
-        (&["--drex-max-hold-ms", "-3"], &["--drex-max-hold-ms is -3"]),
+        (&["--drex-art-ratio", "-0.5"], &["--drex-art-ratio", "-0.5"]),
+        (&["--drex-flush-rows", "-1"], &["--drex-flush-rows", "\"-1\""]),
+        (&["--drex-max-hold-ms", "-3"], &["--drex-max-hold-ms", "\"-3\""]),
         (
             &["--drex-deadline-ms", "nan"],
-            &["--drex-deadline-ms is nan"],
+            &["--drex-deadline-ms", "\"nan\""],
         ),
         (
             &["--drex-request-deadline-ms", "-7"],
-            &["--drex-request-deadline-ms is -7"],
+            &["--drex-request-deadline-ms", "\"-7\""],
         ),
-        (&["--drex-graphs", "0"], &["n_graphs must be at least 1"]),
+        (&["--drex-graphs", "0"], &["--drex-graphs", "\"0\""]),
         (&["--context-shift"], &["--context-shift"]),
         (&["--backend-sampling"], &["--backend-sampling"]),
         (&["--no-cont-batching"], &["--no-cont-batching"]),
@@ -111,6 +116,12 @@ fn flags(suite: &Suite) -> Result<()> {
             "9",
         ],
     )?);
+    // What is given is checked even where no policy uses it.
+    refused(
+        suite.start(&suite.patched, 1, &["--drex-fill", "foo"]),
+        "--drex-fill foo without a policy",
+        &["--drex-fill", "foo"],
+    )?;
     refused(
         suite.start(&suite.patched, 4, &["--drex-policy", "rebatch"]),
         "--drex-policy rebatch",
@@ -208,6 +219,12 @@ fn requests(suite: &Suite) -> Result<()> {
         with("drex_request_deadline_ms", json!(-5)),
         with("drex_request_deadline_ms", json!("soon")),
         with("drex_priority", json!("first")),
+        with("drex_priority", json!(true)),
+        with("drex_priority", json!(1.9)),
+        with("drex_priority", json!(1e20)),
+        with("drex_priority", json!(1e300)),
+        with("drex_treshold", json!(0.5)),
+        with("drex_exit_layers", json!([4])),
         with("backend_sampling", json!(true)),
         with("lora", json!([{"id": 0, "scale": 0.5}])),
     ];
@@ -220,6 +237,8 @@ fn requests(suite: &Suite) -> Result<()> {
             "drex_deadline_ms",
             "drex_request_deadline_ms",
             "drex_priority",
+            "drex_treshold",
+            "drex_exit_layers",
             "backend_sampling",
             "lora",
         ]
@@ -240,6 +259,14 @@ fn requests(suite: &Suite) -> Result<()> {
             body[key]
         );
     }
+    let typo = server
+        .client
+        .post("/completion", &with("drex_treshold", json!(0.5)))?;
+    ensure!(
+        typo.text().contains("did you mean 'drex_threshold'"),
+        "{}",
+        typo.text()
+    );
     // Nothing of them is left behind.
     let metrics = server.client.metrics()?;
     ensure!(

@@ -245,6 +245,35 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
         drex_destroy(engine);
         throw;
     }
+    say(params);
+}
+
+void server_drex::say(const common_params & params) const {
+    const auto & p = params.drex;
+
+    auto list = [](const auto & values) {
+        std::stringstream out;
+        for (size_t i = 0; i < values.size(); ++i) {
+            out << (i > 0 ? "," : "") << values[i];
+        }
+        return out.str();
+    };
+    llama_layer_range_kv kv;
+    const bool streams = llama_layer_range_get_kv(ctx, 0, &kv) && kv.n_stream > 1;
+
+    SRV_INF("early exit: policy %s, after layers %s of %d, threshold %s (%s), fill %s, %s\n", p.policy.c_str(), list(ramp_layers).c_str(),
+            n_layer, list(p.thresholds).c_str(), p.metric.c_str(), p.fill.c_str(),
+            streams ? "a KV cache with a stream for each slot" : "a unified KV cache");
+}
+
+void server_drex::say_off(const common_params & params) {
+    const common_params_drex defaults;
+    const auto & p = params.drex;
+
+    if (p.metric != defaults.metric || p.fill != defaults.fill || p.exit_layers != defaults.exit_layers || p.thresholds != defaults.thresholds ||
+            !p.profile.empty() || !p.record.empty()) {
+        SRV_WRN("%s", "early exit is off: options that begin with --drex- have no effect without --drex-policy\n");
+    }
 }
 
 // drex works where the layers and the head are computed, on their memory and their stream

@@ -25,6 +25,9 @@ struct server_drex {
     server_drex(const common_params & params, llama_context * ctx, bool has_spec);
     ~server_drex();
 
+    // warns where options have no effect
+    static void say_off(const common_params & params);
+
     // most rows of one window
     static uint32_t n_rows_max(const common_params & params);
 
@@ -230,6 +233,7 @@ private:
 
     void look_aside();
     void bind_device(drex_config & config, const common_params & params);
+    void say(const common_params & params) const;
     void bind_kv();
     void check_copy(const char * what, drex_fill_mode mode) const;
     void fetch_logits();
