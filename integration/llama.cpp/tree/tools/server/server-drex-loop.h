@@ -125,17 +125,20 @@ bool decode_drex_window(drex_prompt & prompt) {
         std::vector<int> ids = drex->unprojected();
 
         // no room in the KV cache: make some, or take fewer rows
-        const int n_rows = batch.size();
-        if (ids.empty() && ret == 1 && (try_clear_idle_slots() || n_rows > 1)) {
+        const int  n_rows  = batch.size();
+        const bool is_full = ids.empty() && ret == 1;
+        if (is_full && (try_clear_idle_slots() || rows.size() > 1 || n_prompt > 1)) {
             n_rows_max   = std::max<int>(1, rows.size()/2);
-            n_prompt_max = n_prompt > 0 ? std::max(1, n_prompt/2) : std::min(n_prompt_max, 1);
+            n_prompt_max = std::min(n_prompt_max, std::max(1, n_prompt/2));
             continue;
         }
 
-        const std::string err = ids.empty() && ret == 1 ? "Context size has been exceeded." : "Compute error.";
+        const std::string err = is_full ? "Context size has been exceeded." : "Compute error.";
         SRV_ERR("%s n_rows = %d, ret = %d\n", err.c_str(), n_rows, ret);
 
-        if (ids.empty()) {
+        if (is_full && n_prompt > 0) {
+            ids.push_back(batch.tokens.back().id_slot); // a row that is under way goes before a prompt
+        } else if (ids.empty()) {
             for (const auto & t : batch.tokens) {
                 ids.push_back(t.id_slot);
             }
