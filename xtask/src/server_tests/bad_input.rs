@@ -34,12 +34,27 @@ fn refused(server: Result<Server>, what: &str, texts: &[&str]) -> Result<()> {
 
 fn flags(suite: &Suite) -> Result<()> {
     let cases: &[(&[&str], &[&str])] = &[
-        (&["--drex-exit-layers", "0"], &["--drex-exit-layers", "\"0\""]),
+        (
+            &["--drex-exit-layers", "0"],
+            &["--drex-exit-layers", "\"0\""],
+        ),
         // junk behind a number is no number
-        (&["--drex-exit-layers", "4 8"], &["--drex-exit-layers", "4 8"]),
-        (&["--drex-exit-layers", "4.5"], &["--drex-exit-layers", "4.5"]),
-        (&["--drex-threshold", "0.5;0.6"], &["--drex-threshold", "0.5;0.6"]),
-        (&["--drex-max-hold-ms", "5abc"], &["--drex-max-hold-ms", "5abc"]),
+        (
+            &["--drex-exit-layers", "4 8"],
+            &["--drex-exit-layers", "4 8"],
+        ),
+        (
+            &["--drex-exit-layers", "4.5"],
+            &["--drex-exit-layers", "4.5"],
+        ),
+        (
+            &["--drex-threshold", "0.5;0.6"],
+            &["--drex-threshold", "0.5;0.6"],
+        ),
+        (
+            &["--drex-max-hold-ms", "5abc"],
+            &["--drex-max-hold-ms", "5abc"],
+        ),
         (&["--drex-exit-layers", "16"], &["ramp_layers", "16"]),
         (&["--drex-exit-layers", "8,4"], &["ramp_layers", "4"]),
         (&["--drex-exit-layers", "x"], &["--drex-exit-layers"]),
@@ -79,8 +94,14 @@ fn flags(suite: &Suite) -> Result<()> {
             &["--drex-max-batch 128", "--batch-size 64"],
         ),
         (&["--drex-art-ratio", "-0.5"], &["--drex-art-ratio", "-0.5"]),
-        (&["--drex-flush-rows", "-1"], &["--drex-flush-rows", "\"-1\""]),
-        (&["--drex-max-hold-ms", "-3"], &["--drex-max-hold-ms", "\"-3\""]),
+        (
+            &["--drex-flush-rows", "-1"],
+            &["--drex-flush-rows", "\"-1\""],
+        ),
+        (
+            &["--drex-max-hold-ms", "-3"],
+            &["--drex-max-hold-ms", "\"-3\""],
+        ),
         (
             &["--drex-deadline-ms", "nan"],
             &["--drex-deadline-ms", "\"nan\""],

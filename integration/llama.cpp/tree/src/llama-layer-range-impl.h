@@ -112,7 +112,7 @@ void llama_layer_range_record(llama_layer_ranges & ranges, const llama_memory_co
 // nodes of the context's own graphs
 size_t llama_layer_range_max_nodes(const llama_layer_ranges * ranges, size_t n_nodes);
 
-// drops the graphs: what they were built from (adapters, attention type, ...) changes; waits for the device first
+// drops the graphs: what they were built from (adapters, attention type, ...) changes. The device is idle.
 void llama_layer_range_reset(llama_layer_ranges & ranges);
 
 // drops all graphs but the one in use; false: there was none

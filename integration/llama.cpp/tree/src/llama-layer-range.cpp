@@ -532,6 +532,12 @@ struct llama_layer_ranges {
         if (!dynamic_cast<llama_kv_cache *>(ctx->memory.get()) || hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
             return "layer ranges need a plain KV cache (no recurrent, hybrid or sliding-window memory)";
         }
+        if (hparams.is_mla()) {
+            return "layer ranges do not support multi-head latent attention (MLA)";
+        }
+        if (llama_model_has_encoder(&model)) {
+            return "layer ranges do not support models with an encoder";
+        }
         if (cparams.embeddings || cparams.pooling_type != LLAMA_POOLING_TYPE_NONE || !cparams.causal_attn) {
             return "layer ranges need a causal context without embeddings and pooling";
         }
@@ -613,7 +619,12 @@ struct llama_layer_ranges {
 
             ctx.range_cur = &range;
             res.reset();
-            auto * gf = ctx.model.build_graph(ctx.graph_params(&res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT));
+            ggml_cgraph * gf = nullptr;
+            try {
+                gf = ctx.model.build_graph(ctx.graph_params(&res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT));
+            } catch (const std::exception & e) {
+                LLAMA_LOG_ERROR("layer range: %s\n", e.what());
+            }
             ctx.range_cur = nullptr;
 
             bool cut = false;

@@ -10,6 +10,8 @@ struct drex_prompt {
     int next      = 0;
     int n_transit = 0;
 
+    int64_t t_start = 0; // of the window in which the rows at the ramp began
+
     int n_left()    const { return (int) rows.size() - next; }
     int n_waiting() const { return n_left() - n_transit; }
 
@@ -37,11 +39,23 @@ void decode_drex() {
         slot.i_batch = -1;
     }
 
-    const int64_t t_end = ggml_time_us() + drex_turn_us;
-    while (decode_drex_window(prompt) && (prompt.n_left() > 0 || ggml_time_us() < t_end)) {}
+    try {
+        const int64_t t_end = ggml_time_us() + drex_turn_us;
+        while (decode_drex_window(prompt) && (prompt.n_left() > 0 || ggml_time_us() < t_end)) {}
 
-    // what is left cannot run any more: the slots' prompts count rows that have no cells
-    GGML_ASSERT(prompt.n_left() == 0);
+        if (prompt.n_left() > 0) {
+            throw std::runtime_error(string_format("%d prompt rows have no window", prompt.n_left()));
+        }
+    } catch (...) {
+        // Prompts count rows whose cells have not been filled in all layers: no later request must build on them. Whoever
+        // catches this ends the requests.
+        for (auto & slot : slots) {
+            if (slot.is_processing()) {
+                slot.prompt_clear();
+            }
+        }
+        throw;
+    }
 }
 
 void drex_ready() {
@@ -71,6 +85,11 @@ bool decode_drex_window(drex_prompt & prompt) {
     while (drex->plan(n_prompt_max, n_rows_max)) {
         const auto & rows     = drex->rows();
         const int    n_prompt = drex->n_prompt_rows();
+
+        if (!drex->is_first() && n_prompt != prompt.n_transit) {
+            drex->abandon(); // an exception has come between the two windows of other prompt rows
+            continue;
+        }
 
         batch.clear();
 
@@ -105,6 +124,9 @@ bool decode_drex_window(drex_prompt & prompt) {
 
         int32_t ret = 0;
         metrics_pre_decode();
+        if (n_prompt > 0 && drex->is_first()) {
+            prompt.t_start = t_decode_start;
+        }
         if (ggml_time_us() - t_drex_yield > drex_yield_us) {
             const server_drex::aside aside(*drex);
             queue_tasks.yield_to_queue([&]() {
@@ -148,11 +170,11 @@ bool decode_drex_window(drex_prompt & prompt) {
             ids.push_back(prompt.rows[prompt.next + k].id_slot);
         }
         for (const int id : ids) {
-            if (!slots[id].is_processing()) {
-                continue; // it had several rows
+            // a slot that has ended meanwhile, or had several rows, has nobody to tell
+            if (slots[id].is_processing()) {
+                send_error(slots[id], err);
+                slots[id].release();
             }
-            send_error(slots[id], err);
-            slots[id].release();
             slots[id].prompt_clear();
         }
         prompt.drop(ids);
@@ -175,6 +197,9 @@ void finish_drex_window(drex_prompt & prompt, uint64_t n_kv) {
                 slot.prompt.tokens.push_back(slot.sampled);
             }
         }
+    }
+    if (n_prompt > 0 && drex->is_last()) {
+        t_decode_start = prompt.t_start; // tokens of prompts are counted here, the time of all their windows too
     }
     metrics_post_decode(0, batch.size(), true);
     verify_drex();

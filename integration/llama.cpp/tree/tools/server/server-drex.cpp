@@ -95,7 +95,11 @@ uint32_t server_drex::n_rows_max(const common_params & params) {
     return std::min(std::min(params.n_ubatch, params.n_batch), n_rows);
 }
 
-server_drex::server_drex(const common_params & params, llama_context * ctx, bool has_spec) : ctx(ctx) {
+uint32_t server_drex::n_outputs_max(const common_params & params) {
+    return std::min<uint32_t>(std::min(params.n_ubatch, params.n_batch), n_rows_max(params) + params.n_parallel);
+}
+
+server_drex::server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume) : ctx(ctx) {
     const auto & p     = params.drex;
     const auto * model = llama_get_model(ctx);
 
@@ -228,7 +232,7 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
         }
 
         if (!p.record.empty()) {
-            record.open(p.record);
+            record.open(p.record, is_resume ? std::ios::app : std::ios::out);
             if (!record) {
                 throw std::runtime_error("--drex-record " + p.record + ": " + strerror(errno));
             }
@@ -705,7 +709,7 @@ int32_t server_drex::run(llama_batch_ext * batch) {
     if (stream) {
         drex_replan(engine, 2000, nullptr); // below 0.1 ms, while the device works
     }
-    if (step.ramp == DREX_NO_RAMP || !stream) {
+    if (step.ramp == DREX_NO_RAMP || !stream || step.n_rows == 0) {
         llama_synchronize(ctx);
     }
 

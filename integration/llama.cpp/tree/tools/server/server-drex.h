@@ -22,14 +22,16 @@
 
 struct server_drex {
     // throws std::runtime_error with the reason when model, context or parameters do not allow early exit
-    server_drex(const common_params & params, llama_context * ctx, bool has_spec);
+    // is_resume: the server wakes from sleep, and the files that it has begun go on
+    server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume);
     ~server_drex();
 
     // warns where options have no effect
     static void say_off(const common_params & params);
 
-    // most rows of one window
-    static uint32_t n_rows_max(const common_params & params);
+    // most rows of requests in one window, and most outputs: beside these, the last rows of prompts
+    static uint32_t n_rows_max   (const common_params & params);
+    static uint32_t n_outputs_max(const common_params & params);
 
     server_drex(const server_drex &) = delete;
     server_drex & operator=(const server_drex &) = delete;
@@ -96,6 +98,9 @@ struct server_drex {
         std::fill(agreed.begin(), agreed.end(), 0);
     }
     void end_verify() { verifying = false; }
+
+    // once for each window whose prompt rows have passed the last layer
+    bool sends_progress(bool has_prompt) const { return has_prompt && !verifying; }
 
     // run the planned window over the batch, row i for rows()[i]; returns what llama_decode() returns
     int32_t run(llama_batch_ext * batch);
