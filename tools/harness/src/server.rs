@@ -122,7 +122,8 @@ impl Server {
         let start = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait()? {
-                let last = process::tail(&self.log, 12)?.join("\n  ");
+                // A wrong option is followed by its help.
+                let last = process::tail(&self.log, 32)?.join("\n  ");
                 bail!("the server ended at once ({status}); its last lines:\n  {last}");
             }
             let answer = self
