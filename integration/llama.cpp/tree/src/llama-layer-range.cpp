@@ -1025,11 +1025,6 @@ int32_t llama_layer_range_project(llama_context * ctx, llama_batch_ext * batch, 
     return ranges->decode(*batch, il_begin, ranges->n_layer, rows, true);
 }
 
-bool llama_layer_range_holds(const llama_context * ctx, int32_t row, llama_seq_id seq, llama_pos pos, int32_t il) {
-    const auto * ranges = llama_layer_ranges::get(ctx);
-    return ranges && ranges->holds_row(row, seq, pos, il);
-}
-
 void llama_layer_range_rollback(llama_context * ctx, llama_seq_id seq, llama_pos pos) {
     auto * ranges = llama_layer_ranges::get(ctx);
     if (ranges) {

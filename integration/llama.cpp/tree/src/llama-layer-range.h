@@ -54,9 +54,6 @@ LLAMA_API int32_t llama_layer_range_project(
         int32_t           il_begin,
         const int32_t   * rows);
 
-// true if arena row `row` holds the hidden row of (sequence, position) that enters layer il next
-LLAMA_API bool llama_layer_range_holds(const llama_context * ctx, int32_t row, llama_seq_id seq, llama_pos pos, int32_t il);
-
 // The sequence goes on at pos: its tokens from there on, which came through ranges and whose arena rows have not been used
 // since, are void. Their cells stay in the memory, for the next tokens at these positions in ranges that begin at layer 0, so
 // that the order of the sequence's cells remains that of its positions (the order in which attention adds up).

@@ -113,23 +113,6 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
 
     config.fill = fill_from_name("--drex-fill", p.fill);
 
-    auto non_negative = [](const char * option, double value) {
-        if (!(value >= 0.0 && value <= 1e12)) {
-            throw std::runtime_error(string_format("%s is %g, expected 0 or more", option, value));
-        }
-    };
-    non_negative("--drex-slots",       p.n_slots);
-    if (p.max_pending < 1) {
-        throw std::runtime_error(string_format("--drex-max-pending is %d, expected 1 or more", p.max_pending));
-    }
-    non_negative("--drex-graphs",      p.n_graphs);
-    non_negative("--drex-max-batch",   p.max_batch);
-    non_negative("--drex-flush-rows",  p.flush_rows);
-    non_negative("--drex-min-ready",   p.min_ready);
-    non_negative("--drex-max-hold-ms", p.max_hold_ms);
-    non_negative("--drex-deadline-ms", p.deadline_ms);
-    non_negative("--drex-request-deadline-ms", p.request_deadline_ms);
-
     // options that do not work with early exit yet
     if (params.embedding) {
         throw std::runtime_error("--embedding cannot be combined with early exit");
