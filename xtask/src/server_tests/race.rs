@@ -27,6 +27,7 @@ fn fair(suite: &Suite) -> Result<()> {
     let groups = report.groups();
     let loads: Vec<&str> = groups.iter().map(|g| g[0].traffic.as_str()).collect();
     ensure!(loads == ["16/8", "chat", "poisson-0.8"], "loads {loads:?}");
+    let mut exited = 0.0;
     for group in groups {
         let find = |name: &str| group.iter().find(|c| c.policy == name);
         let of = |name: &str| find(name).with_context(|| format!("no {name}"));
@@ -66,8 +67,11 @@ fn fair(suite: &Suite) -> Result<()> {
             stock.exits == 0.0 && off.exits == 0.0,
             "exits without early exit"
         );
-        ensure!(auto.exits > 0.0 && auto.involuntary_exits == 0, "{auto:?}");
+        ensure!(auto.involuntary_exits == 0, "{auto:?}");
+        exited += auto.exits;
     }
+    // When `auto` lets out its first row depends on measured times, not in which cell.
+    ensure!(exited > 0.0, "no row exits in any cell");
 
     // What was answered is what the text and the lengths give, computed here once more.
     let server = suite.start(&suite.reference, 1, &[])?;
