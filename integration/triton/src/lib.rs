@@ -11,6 +11,7 @@ pub mod exit;
 pub mod families;
 pub mod instance;
 pub mod llama;
+pub mod loader;
 pub mod metrics;
 pub mod model;
 pub mod request;

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use crate::engine::decoder::{Decoder, Device, Windows};
+use crate::loader;
 use crate::settings::Settings;
 use crate::triton::error::Failure;
 
@@ -113,9 +114,9 @@ pub fn load(folder: &Path) -> Result<(), Failure> {
     let failure = |error: String| Failure::internal(format!("{}: {error}", path.display()));
     // SAFETY: the library is ours and its version is compared before anything else is called.
     let functions = unsafe {
-        let library = libloading::Library::new(&path).map_err(|e| failure(e.to_string()))?;
+        let library = libloading::Library::new(&path).map_err(|e| failure(loader::reason(&e)))?;
         let library = std::mem::ManuallyDrop::new(library);
-        Functions::load(&library).map_err(|e| failure(e.to_string()))?
+        Functions::load(&library).map_err(|e| failure(loader::reason(&e)))?
     };
     // SAFETY: takes nothing.
     let version = unsafe { (functions.version)() };
