@@ -14,7 +14,7 @@ static double parse_number(const std::string & text, double low, double high) {
     errno = 0;
     const double value = std::strtod(text.c_str(), &end);
     if (text.empty() || isspace((unsigned char) text[0]) || end != text.c_str() + text.size() || errno == ERANGE || !(value >= low && value <= high)) {
-        throw std::invalid_argument("expected a number in [%g, %g], got \"%s\"", low, high, text.c_str()));
+        throw std::invalid_argument(string_format("expected a number in [%g, %g], got \"%s\"", low, high, text.c_str()));
     }
     return value;
 }
@@ -194,15 +194,15 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_ART_RATIO"));
     add(common_arg(
         {"--drex-graphs"}, "N",
-        string_format("most compute graphs that are kept, one for each layer window, number of rows and layout of their streams "
-            "(default: 4 for each slot, at least 128)",
+        "most compute graphs that are kept, one for each layer window, number of rows and layout of their streams "
+        "(default: 4 for each slot, at least 128)",
         [](common_params & params, const std::string & value) {
             params.drex.n_graphs = parse_integer(value, 1, n_max);
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_GRAPHS"));
     add(common_arg(
         {"--drex-graphs-mib"}, "N",
-        "most memory of these graphs in MiB; the least recently used ones go (default: 0 = a quarter of the model, 64 to 1024)",
+        "most memory of these graphs in MiB; the least recently used ones go (default: 0 = a quarter of the model, at least 64 and 2 for each slot, at most 1024)",
         [](common_params & params, const std::string & value) {
             params.drex.graphs_mib = parse_integer(value, 0, n_max);
         }
