@@ -194,15 +194,15 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_ART_RATIO"));
     add(common_arg(
         {"--drex-graphs"}, "N",
-        string_format("most compute graphs that are kept, one for each layer window, number of rows and layout of their streams "
-            "(default: %d)", drex.n_graphs),
+        "most compute graphs that are kept, one for each layer window, number of rows and layout of their streams "
+        "(default: 4 for each slot, at least 128)",
         [](common_params & params, const std::string & value) {
             params.drex.n_graphs = parse_integer(value, 1, n_max);
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_GRAPHS"));
     add(common_arg(
         {"--drex-graphs-mib"}, "N",
-        "most memory of these graphs in MiB; the least recently used ones go (default: 0 = a quarter of the model, 64 to 1024)",
+        "most memory of these graphs in MiB; the least recently used ones go (default: 0 = a quarter of the model, at least 64 and 2 for each slot, at most 1024)",
         [](common_params & params, const std::string & value) {
             params.drex.graphs_mib = parse_integer(value, 0, n_max);
         }
