@@ -38,7 +38,7 @@ pub const CPP17: Program = Program::new(
 );
 pub const SKELETON: Program = Program::new(
     "tests/consumers/skeleton.cpp",
-    "drex VERSION: 9 tokens at the ramp, 9 deep, all right, 0 holes, 0 requests left; seen",
+    "drex VERSION: 18 tokens at the ramp, all right, 0 holes, 0 requests left; seen",
 );
 pub const HOST: Program = Program {
     source: "examples/host.cpp",
