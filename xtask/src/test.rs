@@ -39,7 +39,7 @@ pub struct Options {
     #[arg(long, group = "part")]
     gpu_dry_run: bool,
     /// Only programs built against an installed drex: make, CMake, plain cc, static, Debian packages, sanitizers; and
-    /// cargo-c, which everything together leaves out: it is compiled first, for a quarter of an hour
+    /// cargo-c, which only this option tests, since compiling it takes a quarter of an hour
     #[arg(long, group = "part")]
     consumers: bool,
     /// Only the programs in examples/, built and run, and compared with llama.cpp
@@ -54,7 +54,7 @@ pub struct Options {
     /// Only the backend in Triton Inference Server, or those tests of it whose names contain a text
     #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "", group = "part")]
     triton: Option<String>,
-    /// With AIPerf too, which fetches 1.2 GB once
+    /// With --triton: run AIPerf too, which fetches 1.2 GB once
     #[arg(long, requires = "triton")]
     load: bool,
     /// Only the server tests whose names contain this
