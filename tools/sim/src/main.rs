@@ -146,9 +146,6 @@ struct Cli {
     /// auto starts from a profile whose cost per row is wrong by this factor (1: from nothing)
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     wrong_profile: f64,
-    /// auto: windows may pass ramps where their rows are unlikely to exit
-    #[arg(long)]
-    routing: bool,
     /// Tokens per run
     #[arg(long, default_value_t = 20_000)]
     tokens: u64,
@@ -240,7 +237,6 @@ fn run_grid(cli: &Cli) -> Result<()> {
         spread: cli.p_spread,
         drift: cli.p_drift,
         wrong: cli.wrong_profile,
-        routing: cli.routing,
         filling: filling(cli),
         prompt_share: cli.prompt_share.unwrap_or(0.0),
         pass_rows: cli.pass_rows,
@@ -434,7 +430,6 @@ fn base(cli: &Cli, profile: drex::core::profile::Profile, thresholds: Vec<f32>) 
         noise: cli.noise,
         outliers: cli.outliers,
         gap_ns: cli.gap_us * 1e3,
-        routing: cli.routing,
         filling: filling(cli),
     }
 }
