@@ -25,10 +25,10 @@ pub enum Bench {
     Scale(scale::Options),
     /// Write the figures of a report between the marks of a Markdown page
     Page {
-        /// report.json of `bench serve`
-        report: PathBuf,
-        /// The page, with the lines `<!-- figures begin -->` and `<!-- figures end -->`
-        page: PathBuf,
+        /// Every report.json of `bench serve`, the later one for loads that two have; then the page, with the lines
+        /// `<!-- figures begin -->` and `<!-- figures end -->`
+        #[arg(required = true, num_args = 2.., value_names = ["REPORT", "PAGE"])]
+        files: Vec<PathBuf>,
     },
 }
 
@@ -36,17 +36,25 @@ pub fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Serve(options) => serve::run(options),
         Bench::Scale(options) => scale::run(options),
-        Bench::Page { report, page } => fill_page(report, page),
+        Bench::Page { files } => {
+            let (page, reports) = files.split_last().context("no page is named")?;
+            fill_page(reports, page)
+        }
     }
 }
 
-fn fill_page(report: &Path, page: &Path) -> Result<()> {
+fn fill_page(reports: &[PathBuf], page: &Path) -> Result<()> {
     let read = |path: &Path| {
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
     };
-    let parsed: Report = serde_json::from_str(&read(report)?)
-        .with_context(|| format!("{}: not a report of `bench serve`", report.display()))?;
-    let text = race::splice(&read(page)?, &parsed.markdown())
+    let parsed = reports
+        .iter()
+        .map(|report| {
+            serde_json::from_str(&read(report)?)
+                .with_context(|| format!("{}: not a report of `bench serve`", report.display()))
+        })
+        .collect::<Result<Vec<Report>>>()?;
+    let text = race::splice(&read(page)?, &Report::joined(parsed)?.markdown())
         .with_context(|| page.display().to_string())?;
     fs::write(page, text).with_context(|| format!("cannot write {}", page.display()))
 }
