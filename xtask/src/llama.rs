@@ -19,7 +19,7 @@ use drex_harness::server::Program;
 use crate::{
     cache::{self, Cache, Key, Lock, copy_if_different, files},
     cargo, fetch, process,
-    tools::Tools,
+    tools::{CMAKE_ARGS, Tools},
 };
 
 /// Raised when what a runtime folder holds changes, so that folders of older xtasks are not taken for it.
@@ -724,7 +724,12 @@ impl Work<'_> {
             command
                 .arg(joined("-DCMAKE_MAKE_PROGRAM=", &self.tools.ninja))
                 .args(FLAGS)
-                .args(extra);
+                .args(extra)
+                .args(
+                    std::env::var(CMAKE_ARGS)
+                        .unwrap_or_default()
+                        .split_whitespace(),
+                );
             command.arg(if patched {
                 "-DLLAMA_DREX=ON"
             } else {

@@ -8,6 +8,7 @@ mod cache;
 mod cargo;
 mod consumers;
 mod demo;
+mod deploy;
 mod examples;
 mod fetch;
 mod gguf;

@@ -25,11 +25,11 @@ const PROMETHEUS: Package = Package {
     wide: "prometheus-client>=0.9",
 };
 
-struct Package {
-    name: &'static str,
-    module: &'static str,
-    pinned: &'static str,
-    wide: &'static str,
+pub struct Package {
+    pub name: &'static str,
+    pub module: &'static str,
+    pub pinned: &'static str,
+    pub wide: &'static str,
 }
 
 /// Runs them all and returns how many there were.
@@ -83,7 +83,7 @@ fn counted(command: &mut Command) -> Result<u32> {
 }
 
 /// Where a package is; nothing where Python has it already.
-fn package(cache: &Cache, python: &Python, package: &Package) -> Result<Option<PathBuf>> {
+pub fn package(cache: &Cache, python: &Python, package: &Package) -> Result<Option<PathBuf>> {
     let name = package.name;
     let import = format!("import {}", package.module);
     let has = |path: Option<&PathBuf>| {

@@ -15,7 +15,7 @@ use crate::{
     Source, book, cache,
     cache::Cache,
     cargo::cargo,
-    consumers, examples, kernels,
+    consumers, deploy, examples, kernels,
     llama::{Kind, Llama},
     observe, python,
     server_tests::{self, Suite},
@@ -49,6 +49,9 @@ pub struct Options {
     /// Only the Python package
     #[arg(long, group = "part")]
     python: bool,
+    /// Only the files for containers and clusters in packaging/deploy
+    #[arg(long, group = "part")]
+    deploy: bool,
     /// Only the backend in Triton Inference Server, or those tests of it whose names contain a text
     #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "", group = "part")]
     triton: Option<String>,
@@ -74,6 +77,7 @@ impl Options {
             || self.examples
             || self.observe
             || self.python
+            || self.deploy
             || self.triton.is_some()
     }
 
@@ -155,6 +159,13 @@ pub fn run(options: &Options) -> Result<bool> {
     }
     if all || options.python {
         python_tests(&mut count);
+    }
+    if all || options.deploy {
+        println!("== deployment");
+        for (name, test) in deploy::TESTS {
+            let start = Instant::now();
+            count.one(name, test(), start);
+        }
     }
     if long || options.triton.is_some() {
         triton(options, &mut count);

@@ -14,7 +14,8 @@ use serde_json::json;
 
 use crate::{
     Source,
-    cache::Cache,
+    cache::{self, Cache},
+    gguf,
     llama::{Kind, Llama, Runtime},
     server_tests::prompt,
 };
@@ -22,6 +23,9 @@ use server::Triton;
 
 #[derive(Args)]
 pub struct Options {
+    /// A GGUF model with exit layers, instead of the bundled one
+    #[arg(short, long, value_name = "GGUF", conflicts_with_all = ["load", "install"])]
+    model: Option<PathBuf>,
     /// Keep the server running after the first requests
     #[arg(long)]
     stay: bool,
@@ -36,7 +40,8 @@ pub struct Options {
         long,
         default_value_t = 0,
         hide_default_value = true,
-        value_name = "PORT"
+        value_name = "PORT",
+        value_parser = clap::value_parser!(u16).range(0..=65533)
     )]
     port: u16,
     /// Measure with AIPerf instead: the unpatched llama-server, and Triton without early exit and with it (fetches 1.2 GB
@@ -68,7 +73,32 @@ pub struct Options {
 /// Tokens of each answer.
 const TOKENS: usize = 32;
 
+/// The model, by what it says of itself. Checked before anything is built.
+fn model(options: &Options) -> Result<PathBuf> {
+    let path = match &options.model {
+        Some(path) => std::path::absolute(path)?,
+        None => cache::bundled_model()?,
+    };
+    let about = gguf::about(&path)?;
+    ensure!(
+        about.exits,
+        "{} is {}: the backend serves models that were trained for early exit",
+        path.display(),
+        about.text
+    );
+    if !options.json {
+        println!("Model: {}\n       {}", about.text, path.display());
+        if options.model.is_none() {
+            println!(
+                "       It goes on with a text as that documentation would. It answers no questions."
+            );
+        }
+    }
+    Ok(path)
+}
+
 pub fn run(options: &Options) -> Result<()> {
+    let model = model(options)?;
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let runtime = llama.ensure_one(Kind::Patched)?;
@@ -85,13 +115,14 @@ pub fn run(options: &Options) -> Result<()> {
         let reference = llama.ensure_one(Kind::Reference)?;
         return measure(&cache, &installed, &reference, options);
     }
-    let repository = installed.repository(&[("slots", "64"), ("context", "512")])?;
+    let repository = installed.repository_of(&model, &[("slots", "64"), ("context", "512")])?;
     let server = Triton::start(&installed, repository, options.port, &[])?;
     if !options.json {
         println!(
-            "Triton serves at http://{}, model {}",
+            "Triton serves at http://{}, model {}; its log is {}",
             server.http.addr,
-            setup::MODEL
+            setup::MODEL,
+            server.log().display()
         );
     }
     let requests: Vec<_> = (0..options.streams as usize)

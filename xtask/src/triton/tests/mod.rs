@@ -4,9 +4,13 @@
 mod bad_input;
 mod clients;
 mod equal;
+mod figures;
+mod formats;
 mod leaving;
 mod lifecycle;
 mod memory;
+mod queue;
+mod refusals;
 mod statistics;
 mod versions;
 
@@ -57,6 +61,10 @@ fn all() -> Vec<Test> {
         bad_input::TESTS,
         leaving::TESTS,
         statistics::TESTS,
+        queue::TESTS,
+        formats::TESTS,
+        refusals::TESTS,
+        figures::TESTS,
         versions::TESTS,
         memory::TESTS,
     ]
