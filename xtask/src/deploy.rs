@@ -183,9 +183,8 @@ fn dockerfiles() -> Result<()> {
                     // An image by its name alone: where it comes from is for who builds.
                     ensure!(
                         !value
-                            .split('/')
-                            .next()
-                            .is_some_and(|host| host.contains('.')),
+                            .split_once('/')
+                            .is_some_and(|(host, _)| host.contains('.')),
                         "{name}: {rest}"
                     );
                     known.insert(format!("${{{argument}}}"));

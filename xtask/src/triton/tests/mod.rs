@@ -4,6 +4,7 @@
 mod bad_input;
 mod clients;
 mod equal;
+mod examples;
 mod figures;
 mod formats;
 mod leaving;
@@ -65,6 +66,7 @@ fn all() -> Vec<Test> {
         formats::TESTS,
         refusals::TESTS,
         figures::TESTS,
+        examples::TESTS,
         versions::TESTS,
         memory::TESTS,
     ]
