@@ -13,13 +13,13 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use super::links::{Checked, external};
-use crate::cache;
+use drex_build::cache;
 
 /// Made from the header; only the book has it.
 const REFERENCE: &str = "docs/reference";
 
 /// Where to look for Markdown, besides the checkout's own folder.
-const FOLDERS: [&str; 9] = [
+const FOLDERS: [&str; 10] = [
     "benches",
     "bindings",
     "demo",
@@ -28,6 +28,7 @@ const FOLDERS: [&str; 9] = [
     "integration",
     "kernels",
     "models",
+    "tests",
     "tools",
 ];
 
