@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::checks::Program;
+use crate::programs::Program;
 use crate::{
     cache::{self, Cache, repo},
     install::{self, Built},
@@ -130,7 +130,7 @@ impl Kit {
         let mut command = self.command(words.next().context("no program")?);
         command.args(words).args(program.args).current_dir(repo());
         let text = self.succeed(command.env("LD_LIBRARY_PATH", self.lib()))?;
-        let says = program.says(self);
+        let says = program.says(&self.version);
         ensure!(
             text.contains(&says),
             "{} says \"{}\"; expected \"{says}...\"",

@@ -5,6 +5,7 @@
 
 mod checks;
 mod kit;
+mod programs;
 
 use std::process::ExitCode;
 

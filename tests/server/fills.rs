@@ -100,7 +100,7 @@ fn mixed(suite: &Suite) -> Result<()> {
 }
 
 /// After all is done, the arena is as free as at the start.
-fn nothing_left(client: Client, idle: &crate::client::Metrics) -> Result<()> {
+fn nothing_left(client: Client, idle: &crate::metrics::Metrics) -> Result<()> {
     let metrics = client.metrics()?;
     for (name, expect) in [
         ("drex_pending_rows", Some(0.0)),

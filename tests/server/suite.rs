@@ -38,6 +38,7 @@ use drex_harness::{
     client::{self, Client},
     gguf,
     load::{self, Generation},
+    metrics,
     prompts::prompt,
     score,
     server::{self, Server},

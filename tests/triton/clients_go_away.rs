@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Bench, PARAMETERS, Test, clients::single, quiet, request, requests, whole};
 use crate::{
-    client::Metrics,
+    metrics::Metrics,
     prompt,
     triton::{server::Triton, setup::MODEL},
 };

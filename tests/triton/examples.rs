@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 
 use super::{Bench, Test, quiet};
-use crate::{cache, client::Metrics, process, prompt, triton::server::Triton};
+use crate::{cache, metrics::Metrics, process, prompt, triton::server::Triton};
 
 pub const TESTS: &[Test] = &[(
     "the examples: several models, an ensemble, shared memory",

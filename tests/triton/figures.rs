@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 
 use super::{Bench, Test, quiet, request, requests, whole};
-use crate::client::Metrics;
+use crate::metrics::Metrics;
 
 pub const TESTS: &[Test] = &[(
     "times of requests, and how they ended, are at /metrics",

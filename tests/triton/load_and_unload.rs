@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{Bench, PARAMETERS, Test, parameters, quiet, requests, whole};
 use crate::{
     cache,
-    client::Metrics,
+    metrics::Metrics,
     triton::{
         server::{Start, Triton},
         setup::{self, MODEL},

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Bench, By, Test, parameters, quiet, refused, requests, whole};
 use crate::{
-    client::Metrics,
+    metrics::Metrics,
     triton::{server::Triton, setup::MODEL},
 };
 

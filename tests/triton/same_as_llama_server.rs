@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Bench, Test, one_final, quiet};
 use crate::{
-    EXACT_ARGS as EXACT, cache, client::Metrics, prompt, score, server::Server,
+    EXACT_ARGS as EXACT, cache, metrics::Metrics, prompt, score, server::Server,
     triton::server::Triton,
 };
 

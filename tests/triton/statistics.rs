@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Bench, By, PARAMETERS, Test, refused, request, requests, whole};
 use crate::{
-    client::Metrics,
+    metrics::Metrics,
     triton::{server::Triton, setup::MODEL},
 };
 

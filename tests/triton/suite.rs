@@ -26,8 +26,8 @@ use drex_build::{
     process, tools,
 };
 use drex_harness::{
-    client::{self, Metrics},
     http,
+    metrics::{self, Metrics},
     prompts::prompt,
     score, server,
     suite::{self, Choice},

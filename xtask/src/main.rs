@@ -18,7 +18,7 @@ use drex_build::{
     cache::Cache,
     install, kernels,
     llama::{Kind, Llama},
-    process, serve,
+    patches, process, serve,
 };
 
 #[derive(Parser)]
@@ -108,6 +108,8 @@ enum Cmd {
     Install(install::Options),
     /// Build the Debian packages libdrex0 and libdrex-dev
     Deb(install::deb::Options),
+    /// Count the upstream lines that the patches touch, or apply them to another llama.cpp
+    Patches(patches::Options),
     /// Run Triton Inference Server with the drex backend on the bundled model, and stream from it
     #[command(disable_help_flag = true)]
     Triton(Forwarded),
@@ -159,6 +161,7 @@ fn run(command: Cmd) -> Result<ExitCode> {
         Cmd::Kernels(options) => return kernels::run(&options).map(well),
         Cmd::Install(options) => install::run(&options),
         Cmd::Deb(options) => install::deb::run(&options),
+        Cmd::Patches(options) => return patches::run(&options).map(well),
         Cmd::Triton(to) => sim::tool("drex-triton-server", to.args),
         Cmd::Test(options) => return test::run(&options).map(well),
     }?;

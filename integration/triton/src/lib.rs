@@ -13,6 +13,7 @@ pub mod instance;
 pub mod intake;
 pub mod llama;
 pub mod load;
+pub mod loader;
 pub mod metrics;
 pub mod model;
 pub mod registry;

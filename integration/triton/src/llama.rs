@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::engine::decoder::{Decoder, Device, LayerKv, Row, SamplerParams, Windows};
 use crate::families::Graphs;
+use crate::loader;
 use crate::settings::Settings;
 use crate::triton::error::Failure;
 
@@ -88,9 +89,9 @@ pub fn load(folder: &Path) -> Result<(), Failure> {
     let failure = |error: String| Failure::internal(format!("{}: {error}", path.display()));
     // SAFETY: the library is ours and its version is compared before anything else is called.
     let functions = unsafe {
-        let library = libloading::Library::new(&path).map_err(|e| failure(e.to_string()))?;
+        let library = libloading::Library::new(&path).map_err(|e| failure(loader::reason(&e)))?;
         let library = std::mem::ManuallyDrop::new(library);
-        Functions::load(&library).map_err(|e| failure(e.to_string()))?
+        Functions::load(&library).map_err(|e| failure(loader::reason(&e)))?
     };
     // SAFETY: takes nothing.
     let version = unsafe { (functions.version)() };

@@ -6,7 +6,8 @@ use std::{collections::BTreeSet, fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{SMOKE, guide, libraries};
+use super::{guide, libraries};
+use crate::programs::SMOKE;
 use crate::{cache, install, kit::Kit};
 
 fn xtask(args: &[&str]) -> Result<Command> {

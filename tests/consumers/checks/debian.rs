@@ -11,7 +11,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::{CPP17, SMOKE, guide, libraries};
+use super::{guide, libraries};
+use crate::programs::{CPP17, SMOKE};
 use crate::{
     cache::{self, repo},
     install::{self, symbols},
@@ -151,7 +152,10 @@ fn use_it(kit: &Kit, root: &Path, lib: &Path) -> Result<()> {
     ] {
         kit.count(1, 0, 0);
         let text = kit.succeed(kit.command(dir.join(name)).env("LD_LIBRARY_PATH", lib))?;
-        ensure!(text.starts_with(&program.says(kit)), "{name}: {text}");
+        ensure!(
+            text.starts_with(&program.says(&kit.version)),
+            "{name}: {text}"
+        );
         kit.count(0, 1, 0);
     }
     Ok(())

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::{CPP17, MINIMAL, SKELETON, SMOKE};
+use crate::programs::{CPP17, HOST, MINIMAL, SKELETON, SMOKE};
 use crate::{
     cache::{self, repo},
     install,
@@ -63,7 +63,7 @@ pub fn follow_with(
         .lines()
         .filter(|l| l.split(' ').any(|word| word.starts_with("./")))
         .count();
-    let (c, cpp) = (SMOKE.says(kit), CPP17.says(kit));
+    let (c, cpp) = (SMOKE.says(&kit.version), CPP17.says(&kit.version));
     let spoken = text
         .lines()
         .filter(|l| l.starts_with(&c) || l.starts_with(&cpp))
@@ -152,7 +152,7 @@ fn head(source: &str) -> Result<String> {
 }
 
 pub fn examples(kit: &Kit) -> Result<()> {
-    let minimal = MINIMAL.says(kit);
+    let minimal = MINIMAL.says(&kit.version);
     let host = "48 tokens, ";
     for (whose, script, words) in [
         (
@@ -162,8 +162,8 @@ pub fn examples(kit: &Kit) -> Result<()> {
         ),
         (MINIMAL.source, head(MINIMAL.source)?, &[minimal.as_str()]),
         (
-            super::HOST.source,
-            head(super::HOST.source)?,
+            HOST.source,
+            head(HOST.source)?,
             &["96 tokens, ", "request 1: 48 tokens"],
         ),
     ] {

@@ -10,7 +10,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::{SMOKE, guide};
+use super::guide;
+use crate::programs::SMOKE;
 use crate::{
     cache::Cache,
     cargo,
@@ -162,7 +163,7 @@ pub fn cargo_c(kit: &Kit) -> Result<()> {
     // A program that was built against the other one runs with this.
     let exe = kit.compile("gcc", &["-std=c99"], SMOKE)?;
     let text = kit.succeed(kit.command(exe).env("LD_LIBRARY_PATH", &lib))?;
-    ensure!(text.starts_with(&SMOKE.says(kit)), "{text}");
+    ensure!(text.starts_with(&SMOKE.says(&kit.version)), "{text}");
     kit.count(0, 1, 0);
 
     let dest = kit.scratch("cargo-c-dest")?;

@@ -7,8 +7,8 @@ use std::{collections::BTreeMap, fs};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{BAD, CPP11, CPP17, HOST, MINIMAL, OBSERVE, Program, SMOKE};
 use crate::kit::Kit;
+use crate::programs::{BAD, CPP11, CPP17, HOST, MINIMAL, OBSERVE, Program, SMOKE};
 
 const COMPILERS: [(&str, &str); 2] = [("gcc", "g++"), ("clang", "clang++")];
 

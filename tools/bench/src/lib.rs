@@ -9,10 +9,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, bail};
-use clap::Subcommand;
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Command, FromArgMatches, Subcommand};
 use drex_build::cache;
 use drex_harness::race::{self, Report};
+use serde::Serialize;
 
 #[derive(Subcommand)]
 pub enum Bench {
@@ -61,6 +62,36 @@ fn out_dir(name: &Path) -> Result<PathBuf> {
     };
     write().with_context(|| format!("--out {}: cannot write there", name.display()))?;
     Ok(dir)
+}
+
+/// As many threads as this machine has cores, at the most.
+fn known_threads(threads: usize) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    ensure!(
+        (1..=cores).contains(&threads),
+        "--threads {threads}: there are {cores} cores"
+    );
+    Ok(())
+}
+
+/// Options from a line as it would be typed.
+fn parsed<T: Args + FromArgMatches>(line: &str) -> Result<T> {
+    let command = T::augment_args(Command::new("bench").no_binary_name(true));
+    let matches = command.try_get_matches_from(line.split_whitespace())?;
+    Ok(T::from_arg_matches(&matches)?)
+}
+
+/// Leaves report.json in a folder, and prints the table; with `json` on stderr, and the report as one line on stdout.
+fn show(out: &Path, json: bool, table: &str, report: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(report)? + "\n";
+    fs::write(out.join("report.json"), text)?;
+    if json {
+        eprint!("{table}");
+        println!("{}", serde_json::to_string(report)?);
+    } else {
+        print!("{table}");
+    }
+    Ok(())
 }
 
 /// The command as it was typed, for the report.

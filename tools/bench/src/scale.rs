@@ -14,11 +14,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::{Args, Parser, ValueEnum};
+use clap::{Args, ValueEnum};
 use drex_harness::stats::{median, ratio_interval};
 use serde_json::{Value, json};
 
-use crate::{command_line, out_dir, today, unique};
+use crate::{command_line, known_threads, out_dir, parsed, show, today, unique};
 use drex_build::{
     Source,
     cache::{self, Cache},
@@ -152,12 +152,7 @@ fn checked(options: &Options) -> Result<()> {
             "--exit-layer {layer}: the model has {layers} layers"
         );
     }
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads(options);
-    ensure!(
-        (1..=cores).contains(&threads),
-        "--threads {threads}: there are {cores} cores"
-    );
+    known_threads(threads(options))?;
     Ok(())
 }
 
@@ -313,27 +308,15 @@ pub fn run(options: &Options) -> Result<()> {
     let model = model(&cache.path("models"), options.size)?;
     machine::warn_if_busy();
     let report = measure(options, &program, &model, &out)?;
-    let text = serde_json::to_string_pretty(&report)? + "\n";
-    fs::write(out.join("report.json"), text)?;
-    if options.json {
-        eprint!("{}", table(&report));
-        println!("{report}");
-    } else {
-        print!("{}", table(&report));
-    }
+    show(&out, options.json, &table(&report), &report)?;
     ensure!(report["ok"] == true, "a check of drex-serve failed");
     Ok(())
 }
 
 /// The whole with a tiny model in a folder: its report, whose figures mean nothing.
 pub fn small(runtime: &Runtime, folder: &Path) -> Result<Value> {
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-    let line = "small --size tiny --rounds 2 --tokens 12 --threads 1";
-    let options = Line::try_parse_from(line.split(' '))?.options;
+    let line = "--size tiny --rounds 2 --tokens 12 --threads 1";
+    let options: Options = parsed(line)?;
     checked(&options)?;
     let cache = Cache::open()?;
     let program = program(&Llama::open(&cache, None)?, runtime)?;
@@ -444,12 +427,6 @@ fn table(report: &Value) -> String {
 mod tests {
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
     #[test]
     fn what_cannot_be_is_refused_by_name() {
         for (args, says) in [
@@ -478,10 +455,7 @@ mod tests {
             ("--tokens 3", "3 is not in 4..=512"),
             ("--size 3b", "invalid value '3b'"),
         ] {
-            let line = Line::try_parse_from(["x"].into_iter().chain(args.split_whitespace()));
-            let result = line
-                .map_err(anyhow::Error::from)
-                .and_then(|line| checked(&line.options));
+            let result = parsed(args).and_then(|options| checked(&options));
             let error = format!("{:#}", result.expect_err(args));
             assert!(error.contains(says), "{args}: {error}");
         }

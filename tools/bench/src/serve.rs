@@ -8,13 +8,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::{Args, Parser};
+use clap::Args;
 use drex_harness::{
     race::{About, Contender, LAYOUTS, Race},
     traffic::{self, Traffic},
 };
 
-use crate::{command_line, out_dir, today, unique};
+use crate::{command_line, known_threads, out_dir, parsed, show, today, unique};
 use drex_build::{
     Source,
     cache::{self, Cache},
@@ -138,12 +138,7 @@ fn plan(options: &Options) -> Result<Plan> {
         "--threshold {}: not a confidence",
         options.threshold
     );
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    ensure!(
-        (1..=cores).contains(&options.threads),
-        "--threads {}: there are {cores} cores",
-        options.threads
-    );
+    known_threads(options.threads)?;
     let slice = options
         .slice
         .unwrap_or(if options.quick { 1.2 } else { 3.0 });
@@ -288,15 +283,9 @@ fn race(options: &Options, reference: &Path, patched: &Path) -> Result<Race> {
 
 /// A race whose figures mean nothing, in seconds.
 pub fn small(reference: &Path, patched: &Path) -> Result<Race> {
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
     let line =
-        "small --traffic 16/8,chat,poisson-0.8 --concurrency 2 --rounds 2 --slice 0.05 --threads 1";
-    let line = Line::try_parse_from(line.split(' '))?;
-    race(&line.options, reference, patched)
+        "--traffic 16/8,chat,poisson-0.8 --concurrency 2 --rounds 2 --slice 0.05 --threads 1";
+    race(&parsed(line)?, reference, patched)
 }
 
 pub fn run(options: &Options) -> Result<()> {
@@ -309,17 +298,10 @@ pub fn run(options: &Options) -> Result<()> {
     let _machine = cache.lock_machine()?;
     machine::warn_if_busy();
     let report = race.run()?;
-    fs::write(
-        out.join("report.json"),
-        serde_json::to_string_pretty(&report)? + "\n",
-    )?;
     fs::write(out.join("report.html"), report.html())?;
     fs::write(out.join("report.md"), report.markdown())?;
-    if options.json {
-        eprint!("{}", report.table());
-        println!("{}", serde_json::to_string(&report)?);
-    } else {
-        print!("{}", report.table());
+    show(&out, options.json, &report.table(), &report)?;
+    if !options.json {
         println!("\nreport: {}", out.join("report.html").display());
     }
     Ok(())
@@ -329,15 +311,8 @@ pub fn run(options: &Options) -> Result<()> {
 mod tests {
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-
     fn options(args: &str) -> Result<Options> {
-        let line = Line::try_parse_from(["x"].into_iter().chain(args.split_whitespace()))?;
-        Ok(line.options)
+        parsed(args)
     }
 
     fn refused(args: &str) -> String {

@@ -9,6 +9,7 @@ pub mod fetch;
 pub mod install;
 pub mod kernels;
 pub mod llama;
+pub mod patches;
 pub mod process;
 pub mod serve;
 pub mod tools;

@@ -292,6 +292,20 @@ impl<'a> Llama<'a> {
         Ok(archive)
     }
 
+    /// Compiles the user's source with staged files in the place of its own, on after errors. Returns the log, and
+    /// whether all of it was built.
+    pub(crate) fn compile_anyway(&self, stage: &Path) -> Result<(PathBuf, Result<()>)> {
+        let library = cargo::build_library()?;
+        let lock = self.cache.lock()?;
+        let work = self.prepare(&lock)?;
+        work.install_drex(&library)?;
+        let overlay = files(stage, &|_| false)?.into_iter().collect();
+        work.write_tree(stage, &overlay)?;
+        let build = work.build_dir("build");
+        let built = work.build(&build, Kind::Patched, &[], "llama-server", "port", true);
+        Ok((self.cache.log("llama-port")?, built))
+    }
+
     /// Compiles our own programs for a runtime: `tools/*.cpp` for an unpatched one, `tests/*.cpp` for a patched one.
     pub fn tools(&self, runtime: &Runtime) -> Result<Vec<PathBuf>> {
         let (folder, prefix) = if runtime.kind.is_patched() {
@@ -392,16 +406,16 @@ fn patch_dir() -> PathBuf {
 }
 
 /// Files of our own, in folders that mirror where they go.
-fn added_dir() -> PathBuf {
+pub(crate) fn added_dir() -> PathBuf {
     cache::repo().join("integration/llama.cpp/tree")
 }
 
-fn added() -> Result<Vec<PathBuf>> {
+pub(crate) fn added() -> Result<Vec<PathBuf>> {
     files(&added_dir(), &|_| false)
 }
 
 /// In the order of their names, which is the order that they apply in.
-fn patches() -> Result<Vec<PathBuf>> {
+pub(crate) fn patches() -> Result<Vec<PathBuf>> {
     let dir = patch_dir();
     if !dir.is_dir() {
         return Ok(Vec::new());
@@ -530,18 +544,20 @@ impl Work<'_> {
         Ok(Runtime { kind, dir })
     }
 
+    /// The library and its headers, for the work tree's build.
+    fn install_drex(&self, library: &Path) -> Result<()> {
+        let include = self.drex().join("include");
+        mirror(&cache::repo().join("include"), &include, &|_| false)?;
+        install_library(library, &self.drex().join("lib"))
+    }
+
     fn make(&self, kind: Kind, library: Option<&Path>, dir: &Path) -> Result<()> {
         self.set_tree(kind)?;
         if let Some(library) = library {
-            mirror(
-                &cache::repo().join("include"),
-                &self.drex().join("include"),
-                &|_| false,
-            )?;
-            install_library(library, &self.drex().join("lib"))?;
+            self.install_drex(library)?;
         }
         let build = self.build_dir("build");
-        self.build(&build, kind, &[], "llama-server", kind.name())?;
+        self.build(&build, kind, &[], "llama-server", kind.name(), false)?;
 
         let temp = self.cache.temp_dir()?;
         let run = temp.path().join("run");
@@ -632,6 +648,7 @@ impl Work<'_> {
             &EXACT_FLAGS,
             EXACT_TARGET,
             "exact libggml-cpu",
+            false,
         )?;
         let temp = self.cache.temp_dir()?;
         let bin = build.join("bin");
@@ -674,6 +691,12 @@ impl Work<'_> {
                 overlay.insert(path);
             }
         }
+        self.write_tree(&stage, &overlay)
+    }
+
+    /// Makes the work tree the pristine one, but for the files of the overlay, of which it has those that are staged.
+    fn write_tree(&self, stage: &Path, overlay: &BTreeSet<PathBuf>) -> Result<()> {
+        let pristine = self.pristine();
         let tree = self.tree();
         fs::create_dir_all(&tree)?;
         let mut wanted: BTreeSet<_> = files(&pristine, &|p| overlay.contains(p))?
@@ -682,7 +705,7 @@ impl Work<'_> {
         for path in &wanted {
             copy_if_different(&pristine.join(path), &tree.join(path))?;
         }
-        for path in files(&stage, &|_| false)? {
+        for path in files(stage, &|_| false)? {
             copy_if_different(&stage.join(&path), &tree.join(&path))?;
             wanted.insert(path);
         }
@@ -701,6 +724,7 @@ impl Work<'_> {
         extra: &[&str],
         target: &str,
         what: &str,
+        after_errors: bool,
     ) -> Result<()> {
         let log = self
             .cache
@@ -769,6 +793,7 @@ impl Work<'_> {
             .arg("-j")
             .arg(jobs.to_string())
             .arg(target)
+            .args(after_errors.then_some(["-k", "0"]).into_iter().flatten())
             .env_remove("NINJA_STATUS");
         environment(&mut command);
         process::logged(

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The report's plots: plain SVG, coloured by the page's style so that they follow its light and dark modes.
+//! The report's plots, coloured by the page's style so that they follow its light and dark modes.
 
-use std::fmt::Write;
+use drex_svg::{Anchor, Axis, Picture};
 
-use super::{
-    OFF, REFERENCE, base,
-    report::{Cell, escape},
+use crate::{
+    cells::Cell,
+    options::{OFF, REFERENCE, base},
 };
 
 /// The class that carries a policy's colour.
@@ -23,168 +23,140 @@ pub fn class(policy: &str) -> &'static str {
     }
 }
 
-/// Throughput ratio over concurrency, a line per policy. The concurrencies are spaced evenly: they are powers of two.
-pub fn ratio(cells: &[&Cell], policies: &[&str]) -> String {
-    let (width, height, left, right, top, bottom) = (860.0, 330.0, 44.0, 90.0, 14.0, 44.0);
+fn levels(cells: &[&Cell]) -> Vec<u16> {
     let mut levels: Vec<u16> = cells.iter().map(|c| c.concurrency).collect();
     levels.sort_unstable();
     levels.dedup();
-    let ratios: Vec<f64> = cells.iter().map(|c| c.ratio).collect();
-    let high = ratios.iter().copied().fold(1.1, f64::max);
-    let low = ratios.iter().copied().fold(0.9, f64::min);
-    let step = if high - low > 2.0 {
-        0.5
-    } else if high - low > 0.8 {
-        0.2
-    } else {
-        0.1
-    };
-    let (low, high) = ((low / step).floor() * step, (high / step).ceil() * step);
-    let x = |level: u16| {
-        let index = levels.iter().position(|l| *l == level).unwrap_or(0) as f64;
-        let room = width - left - right;
-        if levels.len() < 2 {
-            left + room / 2.0
-        } else {
-            left + 20.0 + index * (room - 40.0) / (levels.len() - 1) as f64
-        }
-    };
-    let y = |ratio: f64| top + (high - ratio) / (high - low) * (height - top - bottom);
+    levels
+}
 
-    let mut out = format!(
-        "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"Throughput ratio by requests in flight\">"
-    );
+/// Throughput ratio over concurrency, a line per policy. The concurrencies are spaced evenly: they are powers of two.
+pub fn ratio(cells: &[&Cell], policies: &[&str]) -> String {
+    let (width, height, left, right, top, bottom) = (860.0, 330.0, 44.0, 90.0, 14.0, 44.0);
+    let levels = levels(cells);
+    let ((low, high), step) = Axis::round(cells.iter().map(|c| c.ratio), (0.9, 1.1));
+    let y = Axis::linear((low, high), (height - bottom, top));
+    let last = levels.len().saturating_sub(1).max(1) as f64;
+    let across = Axis::linear((0.0, last), (left + 20.0, width - right - 20.0));
+    let x = |level: u16| match levels.iter().position(|l| *l == level) {
+        _ if levels.len() < 2 => (left + width - right) / 2.0,
+        index => across.at(index.unwrap_or(0) as f64),
+    };
+
+    let mut out = Picture::in_page(width, height, "Throughput ratio by requests in flight");
     for i in 0..=((high - low) / step).round() as u32 {
         let value = low + f64::from(i) * step;
-        let at = y(value);
-        let _ = write!(
-            out,
-            "<line class=\"grid\" x1=\"{left}\" x2=\"{x2}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>\
-             <text x=\"{tx}\" y=\"{ty:.1}\" text-anchor=\"end\">{value:.1}</text>",
-            x2 = width - right,
-            tx = left - 8.0,
-            ty = at + 4.0
+        let at = y.at(value);
+        out.line("grid", (left, at), (width - right, at));
+        out.text(
+            "",
+            (left - 8.0, at + 4.0),
+            Anchor::End,
+            format!("{value:.1}"),
         );
     }
-    let one = y(1.0);
-    let _ = write!(
-        out,
-        "<line class=\"axis\" x1=\"{left}\" x2=\"{}\" y1=\"{one:.1}\" y2=\"{one:.1}\"/>",
-        width - right
-    );
+    let one = y.at(1.0);
+    out.line("axis", (left, one), (width - right, one));
     for level in &levels {
-        let _ = write!(
-            out,
-            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{level}</text>",
-            x(*level),
-            height - bottom + 20.0
+        out.text(
+            "",
+            (x(*level), height - bottom + 20.0),
+            Anchor::Middle,
+            level,
         );
     }
-    let _ = write!(
-        out,
-        "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">requests in flight</text>",
-        (left + width - right) / 2.0,
-        height - 6.0
+    let middle = (left + width - right) / 2.0;
+    out.text(
+        "",
+        (middle, height - 6.0),
+        Anchor::Middle,
+        "requests in flight",
     );
-    // Names at the lines' ends, moved apart where they would lie on each other.
-    let mut labels: Vec<(f64, &str)> = Vec::new();
+    let mut names = Vec::new();
     for policy in policies {
-        let mut points: Vec<(&Cell, f64)> = cells
-            .iter()
-            .filter(|c| c.policy == *policy)
-            .map(|c| (*c, c.ratio))
-            .collect();
-        points.sort_by_key(|(cell, _)| cell.concurrency);
-        let Some((_, last)) = points.last() else {
+        let mut points: Vec<&&Cell> = cells.iter().filter(|c| c.policy == *policy).collect();
+        points.sort_by_key(|cell| cell.concurrency);
+        let Some(last) = points.last() else {
             continue;
         };
-        labels.push((y(*last), policy));
-        let line: Vec<_> = points
-            .iter()
-            .map(|(c, r)| format!("{:.1},{:.1}", x(c.concurrency), y(*r)))
-            .collect();
-        let _ = write!(
-            out,
-            "<polyline class=\"trace {}\" points=\"{}\"/>",
-            class(policy),
-            line.join(" ")
-        );
-        for (cell, ratio) in points {
+        names.push((y.at(last.ratio), (*policy).to_owned()));
+        let place = |cell: &Cell| (x(cell.concurrency), y.at(cell.ratio));
+        let class = class(policy);
+        out.trace(&format!("trace {class}"), points.iter().map(|c| place(c)));
+        for cell in points {
             let rounds: Vec<_> = cell
                 .ratio_rounds
                 .iter()
                 .map(|r| format!("{r:.2}"))
                 .collect();
-            let _ = write!(
-                out,
-                "<circle class=\"dot hit fill {}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\"><title>{} at {} in flight: {ratio:.2}x \
-                 (rounds {}), {:.0} tokens/s</title></circle>",
-                class(policy),
-                x(cell.concurrency),
-                y(ratio),
-                escape(policy),
+            let title = format!(
+                "{policy} at {} in flight: {:.2}x (rounds {}), {:.0} tokens/s",
                 cell.concurrency,
+                cell.ratio,
                 rounds.join(", "),
                 cell.tokens_per_s
             );
+            out.group("hit", &title, |out| {
+                out.dot(&format!("dot fill {class}"), place(cell), 5.0);
+            });
         }
     }
-    labels.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut above = f64::NEG_INFINITY;
-    for (at, policy) in labels {
-        above = at.max(above + 15.0);
-        let _ = write!(
-            out,
-            "<text class=\"strong\" x=\"{}\" y=\"{:.1}\">{}</text>",
-            width - right + 6.0,
-            above + 4.0,
-            escape(policy)
-        );
-    }
-    out + "</svg>"
+    out.names("strong", width - right + 6.0, names);
+    out.finish()
 }
 
 /// A panel per concurrency: for each policy the median in front of the 99th percentile.
 pub fn time_between_tokens(cells: &[&Cell]) -> String {
-    let mut levels: Vec<u16> = cells.iter().map(|c| c.concurrency).collect();
-    levels.sort_unstable();
-    levels.dedup();
-    let mut out = String::new();
-    for level in levels {
+    let panel = |level: u16| {
         let here: Vec<_> = cells.iter().filter(|c| c.concurrency == level).collect();
         let (row, left, right) = (30.0, 4.0, 176.0);
         let height = 26.0 + row * here.len() as f64;
-        let max = here
+        let most = here
             .iter()
             .map(|c| c.tbt_ms.1.max(c.tbt_ms.0))
             .fold(1e-6, f64::max);
-        let _ = write!(
-            out,
-            "<svg viewBox=\"0 0 230 {height}\" role=\"img\" aria-label=\"Time between tokens at {level} in flight\">\
-             <text class=\"strong\" x=\"{left}\" y=\"13\">{level} in flight</text>"
+        let x = Axis::linear((0.0, most), (left, right));
+        let mut out = Picture::in_page(
+            230.0,
+            height,
+            &format!("Time between tokens at {level} in flight"),
         );
+        let title = format!("{level} in flight");
+        out.text("strong", (left, 13.0), Anchor::Start, title);
         for (i, cell) in here.iter().enumerate() {
             let top = 24.0 + row * i as f64;
             let (p50, p99) = cell.tbt_ms;
-            let wide = |value: f64| (value / max * (right - left)).max(1.5);
-            let _ = write!(
-                out,
-                "<g class=\"hit\"><title>{policy} at {level} in flight: p50 {p50:.2} ms, p99 {p99:.2} ms</title>\
-                 <rect class=\"fill pale {class}\" x=\"{left}\" y=\"{top}\" width=\"{w99:.1}\" height=\"20\" rx=\"3\"/>\
-                 <rect class=\"fill {class}\" x=\"{left}\" y=\"{inner}\" width=\"{w50:.1}\" height=\"10\" rx=\"2\"/>\
-                 <text x=\"{tx:.1}\" y=\"{ty}\">{p50:.1} / {p99:.1}</text></g>",
-                policy = escape(&cell.policy),
-                class = class(&cell.policy),
-                w99 = wide(p99),
-                w50 = wide(p50),
-                inner = top + 5.0,
-                tx = left + wide(p99.max(p50)) + 5.0,
-                ty = top + 14.0
+            let wide = |value: f64| (x.at(value) - left).max(1.5);
+            let class = class(&cell.policy);
+            let title = format!(
+                "{} at {level} in flight: p50 {p50:.2} ms, p99 {p99:.2} ms",
+                cell.policy
             );
+            out.group("hit", &title, |out| {
+                out.bar(
+                    &format!("fill pale {class}"),
+                    (left, top),
+                    (wide(p99), 20.0),
+                    3.0,
+                );
+                out.bar(
+                    &format!("fill {class}"),
+                    (left, top + 5.0),
+                    (wide(p50), 10.0),
+                    2.0,
+                );
+                let end = left + wide(p99.max(p50)) + 5.0;
+                out.text(
+                    "",
+                    (end, top + 14.0),
+                    Anchor::Start,
+                    format!("{p50:.1} / {p99:.1}"),
+                );
+            });
         }
-        out.push_str("</svg>");
-    }
-    out
+        out.finish()
+    };
+    levels(cells).into_iter().map(panel).collect()
 }
 
 /// A stacked bar per policy and concurrency. The ramps get the tones of one colour, the earliest the strongest.
@@ -208,64 +180,46 @@ pub fn exit_share(cells: &[&Cell], policies: &[&str]) -> String {
             )
         })
         .collect();
-    let (left, right, row) = (110.0, 790.0, 20.0);
-    let mut body = String::new();
+    // Policies with their bars.
+    let shown: Vec<(&str, Vec<&&Cell>)> = policies
+        .iter()
+        .map(|policy| {
+            let exits = |c: &&&Cell| c.policy == *policy && !c.exit_share.is_empty();
+            (*policy, cells.iter().filter(exits).collect())
+        })
+        .filter(|(_, bars): &(_, Vec<_>)| !bars.is_empty())
+        .collect();
+    let (left, right, row, gap) = (110.0, 790.0, 20.0, 12.0);
+    let bars: usize = shown.iter().map(|(_, bars)| bars.len()).sum();
+    let height = 4.0 + row * bars as f64 + gap * shown.len() as f64;
+    let mut out = Picture::in_page(860.0, height, "Share of tokens by exit ramp");
     let mut top = 4.0;
-    for policy in policies {
-        let here: Vec<_> = cells
-            .iter()
-            .filter(|c| c.policy == *policy && !c.exit_share.is_empty())
-            .collect();
-        if here.is_empty() {
-            continue;
-        }
-        let _ = write!(
-            body,
-            "<text class=\"strong\" x=\"0\" y=\"{}\">{}</text>",
-            top + 13.0,
-            escape(policy)
-        );
-        for cell in here {
-            let _ = write!(
-                body,
-                "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>\
-                 <line class=\"grid\" x1=\"{left}\" x2=\"{right}\" y1=\"{mid}\" y2=\"{mid}\"/>",
-                left - 8.0,
-                top + 13.0,
-                cell.concurrency,
-                mid = top + 8.0
-            );
+    for (policy, bars) in shown {
+        out.text("strong", (0.0, top + 13.0), Anchor::Start, policy);
+        for cell in bars {
+            out.text("", (left - 8.0, top + 13.0), Anchor::End, cell.concurrency);
+            out.line("grid", (left, top + 8.0), (right, top + 8.0));
             let mut x = left;
             for (layer, share) in &cell.exit_share {
                 let wide = share * (right - left);
-                let _ = write!(
-                    body,
-                    "<rect class=\"hit ramp{}\" x=\"{:.1}\" y=\"{top}\" width=\"{:.1}\" height=\"16\" rx=\"2\"><title>{} at {} in \
-                     flight: {:.1} % after layer {layer}</title></rect>",
-                    tone(layer),
-                    x,
-                    // A gap between the tones, where there is room for one.
-                    (wide - 2.0).max(wide.min(0.5)),
-                    escape(policy),
+                let title = format!(
+                    "{policy} at {} in flight: {:.1} % after layer {layer}",
                     cell.concurrency,
                     share * 100.0
                 );
+                out.group("hit", &title, |out| {
+                    // A gap between the tones, where there is room for one.
+                    let wide = (wide - 2.0).max(wide.min(0.5));
+                    out.bar(&format!("ramp{}", tone(layer)), (x, top), (wide, 16.0), 2.0);
+                });
                 x += wide;
             }
             let total: f64 = cell.exit_share.values().sum();
-            let _ = write!(
-                body,
-                "<text x=\"{:.1}\" y=\"{}\">{:.0} %</text>",
-                x + 6.0,
-                top + 13.0,
-                total * 100.0
-            );
+            let share = format!("{:.0} %", total * 100.0);
+            out.text("", (x + 6.0, top + 13.0), Anchor::Start, share);
             top += row;
         }
-        top += 12.0;
+        top += gap;
     }
-    format!(
-        "<div class=\"legend\">{legend}</div><svg viewBox=\"0 0 860 {top}\" role=\"img\" aria-label=\"Share of tokens by exit \
-         ramp\">{body}</svg>"
-    )
+    format!("<div class=\"legend\">{legend}</div>{}", out.finish())
 }

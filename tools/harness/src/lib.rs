@@ -8,6 +8,7 @@ pub mod gguf;
 pub mod http;
 pub mod load;
 pub mod machine;
+pub mod metrics;
 pub mod prompts;
 pub mod race;
 pub mod score;

@@ -15,7 +15,7 @@ use drex_build::{
     llama::Runtime,
     process,
 };
-use drex_harness::{client::Metrics, prompts::prompt, race::order, server::Server, stats::median};
+use drex_harness::{metrics::Metrics, prompts::prompt, race::order, server::Server, stats::median};
 use serde_json::{Value, json};
 
 use crate::{

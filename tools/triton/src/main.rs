@@ -12,7 +12,7 @@ use drex_build::{
     llama::{Kind, Llama, Runtime},
     process,
 };
-use drex_harness::{client::Metrics, gguf, prompts::prompt};
+use drex_harness::{gguf, metrics::Metrics, prompts::prompt};
 use drex_triton_server::{load, server::Triton, setup};
 use serde_json::json;
 
@@ -145,13 +145,14 @@ fn run(options: &Options) -> Result<()> {
         .map(|a| a["tokens"].as_array().map_or(0, Vec::len))
         .collect();
     let tokens: usize = lengths.iter().sum();
-    let names = Triton::drex_names(&metrics);
+    let found = Metrics::parse(&metrics);
+    let names = found.names("drex_");
     let errors: Vec<_> = answers
         .iter()
         .flat_map(|a| a["errors"].as_array())
         .flatten()
         .collect();
-    let value = |name: &str| Metrics::parse(&metrics).get(name);
+    let value = |name: &str| found.get(name);
     if options.json {
         println!(
             "{}",

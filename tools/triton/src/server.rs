@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use drex_build::{cache, process};
-use drex_harness::client::{Client, Metrics};
+use drex_harness::{client::Client, metrics::Metrics};
 use serde_json::{Value, json};
 
 use crate::setup::{Installed, MODEL};
@@ -237,18 +237,6 @@ impl Triton {
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
-    }
-
-    /// The names of drex's metrics.
-    pub fn drex_names(metrics: &str) -> Vec<String> {
-        let mut names: Vec<String> = metrics
-            .lines()
-            .filter(|line| line.starts_with("drex_"))
-            .filter_map(|line| line.split(['{', ' ']).next())
-            .map(str::to_owned)
-            .collect();
-        names.dedup();
-        names
     }
 
     pub fn is_running(&mut self) -> bool {
