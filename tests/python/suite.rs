@@ -2,18 +2,14 @@
 
 //! Tests of `bindings/python`: with Python's standard library alone, and with numpy.
 
-use std::{
-    path::PathBuf,
-    process::{Command, ExitCode},
-};
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use drex_build::{
     cache::{self, Cache},
     cargo,
-    fetch::Python,
-    process,
+    fetch::{Package, Python, package},
 };
 use drex_harness::suite::{self, Choice};
 
@@ -50,13 +46,6 @@ const PROMETHEUS: Package = Package {
     pinned: "prometheus-client==0.23.1",
     wide: "prometheus-client>=0.9",
 };
-
-struct Package {
-    name: &'static str,
-    module: &'static str,
-    pinned: &'static str,
-    wide: &'static str,
-}
 
 /// Runs them all and returns how many there were.
 fn test() -> Result<usize> {
@@ -106,64 +95,4 @@ fn counted(command: &mut Command) -> Result<usize> {
         "tests are missing: {said}"
     );
     Ok(ran)
-}
-
-/// Where a package is; nothing where Python has it already.
-fn package(cache: &Cache, python: &Python, package: &Package) -> Result<Option<PathBuf>> {
-    let name = package.name;
-    let import = format!("import {}", package.module);
-    let has = |path: Option<&PathBuf>| {
-        let mut command = python.command();
-        command.args(["-c", &import]);
-        if let Some(path) = path {
-            command.env("PYTHONPATH", path);
-        }
-        process::output(&mut command).is_ok()
-    };
-    if has(None) {
-        return Ok(None);
-    }
-    // An extension module is made for one version of Python.
-    let version = process::output(
-        python
-            .command()
-            .args(["-c", "import sys; print(sys.implementation.cache_tag)"]),
-    )?;
-    let dir = cache.path(format!("{name}-{version}"));
-    if has(Some(&dir)) {
-        return Ok(Some(dir));
-    }
-    let lock = cache.lock()?;
-    let log = cache.log(name)?;
-    let temp = cache.temp_dir()?;
-    let install = |requirement: &str, target: &str| {
-        let mut command = python.pip();
-        command
-            .args([
-                "install",
-                "--only-binary",
-                ":all:",
-                "--progress-bar",
-                "off",
-                "--target",
-            ])
-            .arg(temp.path().join(target))
-            .arg(requirement);
-        process::logged(&mut command, &format!("installing {name}"), &log, false)
-    };
-    let mut target = "pinned";
-    if install(package.pinned, target).is_err() {
-        target = "wide";
-        install(package.wide, target).with_context(|| {
-            format!("cannot install {name} with pip; install it yourself (Debian, Ubuntu: apt-get install python3-{name})")
-        })?;
-    }
-    temp.publish(target, &dir)?;
-    drop(lock);
-    ensure!(
-        has(Some(&dir)),
-        "{name} was installed with pip but cannot be imported from {}",
-        dir.display()
-    );
-    Ok(Some(dir))
 }

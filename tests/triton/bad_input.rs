@@ -206,7 +206,10 @@ fn wrong_messages() -> Vec<(Value, Value, By, &'static str)> {
         ),
     ];
     let parameters = [
-        (json!({"tempreature": 1.5}), "unknown name tempreature"),
+        (
+            json!({"tempreature": 1.5}),
+            "parameter tempreature is an unknown name",
+        ),
         (json!({"max_tokens": "many"}), "max_tokens is \"many\""),
         (json!({"max_tokens": -1}), "max_tokens is -1"),
         (json!({"temperature": true}), "temperature is true"),
@@ -273,7 +276,6 @@ fn configurations(bench: &Bench) -> Result<()> {
             "slots is 256 and context is 16777216",
         ),
         ("", &[("model_file", "no.gguf")], "no.gguf"),
-        ("max_batch_size: 8\n", &[], "max_batch_size"),
         (
             "input { name: \"prompt\" data_type: TYPE_STRING dims: [1] }\n",
             &[],

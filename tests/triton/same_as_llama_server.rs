@@ -124,7 +124,6 @@ pub fn expected(bench: &Bench, fill: &'static str) -> Result<Vec<Value>> {
         "0",
         "-fa",
         "on",
-        "--kv-unified",
         "--no-webui",
     ];
     // Verified output is that of a model without early exit.

@@ -48,9 +48,10 @@ fn counts(bench: &Bench) -> Result<()> {
             .as_u64()
             .with_context(|| format!("no {of}.{what} in {stats}"))
     };
+    // What is wrong with a request is no failure of the backend.
     ensure!(
-        number("success", "count")? == 12 && number("fail", "count")? == 5,
-        "12 succeeded and 5 failed: {stats}"
+        number("success", "count")? == 12 && number("fail", "count")? == 0,
+        "12 succeeded and none failed: {stats}"
     );
     for part in ["queue", "compute_infer"] {
         ensure!(
@@ -66,7 +67,7 @@ fn counts(bench: &Bench) -> Result<()> {
     let metrics = Metrics::parse(&server.metrics()?);
     for (name, wanted) in [
         ("nv_inference_request_success", 12.0),
-        ("nv_inference_request_failure", 5.0),
+        ("nv_inference_request_failure", 0.0),
         ("nv_inference_count", 12.0),
     ] {
         let got = metrics.get(name);

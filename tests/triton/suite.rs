@@ -5,8 +5,13 @@ mod backend_api_versions;
 mod bad_input;
 mod clients;
 mod clients_go_away;
+mod examples;
+mod figures;
+mod formats;
 mod load_and_unload;
 mod memory;
+mod queue;
+mod refusals;
 mod same_as_llama_server;
 mod statistics;
 
@@ -74,6 +79,11 @@ fn all() -> Vec<Test> {
         bad_input::TESTS,
         clients_go_away::TESTS,
         statistics::TESTS,
+        queue::TESTS,
+        formats::TESTS,
+        refusals::TESTS,
+        figures::TESTS,
+        examples::TESTS,
         backend_api_versions::TESTS,
         memory::TESTS,
     ]

@@ -51,6 +51,9 @@ pub struct Options {
     /// Only the Python package
     #[arg(long, group = "part")]
     python: bool,
+    /// Only the files for containers and clusters in packaging/deploy
+    #[arg(long, group = "part")]
+    deploy: bool,
     /// Only the backend in Triton Inference Server, or those tests of it whose names contain a text
     #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "", group = "part")]
     triton: Option<String>,
@@ -76,6 +79,7 @@ impl Options {
             || self.examples
             || self.observe
             || self.python
+            || self.deploy
             || self.triton.is_some()
     }
 
@@ -179,6 +183,9 @@ pub fn run(options: &Options) -> Result<bool> {
     }
     if all || options.python {
         suite(&mut count, "python", &[]);
+    }
+    if all || options.deploy {
+        suite(&mut count, "deploy", &[]);
     }
     if long || options.triton.is_some() {
         let mut args = source.clone();

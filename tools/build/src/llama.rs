@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     cache::{self, Cache, Key, Lock, copy_if_different, files},
     cargo, fetch, process,
-    tools::Tools,
+    tools::{CMAKE_ARGS, Tools},
 };
 
 /// Raised when what a runtime folder holds changes, so that folders of older xtasks are not taken for it.
@@ -749,7 +749,12 @@ impl Work<'_> {
             command
                 .arg(joined("-DCMAKE_MAKE_PROGRAM=", &self.tools.ninja))
                 .args(FLAGS)
-                .args(extra);
+                .args(extra)
+                .args(
+                    std::env::var(CMAKE_ARGS)
+                        .unwrap_or_default()
+                        .split_whitespace(),
+                );
             command.arg(if patched {
                 "-DLLAMA_DREX=ON"
             } else {

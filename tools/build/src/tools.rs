@@ -66,6 +66,9 @@ fn compiler() -> Result<PathBuf> {
     found.context("no C++ compiler on PATH (Debian, Ubuntu: apt-get install g++); CXX can name one")
 }
 
+/// More arguments for llama.cpp's configuration, such as -DGGML_NATIVE=OFF for a build that other processors run.
+pub const CMAKE_ARGS: &str = "DREX_CMAKE_ARGS";
+
 /// The builds use -march=native, so that a cache that moves to another processor must not be believed.
 fn fingerprint(cxx: &Path) -> Result<String> {
     let version = process::output(Command::new(cxx).arg("--version"))?;
@@ -78,6 +81,10 @@ fn fingerprint(cxx: &Path) -> Result<String> {
     let env_flags = ["CFLAGS", "CXXFLAGS", "LDFLAGS"]
         .map(|name| env::var(name).unwrap_or_default())
         .join("|");
+    let env_flags = match env::var(CMAKE_ARGS) {
+        Ok(more) => format!("{env_flags}|{more}"),
+        Err(_) => env_flags,
+    };
     Ok(Key::default()
         .with(version.lines().next().unwrap_or_default())
         .with(flags)

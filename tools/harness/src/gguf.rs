@@ -78,6 +78,53 @@ fn layer_of(name: &str) -> Option<u32> {
     name.strip_prefix("blk.")?.split('.').next()?.parse().ok()
 }
 
+/// What the metadata of a model says in a line, and whether it has exit layers.
+pub struct About {
+    pub text: String,
+    pub exits: bool,
+}
+
+/// Reads the metadata alone.
+pub fn about(path: &Path) -> Result<About> {
+    let data = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    described(&data).with_context(|| path.display().to_string())
+}
+
+fn described(data: &[u8]) -> Result<About> {
+    let mut r = Reader { data, at: 0 };
+    ensure!(r.take(4)? == b"GGUF", "not a GGUF file");
+    r.take(4 + 8)?;
+    let (mut name, mut description, mut architecture) = ("a model without a name", "", "");
+    let (mut layers, mut exits) = (0, Vec::new());
+    for _ in 0..r.u64()? {
+        let key = r.string()?;
+        let kind = r.u32()?;
+        match (key, kind) {
+            ("general.name", 8) => name = r.string()?,
+            ("general.description", 8) => description = r.string()?,
+            ("general.architecture", 8) => architecture = r.string()?,
+            (key, 4) if key.ends_with(".block_count") => layers = r.u32()?,
+            (key, 9) if key.ends_with(".early_exit.layers") => {
+                let kind = r.u32()?;
+                ensure!(matches!(kind, 4 | 5), "{key} has items of type {kind}");
+                for _ in 0..r.u64()? {
+                    exits.push(r.u32()?);
+                }
+            }
+            _ => r.skip_value(kind)?,
+        }
+    }
+    let colon = if description.is_empty() { "" } else { ": " };
+    let leaves = match exits[..] {
+        [] => "no exit layers".to_owned(),
+        _ => format!("exits after layers {exits:?}"),
+    };
+    Ok(About {
+        text: format!("{name}{colon}{description} ({architecture}, {layers} layers, {leaves})"),
+        exits: !exits.is_empty(),
+    })
+}
+
 /// Writes `input`, changed by `edit`, to `output`.
 pub fn rewrite(input: &Path, output: &Path, edit: &Edit) -> Result<()> {
     let data = fs::read(input).with_context(|| format!("reading {}", input.display()))?;
@@ -175,6 +222,17 @@ fn edited(data: &[u8], edit: &Edit) -> Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_bundled_model_is_described() {
+        let about = about(&drex_build::cache::bundled_model().unwrap()).unwrap();
+        assert!(about.exits);
+        assert_eq!(
+            about.text,
+            "drex-ee-rustdoc-7m: early-exit Llama trained on the Rust documentation (llama, 16 layers, exits after layers [4, 8, 12])"
+        );
+        assert!(described(b"GGUF and nothing more").is_err());
+    }
 
     fn string(s: &str) -> Vec<u8> {
         [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat()

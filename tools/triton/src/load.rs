@@ -305,8 +305,7 @@ pub fn run(
                 let idle = server.metrics_with("drex_requests_running", |n| n == 0.0)?;
                 let metrics = Metrics::parse(&idle);
                 let of = |name: &str| metrics.get(name).unwrap_or(0.0);
-                found
-                    .push(of("drex_window_seconds_total") / of("drex_tokens_total").max(1.0) * 1e3);
+                found.push(of("drex_window_seconds_sum") / of("drex_tokens_total").max(1.0) * 1e3);
                 figures[at].push(found);
                 exits[at] = of("drex_exits_total") / of("drex_tokens_total").max(1.0);
                 ensure!(

@@ -7,12 +7,12 @@ use anyhow::{Result, ensure};
 use clap::Parser;
 use drex_build::{
     Source,
-    cache::Cache,
+    cache::{self, Cache},
     cargo,
     llama::{Kind, Llama, Runtime},
     process,
 };
-use drex_harness::{metrics::Metrics, prompts::prompt};
+use drex_harness::{gguf, metrics::Metrics, prompts::prompt};
 use drex_triton_server::{load, server::Triton, setup};
 use serde_json::json;
 
@@ -20,6 +20,9 @@ use serde_json::json;
 #[derive(Parser)]
 #[command(name = "cargo xtask triton", bin_name = "cargo xtask triton")]
 struct Options {
+    /// A GGUF model with exit layers, instead of the bundled one
+    #[arg(short, long, value_name = "GGUF", conflicts_with_all = ["load", "install"])]
+    model: Option<PathBuf>,
     /// Keep the server running after the first requests
     #[arg(long)]
     stay: bool,
@@ -34,7 +37,8 @@ struct Options {
         long,
         default_value_t = 0,
         hide_default_value = true,
-        value_name = "PORT"
+        value_name = "PORT",
+        value_parser = clap::value_parser!(u16).range(0..=65533)
     )]
     port: u16,
     /// Measure with AIPerf instead: the unpatched llama-server, and Triton without early exit and with it (fetches 1.2 GB
@@ -66,11 +70,36 @@ struct Options {
 /// Tokens of each answer.
 const TOKENS: usize = 32;
 
+/// The model, by what it says of itself. Checked before anything is built.
+fn model(options: &Options) -> Result<PathBuf> {
+    let path = match &options.model {
+        Some(path) => std::path::absolute(path)?,
+        None => cache::bundled_model()?,
+    };
+    let about = gguf::about(&path)?;
+    ensure!(
+        about.exits,
+        "{} is {}: the backend serves models that were trained for early exit",
+        path.display(),
+        about.text
+    );
+    if !options.json {
+        println!("Model: {}\n       {}", about.text, path.display());
+        if options.model.is_none() {
+            println!(
+                "       It goes on with a text as that documentation would. It answers no questions."
+            );
+        }
+    }
+    Ok(path)
+}
+
 fn main() -> ExitCode {
     process::main(|| run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Result<()> {
+    let model = model(options)?;
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let runtime = llama.ensure_one(Kind::Patched)?;
@@ -87,13 +116,14 @@ fn run(options: &Options) -> Result<()> {
         let reference = llama.ensure_one(Kind::Reference)?;
         return measure(&cache, &installed, &reference, options);
     }
-    let repository = installed.repository(&[("slots", "64"), ("context", "512")])?;
+    let repository = installed.repository_of(&model, &[("slots", "64"), ("context", "512")])?;
     let server = Triton::start(&installed, repository, options.port, &[])?;
     if !options.json {
         println!(
-            "Triton serves at http://{}, model {}",
+            "Triton serves at http://{}, model {}; its log is {}",
             server.http.addr,
-            setup::MODEL
+            setup::MODEL,
+            server.log().display()
         );
     }
     let requests: Vec<_> = (0..options.streams as usize)

@@ -75,7 +75,11 @@ impl Triton {
             [port(0)?, port(1)?, port(2)?]
         };
         let addr = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let log = start.repository.join("../server.log");
+        let folder = start
+            .repository
+            .parent()
+            .context("a repository has a folder")?;
+        let log = folder.join("server.log");
         let file = File::options().create(true).append(true).open(&log)?;
         let mut command = Command::new(&installed.server);
         command
@@ -148,6 +152,10 @@ impl Triton {
 
     pub fn last_words(&self) -> Result<String> {
         Ok(process::tail(&self.log, 200)?.join("\n"))
+    }
+
+    pub fn log(&self) -> &Path {
+        &self.log
     }
 
     pub fn pid(&self) -> u32 {

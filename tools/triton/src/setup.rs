@@ -44,6 +44,11 @@ const CLIENT: Wheel = Wheel {
 };
 pub const MODEL: &str = "early_exit";
 
+/// What names the server among packages.
+pub fn server_pins() -> [&'static str; 2] {
+    [SERVER.requirement, SERVER.sha256]
+}
+
 /// Everything that it takes to start a server.
 pub struct Installed {
     pub server: PathBuf,
@@ -72,8 +77,10 @@ pub fn install(cache: &Cache, runtime: &Runtime) -> Result<Installed> {
     let server = server(cache, &python)?;
     let client = client(cache, &python)?;
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    let dir = target_dir()?.join(format!(
-        "xtask-triton/{}-{}",
+    let folder = target_dir()?.join("xtask-triton");
+    sweep(&folder)?;
+    let dir = folder.join(format!(
+        "{}-{}",
         std::process::id(),
         COUNT.fetch_add(1, Ordering::Relaxed)
     ));
@@ -89,6 +96,19 @@ pub fn install(cache: &Cache, runtime: &Runtime) -> Result<Installed> {
         dir,
         count: AtomicU32::new(0),
     })
+}
+
+/// Removes what processes left that were ended before they could: their numbers are no process any more.
+fn sweep(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).into_iter().flatten() {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let pid = name.split('-').next().unwrap_or_default();
+        if pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists() {
+            cache::remove(&path)?;
+        }
+    }
+    Ok(())
 }
 
 impl Wheel {
@@ -263,9 +283,14 @@ impl Installed {
 
     /// A new repository with the bundled model; `parameters` are those of config.pbtxt.
     pub fn repository(&self, parameters: &[(&str, &str)]) -> Result<PathBuf> {
+        self.repository_of(&cache::bundled_model()?, parameters)
+    }
+
+    /// The same with another model.
+    pub fn repository_of(&self, file: &Path, parameters: &[(&str, &str)]) -> Result<PathBuf> {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         let dir = self.dir.0.join(format!("models-{count}"));
-        self.model(&dir, MODEL, "", parameters)?;
+        self.model_of(file, &dir, MODEL, "", parameters)?;
         Ok(dir)
     }
 
@@ -277,11 +302,22 @@ impl Installed {
         more: &str,
         parameters: &[(&str, &str)],
     ) -> Result<()> {
+        self.model_of(&cache::bundled_model()?, repository, name, more, parameters)
+    }
+
+    fn model_of(
+        &self,
+        model: &Path,
+        repository: &Path,
+        name: &str,
+        more: &str,
+        parameters: &[(&str, &str)],
+    ) -> Result<()> {
         let version = repository.join(name).join("1");
         fs::create_dir_all(&version)?;
         let file = version.join("model.gguf");
         if !file.exists() {
-            std::os::unix::fs::symlink(cache::bundled_model()?, file)?;
+            std::os::unix::fs::symlink(model, file)?;
         }
         let mut text = format!("backend: \"drex\"\n{more}");
         for (name, value) in parameters {
@@ -291,5 +327,26 @@ impl Installed {
         }
         fs::write(repository.join(name).join("config.pbtxt"), text)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_processes_that_are_gone_are_removed() {
+        let temp = cache::TempDir::unlocked("triton-sweep").unwrap();
+        let mut child = Command::new("true").spawn().unwrap();
+        let gone = temp.path().join(format!("{}-0", child.id()));
+        child.wait().unwrap();
+        let own = temp.path().join(format!("{}-0", std::process::id()));
+        let other = temp.path().join("notes");
+        for dir in [&gone, &own, &other] {
+            fs::create_dir_all(dir.join("models")).unwrap();
+        }
+        sweep(temp.path()).unwrap();
+        assert!(!gone.exists() && own.exists() && other.exists());
+        sweep(&temp.path().join("nowhere")).unwrap();
     }
 }
