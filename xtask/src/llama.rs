@@ -44,6 +44,10 @@ const FLAGS: [&str; 10] = [
 const EXACT_FLAGS: [&str; 2] = ["-DGGML_LLAMAFILE=OFF", "-DGGML_CPU_REPACK=OFF"];
 const EXACT_TARGET: &str = "ggml-cpu";
 
+/// The RPC backend, which libggml knows of if it is built with it. Built beside the exact libggml-cpu, which libggml needs.
+const RPC_FLAG: &str = "-DGGML_RPC=ON";
+const RPC_SERVER: &str = "ggml-rpc-server";
+
 /// What a build of the libraries and the server does not read.
 const UNPACKED: [&str; 20] = [
     ".git",
@@ -76,6 +80,8 @@ pub enum Kind {
     Patched,
     ReferenceExact,
     PatchedExact,
+    /// The patched exact build with the RPC backend and a server for it.
+    PatchedRpc,
 }
 
 impl Kind {
@@ -85,15 +91,19 @@ impl Kind {
             Kind::Patched => "patched",
             Kind::ReferenceExact => "reference-exact",
             Kind::PatchedExact => "patched-exact",
+            Kind::PatchedRpc => "patched-rpc",
         }
     }
 
     pub fn is_patched(self) -> bool {
-        matches!(self, Kind::Patched | Kind::PatchedExact)
+        matches!(self, Kind::Patched | Kind::PatchedExact | Kind::PatchedRpc)
     }
 
     pub fn is_exact(self) -> bool {
-        matches!(self, Kind::ReferenceExact | Kind::PatchedExact)
+        matches!(
+            self,
+            Kind::ReferenceExact | Kind::PatchedExact | Kind::PatchedRpc
+        )
     }
 
     /// The build that this one is made from.
@@ -116,6 +126,11 @@ pub struct Runtime {
 impl Runtime {
     pub fn server(&self) -> PathBuf {
         self.dir.join("llama-server")
+    }
+
+    /// A build with the RPC backend has one.
+    pub fn rpc_server(&self) -> PathBuf {
+        self.dir.join(RPC_SERVER)
     }
 }
 
@@ -182,6 +197,7 @@ impl<'a> Llama<'a> {
             Kind::ReferenceExact,
             Kind::Patched,
             Kind::PatchedExact,
+            Kind::PatchedRpc,
         ];
         let mut made = Vec::new();
         for kind in order.into_iter().filter(|k| kinds.contains(k)) {
@@ -506,6 +522,9 @@ impl Work<'_> {
                 key = key.add(flag);
             }
         }
+        if kind == Kind::PatchedRpc {
+            key = key.add(RPC_FLAG);
+        }
         Ok(key.short())
     }
 
@@ -513,7 +532,10 @@ impl Work<'_> {
         let key = self.build_key(kind)?;
         let dir = self.dir.join("run").join(format!("{}-{key}", kind.name()));
         if !dir.is_dir() {
-            if kind.is_exact() {
+            if kind == Kind::PatchedRpc {
+                let base = self.runtime(Kind::PatchedExact, library)?;
+                self.make_rpc(&base, &dir)?;
+            } else if kind.is_exact() {
                 let base = self.runtime(kind.base(), library)?;
                 self.make_exact(kind, &base, &dir)?;
             } else {
@@ -593,6 +615,36 @@ impl Work<'_> {
         }
         if replaced == 0 {
             bail!("the exact build made no library");
+        }
+        temp.publish("run", dir)
+    }
+
+    fn make_rpc(&self, base: &Runtime, dir: &Path) -> Result<()> {
+        self.set_tree(Kind::Patched)?;
+        let build = self.build_dir("build-exact");
+        let flags = [&EXACT_FLAGS[..], &[RPC_FLAG]].concat();
+        self.build(&build, Kind::PatchedRpc, &flags, RPC_SERVER, "RPC backend")?;
+        let temp = self.cache.temp_dir()?;
+        let run = temp.path().join("run");
+        let skip = |p: &Path| {
+            let name = p.to_string_lossy();
+            !(name == "llama-server" || name.contains(".so"))
+        };
+        for name in files(&base.dir, &skip)? {
+            copy_if_different(&base.dir.join(&name), &run.join(&name))?;
+        }
+        let bin = build.join("bin");
+        for name in files(&bin, &|_| false)? {
+            let text = name.to_string_lossy();
+            if text == RPC_SERVER
+                || text.starts_with("libggml.so")
+                || text.starts_with("libggml-rpc.so")
+            {
+                copy_if_different(&bin.join(&name), &run.join(&name))?;
+            }
+        }
+        if !run.join(RPC_SERVER).is_file() {
+            bail!("the build made no {RPC_SERVER}");
         }
         temp.publish("run", dir)
     }
@@ -781,6 +833,7 @@ impl Work<'_> {
             Kind::Patched,
             Kind::ReferenceExact,
             Kind::PatchedExact,
+            Kind::PatchedRpc,
         ] {
             let mut found = Vec::new();
             for entry in fs::read_dir(&run)? {

@@ -2,12 +2,14 @@
 //!
 //! Needs Rust, a C++ compiler and Python 3; everything else is fetched into a cache folder outside of the clone.
 
+mod architectures;
 mod bench;
 mod book;
 mod cache;
 mod cargo;
 mod consumers;
 mod demo;
+mod devices;
 mod examples;
 mod fetch;
 mod gguf;

@@ -25,10 +25,18 @@ const PROMETHEUS: Package = Package {
     wide: "prometheus-client>=0.9",
 };
 
-struct Package {
+/// For `tools/model/tiny.py`.
+pub const GGUF: Package = Package {
+    name: "gguf",
+    module: "gguf",
+    pinned: "gguf==0.19.0",
+    wide: "gguf>=0.17",
+};
+
+pub struct Package {
     name: &'static str,
     module: &'static str,
-    pinned: &'static str,
+    pub pinned: &'static str,
     wide: &'static str,
 }
 
@@ -83,7 +91,7 @@ fn counted(command: &mut Command) -> Result<u32> {
 }
 
 /// Where a package is; nothing where Python has it already.
-fn package(cache: &Cache, python: &Python, package: &Package) -> Result<Option<PathBuf>> {
+pub fn package(cache: &Cache, python: &Python, package: &Package) -> Result<Option<PathBuf>> {
     let name = package.name;
     let import = format!("import {}", package.module);
     let has = |path: Option<&PathBuf>| {

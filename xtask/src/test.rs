@@ -12,10 +12,10 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::{
-    Source, book, cache,
+    Source, architectures, book, cache,
     cache::Cache,
     cargo::cargo,
-    consumers, examples, kernels,
+    consumers, devices, examples, kernels,
     llama::{Kind, Llama},
     observe, python,
     server_tests::{self, Suite},
@@ -30,6 +30,13 @@ pub struct Options {
     /// Only the comparison of fill `verify` with the unpatched server
     #[arg(long, group = "part")]
     lossless: bool,
+    /// Only the architectures of models: each cut, regrouped and filled in every way. Everything together tries a few of them
+    #[arg(long, group = "part")]
+    architectures: bool,
+    /// Only models whose layers, cache or head lie on several devices; everything together leaves it out: it builds the RPC
+    /// backend first
+    #[arg(long, group = "part")]
+    devices: bool,
     /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
     #[arg(long, group = "part")]
     kernels: bool,
@@ -69,6 +76,8 @@ impl Options {
     /// One part was asked for.
     fn part(&self) -> bool {
         self.of_server()
+            || self.architectures
+            || self.devices
             || self.kernels
             || self.consumers
             || self.examples
@@ -164,6 +173,22 @@ pub fn run(options: &Options) -> Result<bool> {
         let start = Instant::now();
         let built = book::build().map(drop);
         count.one("the book builds, and no link is dead", built, start);
+    }
+    if long || options.architectures {
+        println!("== architectures");
+        let start = Instant::now();
+        let mut one = |name: &str, result, start| count.one(name, result, start);
+        if let Err(error) = architectures::run(&options.source, !options.architectures, &mut one) {
+            count.one("architectures", Err(error), start);
+        }
+    }
+    if options.devices {
+        println!("== devices");
+        let start = Instant::now();
+        let mut one = |name: &str, result, start| count.one(name, result, start);
+        if let Err(error) = devices::run(&options.source, &mut one) {
+            count.one("devices", Err(error), start);
+        }
     }
     if all || options.of_server() {
         server(options, &mut count);
