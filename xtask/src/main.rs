@@ -66,7 +66,7 @@ pub struct Source {
 enum Cmd {
     /// Fetch llama.cpp, apply the patches, build both the unpatched and the patched llama-server
     Build {
-        /// Also make the variants whose results do not depend on the batch size
+        /// Also build the variants whose results do not depend on the batch size
         #[arg(long)]
         exact: bool,
         /// Build the unpatched server only
@@ -108,7 +108,7 @@ enum Cmd {
         #[command(flatten)]
         source: Source,
     },
-    /// Measure: the core's calls, servers against each other
+    /// Measure the calls of the core, or servers against each other
     #[command(arg_required_else_help = true)]
     Bench {
         #[command(subcommand)]
@@ -118,9 +118,9 @@ enum Cmd {
     Docs,
     /// Compile the CUDA kernels to kernels/prebuilt; needs neither CUDA nor a GPU
     ///
-    /// The compiler is fetched with pip into the cache, 105 MB, pinned by hash. Only who changes a kernel needs this:
-    /// a build of drex takes the committed artefacts, or an nvcc of its own if there is one (DREX_NVCC names it; empty:
-    /// none).
+    /// The compiler is fetched with pip into the cache, 105 MB, pinned by hash. Only a change of a kernel needs this
+    /// command: a build of drex takes the committed artefacts, or an nvcc where there is one. DREX_NVCC names the nvcc;
+    /// an empty DREX_NVCC means none.
     Kernels(kernels::Options),
     /// Install the libraries, the headers, drex.pc and the CMake package below a prefix
     #[command(

@@ -101,13 +101,13 @@ pub struct Options {
         default_value = "0.5,0.8"
     )]
     p: Vec<f64>,
-    /// Layers after which they leave [default: a quarter of them]
+    /// Layers after which these tokens leave [default: a quarter of the model's]
     #[arg(long, value_name = "N")]
     exit_layer: Option<u32>,
     /// Tokens of each request
     #[arg(long, value_parser = clap::value_parser!(u32).range(4..=512))]
     tokens: Option<u32>,
-    /// Tokens that are in the cache before
+    /// Tokens of each request that are in the cache at the start
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     prompt: u32,
     /// How often everything is measured

@@ -48,13 +48,14 @@ pub struct Options {
     /// How often everything is measured [default: 6, with --quick as many as there is time for]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: Option<u32>,
-    /// What is asked of the servers [default: 16/128,128/128,300/64,400/16,chat,poisson-0.5,poisson-0.8,poisson-1.2]
+    /// Kinds of traffic: PROMPT/ANSWER tokens, chat, or random arrivals as poisson-LOAD
+    /// [default: 16/128,128/128,300/64,400/16,chat,poisson-0.5,poisson-0.8,poisson-1.2]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     traffic: Option<Vec<String>>,
     /// Requests in flight [default: 1,4,8,16,32,64]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: Option<Vec<u16>>,
-    /// Policies of the patched server; `auto+propagate` is one with a fill of its own
+    /// Policies of the patched server; `auto+propagate` is the policy auto with the fill propagate
     #[arg(
         long,
         value_name = "LIST",
@@ -65,7 +66,7 @@ pub struct Options {
     /// How the skipped layers' K/V of an exited token is filled
     #[arg(long, default_value = "copy", value_parser = FILLS)]
     fill: String,
-    /// Layers after which a row may exit, separated by commas, or `model` for what its metadata says
+    /// Layers after which a row may exit, separated by commas, or `model` for those of its metadata
     #[arg(long, value_name = "LAYERS", default_value = "8")]
     exit_layers: String,
     /// Confidence (gap between the two most likely tokens) from which a row may exit
@@ -74,7 +75,7 @@ pub struct Options {
     /// Threads that compute [default: all cores but one, which the client needs]
     #[arg(long, default_value_t = demo::default_threads(), hide_default_value = true)]
     threads: usize,
-    /// Seconds that the counted part of a slice is to last; at least as many requests as are in flight are counted
+    /// Seconds of a slice that count; a slice counts at least as many requests as are in flight
     #[arg(long, value_name = "SECONDS")]
     slice: Option<f64>,
     /// Where report.html, report.json and report.md go

@@ -78,7 +78,7 @@ pub struct Options {
     /// Tokens to generate per `short` request on average; requests ask for half to one and a half times as many
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=250))]
     tokens: u32,
-    /// Layers after which a row may exit, separated by commas, or `model` for what its metadata says
+    /// Layers after which a row may exit, separated by commas, or `model` for those of its metadata
     #[arg(long, value_name = "LAYERS", default_value = "8")]
     exit_layers: String,
     /// Confidence (gap between the two most likely tokens) from which a row may exit

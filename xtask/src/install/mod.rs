@@ -39,13 +39,13 @@ pub struct Options {
     /// The libraries' folder, relative to the prefix
     #[arg(long, value_name = "DIR", default_value = "lib")]
     libdir: PathBuf,
-    /// A folder to put in front of everything, for packagers; it is named in no installed file
+    /// Folder to stage below, for packagers; no installed file names it
     #[arg(long, value_name = "DIR", conflicts_with = "build_tree")]
     destdir: Option<PathBuf>,
     /// Leave out symbols that only debuggers want
     #[arg(long)]
     strip: bool,
-    /// Nothing is installed: libraries in target/drex, headers where they are, for programs built against this checkout
+    /// Install nothing: leave libraries and package files in target/drex/tree, for programs built against this checkout
     #[arg(long)]
     build_tree: bool,
 }

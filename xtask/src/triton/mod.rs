@@ -46,7 +46,7 @@ pub struct Options {
     /// Requests of each of AIPerf's runs
     #[arg(long, default_value_t = 256, requires = "load", value_name = "N")]
     requests: u32,
-    /// How many of them at a time
+    /// Requests in flight, one run for each number
     #[arg(
         long,
         default_value = "32",

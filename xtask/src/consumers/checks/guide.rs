@@ -177,9 +177,10 @@ pub fn examples(kit: &Kit) -> Result<()> {
     Ok(())
 }
 
-/// The C++ that the bindings' page begins a host with, over a host that is made up.
+/// The program of the bindings' page as printed, and what it prints.
 pub fn skeleton(kit: &Kit) -> Result<()> {
     let dir = kit.scratch("skeleton")?;
+    let prints = block_in("text", "bindings/README.md", "skeleton-prints")?;
     for way in ["skeleton", "callables"] {
         let code = block_in("cpp", "bindings/README.md", way)?;
         fs::write(dir.join(format!("{way}.inc")), code)?;
@@ -192,6 +193,11 @@ pub fn skeleton(kit: &Kit) -> Result<()> {
         let flags = [&["-std=c++17", &include], more].concat();
         let exe = kit.compile(compiler, &flags, SKELETON)?;
         kit.run(&[], &exe, SKELETON)?;
+        let text = kit.succeed(kit.command(&exe).env("LD_LIBRARY_PATH", kit.lib()))?;
+        ensure!(
+            text.starts_with(&prints),
+            "bindings/README.md prints \"{prints}\", its program \"{text}\""
+        );
     }
     Ok(())
 }

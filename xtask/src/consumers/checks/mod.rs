@@ -90,7 +90,7 @@ const CPP17: Program = Program::new(
 );
 const SKELETON: Program = Program::new(
     "tests/consumers/skeleton.cpp",
-    "drex VERSION: 9 tokens at the ramp, 9 deep, all right, 0 holes, 0 requests left; seen",
+    "drex VERSION: 18 tokens at the ramp, all right, 0 holes, 0 requests left; seen",
 );
 const HOST: Program = Program {
     source: "examples/host.cpp",
