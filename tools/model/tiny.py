@@ -7,7 +7,7 @@ and the head is sharp enough that some rows are confident. Tokens come from the 
 import argparse, os
 import numpy as np, gguf
 
-VOCAB, LAYERS, WIDTH, HEADS, KV_HEADS, HEAD, FF = 1024, 8, 64, 2, 1, 32, 96
+VOCAB, LAYERS, WIDTH, KV_HEADS, HEAD, FF = 1024, 8, 64, 1, 32, 96
 EXPERTS, USED, FF_EXPERT = 4, 2, 48
 WINDOW = 24
 
@@ -16,16 +16,17 @@ class Model:
     def __init__(self, path, name, arch, tokenizer, layers=LAYERS, width=WIDTH, quant=None):
         self.w = gguf.GGUFWriter(path, arch)
         self.arch, self.layers, self.width, self.quant = arch, layers, width, quant
+        self.heads, self.ff = width // HEAD, FF if width == WIDTH else width
         self.rng = np.random.default_rng(sum(name.encode()))
-        self.w.add_name("tiny " + name)
+        self.w.add_name("tiny")  # some loaders go by the model's name
         self.copy_tokenizer(tokenizer)
         self.keys(
             context_length=4096,
             embedding_length=width,
             block_count=layers,
-            feed_forward_length=FF if width == WIDTH else width,
+            feed_forward_length=self.ff,
             **{
-                "attention.head_count": HEADS,
+                "attention.head_count": self.heads,
                 "attention.head_count_kv": KV_HEADS,
                 "attention.layer_norm_rms_epsilon": 1e-6,
                 "attention.key_length": HEAD,
@@ -92,7 +93,7 @@ class Model:
             self.tensor("output.weight", self.width, VOCAB, std=4.0 * self.width**-0.5)
 
     def attention(self, b, out=0.35, bias=False, fused=False, norms=None, norm=True):
-        q, kv, n = HEADS * HEAD, KV_HEADS * HEAD, self.width
+        q, kv, n = self.heads * HEAD, KV_HEADS * HEAD, self.width
         sharp = 1.6 * n**-0.5
         if norm:
             self.norm(b + "attn_norm")
@@ -109,7 +110,7 @@ class Model:
         self.tensor(b + "attn_output.weight", q, n, std=out * q**-0.5)
 
     def feed_forward(self, b, out=0.35, fused=False, norm=True):
-        n, ff = self.width, FF if self.width == WIDTH else self.width
+        n, ff = self.width, self.ff
         if norm:
             self.norm(b + "ffn_norm")
         if not fused:
@@ -208,7 +209,7 @@ def cohere2(m):
 def olmo2(m):
     m.ends()
     for b in m.blocks():
-        m.attention(b, norms=(HEADS * HEAD, KV_HEADS * HEAD), norm=False)
+        m.attention(b, norms=(m.heads * HEAD, KV_HEADS * HEAD), norm=False)
         m.norm(b + "post_attention_norm", mean=0.35)
         m.feed_forward(b, norm=False)
         m.norm(b + "post_ffw_norm", mean=0.35)
@@ -238,14 +239,14 @@ def gpt_oss(m):
     for b in m.blocks():
         m.attention(b, bias=True)
         m.tensor(b + "attn_output.bias", m.width, std=0.1)
-        m.tensor(b + "attn_sinks.weight", HEADS, std=1.0)
+        m.tensor(b + "attn_sinks.weight", m.heads, std=1.0)
         m.norm(b + "post_attention_norm")
         m.experts(b, bias=True, norm=False)
 
 
 def deepseek2(m):
     """Multi-head latent attention: keys and values share one compressed row."""
-    rank, rope = 32, 16
+    rank, rope = 48, 16
     m.moe_keys()
     m.keys(
         leading_dense_block_count=m.layers,
@@ -267,11 +268,11 @@ def deepseek2(m):
         m.norm(b + "attn_q_a_norm", rank)
         m.norm(b + "attn_kv_a_norm", rank)
         m.tensor(b + "attn_q_a.weight", m.width, rank)
-        m.tensor(b + "attn_q_b.weight", rank, HEADS * HEAD)
+        m.tensor(b + "attn_q_b.weight", rank, m.heads * HEAD)
         m.tensor(b + "attn_kv_a_mqa.weight", m.width, rank + rope)
-        m.tensor(b + "attn_k_b.weight", HEAD - rope, rank, HEADS)
-        m.tensor(b + "attn_v_b.weight", rank, HEAD, HEADS)
-        m.tensor(b + "attn_output.weight", HEADS * HEAD, m.width)
+        m.tensor(b + "attn_k_b.weight", HEAD - rope, rank, m.heads)
+        m.tensor(b + "attn_v_b.weight", rank, HEAD, m.heads)
+        m.tensor(b + "attn_output.weight", m.heads * HEAD, m.width)
         m.feed_forward(b)
 
 
@@ -351,7 +352,7 @@ MODELS = {
     "gpt-oss": ("gpt-oss", gpt_oss, {}),
     "deepseek2": ("deepseek2", deepseek2, {}),
     "gemma3n": ("gemma3n", gemma3n, {"layers": 3}),
-    "gemma4-shared": ("gemma4", lambda m: gemma4(m, shared=3), {}),
+    "gemma4-shared": ("gemma4", lambda m: gemma4(m, shared=2), {}),
     "lfm2": ("lfm2", lfm2, {}),
     "mamba": ("mamba", mamba, {}),
 }

@@ -44,6 +44,9 @@ const FLAGS: [&str; 10] = [
 const EXACT_FLAGS: [&str; 2] = ["-DGGML_LLAMAFILE=OFF", "-DGGML_CPU_REPACK=OFF"];
 const EXACT_TARGET: &str = "ggml-cpu";
 
+/// The same for weights in K-quants: libggml-cpu has tiles for eight rows and more, which add up in another order.
+const EXACT_ENV: [(&str, &str); 1] = [("GGML_CPU_TILED_MM", "0")];
+
 /// The RPC backend, which libggml knows of if it is built with it. Built beside the exact libggml-cpu, which libggml needs.
 const RPC_FLAG: &str = "-DGGML_RPC=ON";
 const RPC_SERVER: &str = "ggml-rpc-server";
@@ -138,6 +141,14 @@ impl Program for Runtime {
     fn program(&self) -> PathBuf {
         self.server()
     }
+
+    fn env(&self) -> &[(&'static str, &'static str)] {
+        if self.kind.is_exact() {
+            &EXACT_ENV
+        } else {
+            &[]
+        }
+    }
 }
 
 pub struct Llama<'a> {
@@ -172,6 +183,12 @@ impl<'a> Llama<'a> {
             }
         };
         Ok(Llama { cache, user_source })
+    }
+
+    /// The unpatched source.
+    pub fn source(&self) -> Result<PathBuf> {
+        let lock = self.cache.lock()?;
+        Ok(self.prepare(&lock)?.pristine())
     }
 
     pub fn ensure_one(&self, kind: Kind) -> Result<Runtime> {

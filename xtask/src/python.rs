@@ -33,6 +33,14 @@ pub const GGUF: Package = Package {
     wide: "gguf>=0.17",
 };
 
+/// For llama.cpp's converter, and for the checkpoint that it is tried with.
+pub const CONVERTER: Package = Package {
+    name: "converter",
+    module: "torch, transformers, sentencepiece",
+    pinned: "torch==2.15.0 transformers==5.24.0 sentencepiece==0.2.3",
+    wide: "torch transformers sentencepiece",
+};
+
 pub struct Package {
     name: &'static str,
     module: &'static str,
@@ -130,7 +138,7 @@ pub fn package(cache: &Cache, python: &Python, package: &Package) -> Result<Opti
                 "--target",
             ])
             .arg(temp.path().join(target))
-            .arg(requirement);
+            .args(requirement.split(' '));
         process::logged(&mut command, &format!("installing {name}"), &log, false)
     };
     let mut target = "pinned";

@@ -33,6 +33,10 @@ pub struct Options {
     /// Only the architectures of models: each cut, regrouped and filled in every way. Everything together tries a few of them
     #[arg(long, group = "part")]
     architectures: bool,
+    /// Only a checkpoint as LayerSkip's are, made, converted and served; everything together leaves it out: torch, which the
+    /// converter needs, is 3 GB to fetch
+    #[arg(long, group = "part")]
+    checkpoint: bool,
     /// Only models whose layers, cache or head lie on several devices; everything together leaves it out: it builds the RPC
     /// backend first
     #[arg(long, group = "part")]
@@ -77,6 +81,7 @@ impl Options {
     fn part(&self) -> bool {
         self.of_server()
             || self.architectures
+            || self.checkpoint
             || self.devices
             || self.kernels
             || self.consumers
@@ -181,6 +186,12 @@ pub fn run(options: &Options) -> Result<bool> {
         if let Err(error) = architectures::run(&options.source, !options.architectures, &mut one) {
             count.one("architectures", Err(error), start);
         }
+    }
+    if options.checkpoint {
+        println!("== a checkpoint");
+        architectures::checkpoint::run(&options.source, &mut |name, result, start| {
+            count.one(name, result, start)
+        });
     }
     if options.devices {
         println!("== devices");

@@ -6,6 +6,7 @@
 //! first ramp's with those of the model without the later layers. Then the server's tokens are compared: under fill
 //! `verify` with the unpatched server's, under the other fills among requests alone with those among others.
 
+pub mod checkpoint;
 pub mod models;
 pub mod streams;
 

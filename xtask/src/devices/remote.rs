@@ -18,6 +18,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+use drex_harness::server::Program;
+
 use crate::llama::Runtime;
 
 /// Ends when it is dropped.
@@ -35,6 +37,7 @@ impl Remote {
         drop(free);
         let mut command = Command::new(runtime.rpc_server());
         crate::process::spin_briefly(&mut command)
+            .envs(runtime.env().iter().copied())
             .args(["-H", "127.0.0.1", "-t", "1", "-p"])
             .arg(behind.port().to_string())
             .stdin(Stdio::null())

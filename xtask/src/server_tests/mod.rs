@@ -9,6 +9,7 @@ mod exact;
 mod fills;
 mod first_ramp;
 mod lifecycle;
+mod modes;
 mod programs;
 mod race;
 mod requests;
@@ -87,6 +88,7 @@ pub fn all() -> Vec<Test> {
         bad_input::TESTS,
         requests::TESTS,
         lifecycle::TESTS,
+        modes::TESTS,
         scheduler::TESTS,
         exact::TESTS,
         fills::TESTS,

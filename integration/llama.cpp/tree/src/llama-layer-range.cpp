@@ -693,13 +693,14 @@ struct llama_layer_ranges {
 
         std::string why;
         try {
+            // a graph that stops early may have other shapes than its builder expects, if there are inputs for each layer
+            for (int32_t il = 1; il < n_layer && why.empty(); ++il) {
+                auto * gf = build(il, n_layer);
+                why = check_graph(res, gf, range.entered);
+            }
             for (int32_t il = 1; il < n_layer && why.empty(); ++il) {
                 auto * gf = build(0, il);
                 why = check_graph(res, gf, range.left);
-                if (why.empty()) {
-                    gf  = build(il, n_layer);
-                    why = check_graph(res, gf, range.entered);
-                }
             }
             if (why.empty()) {
                 kv_unlike = compare_layers(build(0, n_layer));
