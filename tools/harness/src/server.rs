@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use drex_build::{cache, llama::Runtime};
 
 use crate::{client::Client, process};
 
@@ -32,9 +33,19 @@ impl Program for PathBuf {
     }
 }
 
+impl Program for Runtime {
+    fn program(&self) -> PathBuf {
+        self.server()
+    }
+
+    fn env(&self) -> &[(&'static str, &'static str)] {
+        Runtime::env(self)
+    }
+}
+
 /// Where servers' logs go: the target folder of the clone that this was built in.
 fn logs() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/xtask-servers")
+    cache::repo().join("target/xtask-servers")
 }
 
 /// Killed when it is dropped, and by the kernel when xtask ends in whatever way.
@@ -83,10 +94,12 @@ impl Server {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
 
         let mut command = Command::new(program);
-        command
-            .envs(env.iter().copied())
-            .args(args)
-            .args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+        command.envs(env.iter().copied()).args(args).args([
+            "--host",
+            "127.0.0.1",
+            "--port",
+            &port.to_string(),
+        ]);
         process::spin_briefly(&mut command);
         // Settings of somebody's shell must not change what is measured or tested.
         for (name, _) in std::env::vars_os() {

@@ -5,12 +5,13 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use anyhow::{Context, Result, bail};
+use fastrand::Rng;
 use serde_json::json;
 
 use crate::{
     client::Client,
     load::{Finished, Next, Source},
-    stats::Random,
+    stats::random,
 };
 
 /// Tokens that a sequence has room for: what the bundled model was trained with.
@@ -113,14 +114,14 @@ impl Lengths {
 
     fn request(self, text: &Text, round: u64, job: usize) -> (Vec<i64>, usize) {
         let name = Traffic::Closed(self).to_string();
-        let mut random = Random::of(&name, &[round, job as u64]);
+        let mut random = random(&name, &[round, job as u64]);
         let Lengths { prompt, answer } = self.draw(&mut random);
         (text.prompt(&mut random, prompt), answer)
     }
 
-    fn draw(self, random: &mut Random) -> Lengths {
+    fn draw(self, random: &mut Rng) -> Lengths {
         let mut one = |mean: usize| {
-            let factor = 1.0 - SPREAD + 2.0 * SPREAD * random.unit();
+            let factor = 1.0 - SPREAD + 2.0 * SPREAD * random.f64();
             ((mean as f64 * factor).round() as usize).max(1)
         };
         Lengths {
@@ -167,12 +168,12 @@ impl Text {
     }
 
     /// So many tokens from the begin of a paragraph on. What is longer than the rest goes on at the text's begin.
-    fn part(&self, random: &mut Random, tokens: usize) -> impl Iterator<Item = i64> + '_ {
-        let start = self.starts[random.below(self.starts.len())];
+    fn part(&self, random: &mut Rng, tokens: usize) -> impl Iterator<Item = i64> + '_ {
+        let start = self.starts[random.usize(..self.starts.len())];
         self.ids.iter().copied().cycle().skip(start).take(tokens)
     }
 
-    fn prompt(&self, random: &mut Random, tokens: usize) -> Vec<i64> {
+    fn prompt(&self, random: &mut Rng, tokens: usize) -> Vec<i64> {
         let mut prompt = self.first.clone();
         let rest = tokens.saturating_sub(prompt.len());
         prompt.extend(self.part(random, rest));
@@ -345,12 +346,12 @@ impl<'a> Arrivals<'a> {
     /// `rate` in requests a second.
     pub fn new(text: &'a Text, share: f64, rate: f64, round: u64, count: usize) -> Arrivals<'a> {
         let name = Traffic::Poisson(share).to_string();
-        let mut random = Random::of(&name, &[round]);
+        let mut random = random(&name, &[round]);
         let mut at = 0.0;
         let times = (0..count)
             .map(|i| {
                 if i > 0 {
-                    at -= (1.0 - random.unit()).ln() / rate;
+                    at -= (1.0 - random.f64()).ln() / rate;
                 }
                 Duration::from_secs_f64(at)
             })
@@ -374,7 +375,7 @@ impl Source for Arrivals<'_> {
         if *time > now {
             return Ok(Next::At(*time));
         }
-        let mut random = Random::of(&self.name, &[self.round, 1, job as u64]);
+        let mut random = random(&self.name, &[self.round, 1, job as u64]);
         let Lengths { prompt, answer } = POISSON.draw(&mut random);
         let prompt = self.text.prompt(&mut random, prompt);
         self.sent += 1;
@@ -441,7 +442,7 @@ impl<'a> Chats<'a> {
             conversation.number as u64,
             conversation.turn as u64,
         ];
-        let mut random = Random::of("chat", &seed);
+        let mut random = random("chat", &seed);
         let Lengths { prompt, answer } = CHAT_TURN.draw(&mut random);
         (self.text.part(&mut random, prompt).collect(), answer)
     }
@@ -456,7 +457,7 @@ impl Source for Chats<'_> {
                 turn: 0,
                 said: self
                     .text
-                    .prompt(&mut Random::of("chat prefix", &[]), CHAT_PREFIX),
+                    .prompt(&mut random("chat prefix", &[]), CHAT_PREFIX),
                 waits: false,
             });
         }

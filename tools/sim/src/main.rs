@@ -148,9 +148,6 @@ struct Cli {
     /// Factor by which the cost per row is wrong in the profile that auto starts from (1: no profile)
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     wrong_profile: f64,
-    /// Let windows of auto pass ramps where their rows are unlikely to exit
-    #[arg(long)]
-    routing: bool,
     /// Tokens per run
     #[arg(long, default_value_t = 20_000)]
     tokens: u64,
@@ -243,7 +240,6 @@ fn run_grid(cli: &Cli) -> Result<()> {
         spread: cli.p_spread,
         drift: cli.p_drift,
         wrong: cli.wrong_profile,
-        routing: cli.routing,
         filling: filling(cli),
         prompt_share: cli.prompt_share.unwrap_or(0.0),
         pass_rows: cli.pass_rows,
@@ -437,7 +433,6 @@ fn base(cli: &Cli, profile: drex::core::profile::Profile, thresholds: Vec<f32>) 
         noise: cli.noise,
         outliers: cli.outliers,
         gap_ns: cli.gap_us * 1e3,
-        routing: cli.routing,
         filling: filling(cli),
     }
 }

@@ -17,8 +17,8 @@ use anyhow::{Context, Result, bail, ensure};
 pub use report::{Cell, Report, splice};
 
 use crate::{
-    client::Metrics,
     load::{self, Generation},
+    metrics::Metrics,
     process::{self, Progress},
     server::Server,
     stats::{mean, median},
