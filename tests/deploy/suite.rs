@@ -12,7 +12,8 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use drex_build::{
     cache::{self, Cache},
-    fetch::{Package, Python, package},
+    fetch::Python,
+    python::{Package, package},
     process,
 };
 use drex_harness::suite::{self, Choice};

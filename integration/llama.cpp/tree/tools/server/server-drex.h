@@ -26,6 +26,10 @@ struct server_drex {
     server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume);
     ~server_drex();
 
+    // A router hands its own options to the server of each model. One whose model has no exit layers runs without early exit,
+    // and says so.
+    static void settle_policy(common_params & params);
+
     // warns where options have no effect
     static void say_off(const common_params & params);
 
@@ -185,8 +189,10 @@ private:
 
     int32_t n_layer = 0;
     int32_t n_slots = 0; // arena rows of requests; those of prompt rows follow
-    bool    can_copy = true;
+    bool    fetches = false; // ramps are scored on the host, from logits that are fetched from where they were computed
     int32_t n_vocab = 0;
+
+    std::string why_no_copy; // empty: fill copy can be used
 
     std::vector<uint32_t> ramp_layers;
 
@@ -242,6 +248,7 @@ private:
     void bind_kv();
     void check_copy(const char * what, drex_fill_mode mode) const;
     void fetch_logits();
+    void fetch_logits(size_t first, size_t n);
     drex_logits ramp_logits() const;
     int32_t project();
     void end_step();
