@@ -3,9 +3,13 @@
 //! A test is a function from the suite to a result; what it returns as an error is why it failed. To add one, write it
 //! in a module here and name it in that module's `TESTS`.
 
+mod adapters;
 mod bad_input;
 mod basic;
+mod counts;
+mod emitted;
 mod exact;
+mod files;
 mod fills;
 mod first_ramp;
 mod lifecycle;
@@ -14,6 +18,7 @@ mod race;
 mod requests;
 mod scheduler;
 mod transparency;
+mod turns;
 
 pub use exact::EXACT;
 
@@ -87,10 +92,15 @@ pub fn all() -> Vec<Test> {
         bad_input::TESTS,
         requests::TESTS,
         lifecycle::TESTS,
+        files::TESTS,
+        counts::TESTS,
+        emitted::TESTS,
+        adapters::TESTS,
         scheduler::TESTS,
         exact::TESTS,
         fills::TESTS,
         transparency::TESTS,
+        turns::TESTS,
         first_ramp::TESTS,
         race::TESTS,
     ]

@@ -67,9 +67,8 @@ fn involuntary(suite: &Suite) -> Result<()> {
             metrics.get("drex_exits_total") == Some(exited as f64),
             "{policy}: /metrics and timings differ"
         );
-        // 31 of the 32 tokens of a request go through drex: the first comes with the prompt.
         ensure!(
-            metrics.get("drex_tokens_total") == Some(32.0 * 31.0),
+            metrics.get("drex_tokens_total") == Some(32.0 * 32.0),
             "{policy}: {:?} tokens",
             metrics.get("drex_tokens_total")
         );
@@ -137,18 +136,13 @@ fn features(suite: &Suite) -> Result<()> {
         );
     }
 
-    // A grammar reshapes the distribution: it holds, and no token exits early unless the request says so.
+    // A grammar holds, and rows that are sure of what it does not allow stay.
     let grammar = json!({"grammar": "root ::= [ab]+", "ignore_eos": false});
     let answer = ask(greedy(&prompt(3), 24), grammar.clone())?;
     let text = answer["content"].as_str().unwrap_or_default();
     ensure!(
         !text.is_empty() && text.chars().all(|c| "ab".contains(c)),
         "{text:?} does not follow the grammar"
-    );
-    ensure!(
-        exited(&answer) == 0,
-        "{} exits under a grammar",
-        exited(&answer)
     );
     let mut forced = grammar;
     forced["drex_threshold"] = json!(0.0);
@@ -157,10 +151,6 @@ fn features(suite: &Suite) -> Result<()> {
     ensure!(
         !text.is_empty() && text.chars().all(|c| "ab".contains(c)),
         "{text:?} does not follow the grammar"
-    );
-    ensure!(
-        exited(&answer) > 0,
-        "a threshold of 0 lets every token exit"
     );
 
     // A stop string that ends at an exited token.
