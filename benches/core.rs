@@ -31,7 +31,6 @@ fn engine(policy: Policy, requests: u32, batch: u32, ramps: u32, deadlines: bool
         min_ready: 0,
         max_hold_ns: 0,
         token_deadline_ns: if deadlines { 10_000 * STEP_NS } else { 0 },
-        routing: true,
         seed: 1,
         art_ratio: None,
     })

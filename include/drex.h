@@ -348,7 +348,7 @@
 #define DREX_CONFIG_INITIALIZER                                              \
   { sizeof(drex_config), DREX_ABI_VERSION, 0, 0, NULL, 0, 0, 0,              \
     DREX_POLICY_AUTO, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
-    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0, 0, 0, 0, 0 }
+    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0, 0, 0 }
 
 /* n_cells, and the fields of K, V or both, must be set. */
 #define DREX_KV_LAYER_INITIALIZER                                            \
@@ -387,7 +387,8 @@
 
 #define DREX_STATS_INITIALIZER                                               \
   { sizeof(drex_stats), 0, 0, { 0 }, 0, 0, { 0 }, 0, { 0 }, 0, 0, 0, 0, 0,   \
-    0, 0, 0, 0, { 0 }, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0 }
+    0, 0, 0, 0, { 0 }, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0,  \
+    0, 0 }
 
 /* All must be set. */
 #define DREX_PAGES_CONFIG_INITIALIZER                                        \
@@ -644,9 +645,6 @@ typedef struct drex_config {
   uint32_t reserved;
   // AUTO: of the random numbers that its predictions draw. Any number.
   uint64_t seed;
-  // AUTO: 1: a window may pass a ramp of the rule where its rows, by their
-  // requests' recent exits, are unlikely to exit. 0: never.
-  uint32_t routing;
   // POSTFILL, VERIFY: pending rows of a request at most; 0: 8. When it has
   // so many, its next row goes deep even if it is confident (an involuntary
   // stay). They and that row must fit into max_batch, which cuts it.
@@ -660,11 +658,7 @@ typedef struct drex_config {
   // Most rows of one window, decode rows and prompt rows together; 0:
   // max_batch. At least max_batch, at most 1048576. For hosts that name
   // drex_plan_input.n_prompt_rows.
-  // Since 0.2.
   uint32_t max_pass_rows;
-  // 0
-  // Since 0.2.
-  uint32_t reserved2;
 } drex_config;
 
 // The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -1074,6 +1068,13 @@ typedef struct drex_stats {
   uint64_t drafts_accepted;
   // VERIFY: rows that followed a draft that was replaced or was the last.
   uint64_t rows_dropped;
+  // Prompt rows of completed steps. One that a window leaves at a ramp counts
+  // in each of its windows.
+  // Since 0.2.
+  uint64_t prompt_rows;
+  // Completed steps with prompt rows.
+  // Since 0.2.
+  uint64_t prompt_steps;
 } drex_stats;
 
 // One of the greatest logits of a row.

@@ -119,18 +119,12 @@ impl Instance {
     pub fn plan(&mut self, now_ns: u64, capacity: usize, n_prompts: u32) -> Result<Option<Step>> {
         self.watch.look();
         let _range = self.watch.range(Name::Plan);
-        let step = self.engine.plan(now_ns, capacity, n_prompts)?;
-        // Not before: a plan that is refused leaves the step that there is.
+        let device = &mut self.device;
+        let step = self.engine.plan_with(now_ns, capacity, n_prompts, |rows| {
+            device.plan_rows(&mut rows.iter().map(|r| r.slot))
+        })?;
         self.filled = false;
         self.n_top = 0;
-        if step.is_some() {
-            let rows = self.engine.step_rows();
-            let planned = self.device.plan_rows(&mut rows.iter().map(|r| r.slot));
-            if let Err(e) = planned {
-                self.engine.abandon()?;
-                return Err(e);
-            }
-        }
         if self.watch.on() {
             self.watch.planned(&self.engine);
         }

@@ -133,7 +133,6 @@ fn every_wrong_config_is_named() {
             "n_slots is 4, but max_requests is 8: every request may hold one row",
         ),
         (|c| c.policy = 9, "policy is 9"),
-        (|c| c.routing = 2, "routing is 2"),
         (|c| c.metric = 3, "metric is 3"),
         (|c| c.metric = DREX_METRIC_DEFAULT, "metric is 4294967295"),
         (|c| c.fill = 4, "fill is 4"),

@@ -12,8 +12,6 @@ use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
 use drex::core::request::RequestConfig;
 
-const ROUTING: bool = false;
-
 #[derive(Clone, Copy)]
 struct Cell {
     t0: f64,
@@ -59,7 +57,6 @@ fn engine_with(n: u32, batch: u32, policy: Policy, theta: u32, ramp: u32) -> Eng
         min_ready: 0,
         max_hold_ns: 0,
         token_deadline_ns: 0,
-        routing: ROUTING,
         seed: 1,
         art_ratio: None,
     })

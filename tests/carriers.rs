@@ -253,7 +253,7 @@ fn more_rows_than_decode_rows_is_all_that_fits() {
         c.max_pass_rows = rows;
         Engine::new(&c);
     }
-    c.reserved2 = 9;
+    c.reserved = 9;
     assert!(Engine::try_new(&c).is_err());
 }
 

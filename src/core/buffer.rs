@@ -74,7 +74,11 @@ impl Buffer {
         }
     }
 
-    pub fn queues(&mut self) -> &mut Queues {
+    pub fn queues(&self) -> &Queues {
+        &self.queues
+    }
+
+    pub fn queues_mut(&mut self) -> &mut Queues {
         &mut self.queues
     }
 
@@ -119,6 +123,12 @@ impl Buffer {
         self.queues.remove(handle);
     }
 
+    /// Changes the deadline of this request's token; 0: none.
+    pub fn set_ready_due(&mut self, request: u32, due_ns: u64) {
+        let handle = self.ready_handle(request);
+        self.queues.set_due(handle, due_ns);
+    }
+
     /// When this request's token became ready.
     pub fn ready_node(&self, request: u32) -> &Node {
         self.queues.node(self.ready_handle(request))
@@ -150,10 +160,22 @@ impl Buffer {
         self.queues.remove(slot);
     }
 
-    /// See [`Queues::take_oldest`].
-    pub fn take_oldest(&mut self, q: usize, n: usize, horizon_ns: u64, out: &mut Vec<u32>) -> bool {
+    /// See [`Queues::take_oldest`]; `fits` is asked of a row's request.
+    pub fn take_oldest(
+        &mut self,
+        q: usize,
+        n: usize,
+        horizon_ns: u64,
+        out: &mut Vec<u32>,
+        fits: &mut dyn FnMut(u32) -> bool,
+    ) -> bool {
         let before = out.len();
-        let taken = self.queues.take_oldest(q, n, horizon_ns, out);
+        let (requests, slots) = (&self.requests, self.requests.len() as u32);
+        let fits = |handle: u32| {
+            let request = requests.get(handle as usize).copied();
+            fits(request.unwrap_or_else(|| handle - slots))
+        };
+        let taken = self.queues.take_oldest(q, n, horizon_ns, out, fits);
         if q != READY {
             self.held -= (out.len() - before) as u32;
         }

@@ -61,8 +61,6 @@ pub struct Config {
     pub max_hold_ns: u64,
     /// 0: none.
     pub token_deadline_ns: u64,
-    /// `auto`: a window may pass a ramp where its rows are unlikely to exit.
-    pub routing: bool,
     /// Of the random numbers that `auto`'s rollouts draw.
     pub seed: u64,
     /// Pins c/t_d of `art`.

@@ -59,6 +59,9 @@ pub struct Counters {
     pub dropped: u64,
     pub steps: u64,
     pub step_rows: u64,
+    /// Steps with prompt rows, and those rows.
+    pub prompt_steps: u64,
+    pub prompt_rows: u64,
     pub wait_us_buckets: [u64; WAIT_BUCKETS],
     pub wait_us_sum: u64,
     /// Durations of windows, as the host measured them.

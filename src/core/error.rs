@@ -9,6 +9,7 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Value {
     Int(u64),
+    Signed(i64),
     Float(f32),
 }
 
@@ -16,6 +17,7 @@ impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Value::Int(v) => write!(f, "{v}"),
+            Value::Signed(v) => write!(f, "{v}"),
             Value::Float(v) => write!(f, "{v}"),
         }
     }
@@ -108,6 +110,15 @@ impl Error {
             field,
             index: None,
             value: Value::Int(value.into()),
+            expected,
+        }
+    }
+
+    pub fn signed(field: &'static str, value: impl Into<i64>, expected: &'static str) -> Self {
+        Error::Invalid {
+            field,
+            index: None,
+            value: Value::Signed(value.into()),
             expected,
         }
     }

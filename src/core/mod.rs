@@ -11,6 +11,7 @@ pub mod config;
 pub mod cost;
 pub mod counters;
 pub mod drafts;
+pub mod dues;
 pub mod engine;
 pub mod error;
 pub mod exits;
@@ -26,7 +27,6 @@ pub mod prompts;
 pub mod queue;
 pub mod request;
 pub mod rollout;
-pub mod routing;
 pub mod speculate;
 
 /// Most exit ramps that one model may have.

@@ -11,7 +11,7 @@ use super::counters::Reason;
 use super::error::Result;
 use super::policy::Policy;
 use super::rollout::{self, Rule};
-use super::{MAX_RAMPS, NONE, memory};
+use super::{MAX_RAMPS, memory};
 
 /// A row passed over by this many plans of its queue is taken before urgency
 /// and priority. See [`Planner::pick`] for the bound that follows.
@@ -32,6 +32,25 @@ pub enum Choice {
     Ready,
     /// Rows that wait at a ramp through the next window.
     Flush(usize, Reason),
+}
+
+impl Choice {
+    /// Where its rows wait, if not at layer 0.
+    pub fn ramp(self) -> Option<usize> {
+        match self {
+            Choice::Flush(ramp, _) => Some(ramp),
+            Choice::Nothing | Choice::Ready => None,
+        }
+    }
+
+    /// The queue whose rows are passed over if they are not taken.
+    fn queue(self) -> Option<usize> {
+        match self {
+            Choice::Nothing => None,
+            Choice::Ready => Some(READY),
+            Choice::Flush(ramp, _) => Some(held_queue(ramp)),
+        }
+    }
 }
 
 /// A policy's rule, in rows.
@@ -126,7 +145,7 @@ impl Planner {
 
     /// Rows that go on at once come first, then what is due by its deadline
     /// or its age, then prompt rows, then what the rule says.
-    pub fn choose(&self, v: &mut View, now_ns: u64, limit: usize) -> Choice {
+    pub fn choose(&self, v: &View, now_ns: u64, limit: usize) -> Choice {
         let ramps = v.config.n_ramps();
         for r in (0..ramps).rev() {
             if v.buffer.stays_at(r) > 0 {
@@ -179,14 +198,13 @@ impl Planner {
         }
     }
 
-    fn due(&self, v: &mut View, ramp: usize, now_ns: u64, limit: usize) -> Option<Reason> {
+    fn due(&self, v: &View, ramp: usize, now_ns: u64, limit: usize) -> Option<Reason> {
         let q = held_queue(ramp);
         let oldest = v.buffer.queues().oldest(q)?;
-        if let Some((_, due)) = v.buffer.queues().nearest(q) {
-            let held = v.buffer.held_at(ramp) as usize;
-            if now_ns.saturating_add(time_to_token(v, ramp, held.min(limit), limit)) >= due {
-                return Some(Reason::Deadline);
-            }
+        if let Some((_, due)) = v.buffer.queues().nearest(q)
+            && due <= horizon(v, Some(ramp), now_ns, limit)
+        {
+            return Some(Reason::Deadline);
         }
         if v.carrier.is_some_and(|c| c.cut == Some(ramp)) {
             // Taken along right after the next window.
@@ -203,14 +221,15 @@ impl Planner {
             ns => Some(ns),
         };
         let late = match aged {
-            None => self.plans - row.plans >= HOLD_PLANS_MAX,
+            None => self.plans.saturating_sub(row.plans) >= HOLD_PLANS_MAX,
             Some(ns) => now_ns.saturating_sub(row.since_ns) >= ns,
         };
         late.then_some(Reason::Age)
     }
 
-    /// Takes up to `limit` rows for a choice, in the order in which they run.
-    /// They are named by handle, and leave their queue.
+    /// Takes up to `limit` rows for a choice, in the order in which they run, up
+    /// to the first whose request does not fit. They are named by handle, and
+    /// leave their queue.
     ///
     /// Rows that go on at once first; then rows passed over `STARVE_AFTER`
     /// times or more, in the order of their arrival, in at most half of the
@@ -220,32 +239,39 @@ impl Planner {
     /// So no row starves: with `k` places a plan, a row with `q` older ones
     /// before it in its queue is taken at the latest by the queue's plan
     /// number `STARVE_AFTER + 1 + q / ceil(k / 2)`, whatever comes after it.
-    pub fn pick(&mut self, v: &mut View, choice: Choice, now_ns: u64, limit: usize) -> &[u32] {
+    pub fn pick(
+        &mut self,
+        v: &mut View,
+        choice: Choice,
+        now_ns: u64,
+        limit: usize,
+        fits: &mut dyn FnMut(u32) -> bool,
+    ) -> &[u32] {
         self.picked.clear();
-        let (q, layer) = match choice {
-            Choice::Nothing => return &[],
-            Choice::Ready => (READY, 0),
-            Choice::Flush(ramp, _) => (held_queue(ramp), v.config.ramp_layers[ramp]),
-        };
+        let Some(q) = choice.queue() else { return &[] };
         let mut limit = limit;
-        if let Choice::Flush(ramp, _) = choice {
-            let stays = stay_queue(ramp);
+        let mut ramp = None;
+        if let Choice::Flush(at, _) = choice {
+            ramp = Some(at);
             while limit > 0 {
-                let Some(h) = v.buffer.queues().oldest(stays) else {
+                let Some(h) = v.buffer.queues().oldest(stay_queue(at)) else {
                     break;
                 };
+                if !fits(v.buffer.owner(h).0) {
+                    return &self.picked;
+                }
                 v.buffer.remove(h, true);
                 self.picked.push(h);
                 limit -= 1;
             }
         }
         let waiting = v.buffer.queues().len(q);
-        let n = v.deep_rows(waiting.min(limit), layer);
-        let ahead = v.cost.remaining(layer, n).unwrap_or(0.0) * MARGIN;
-        let horizon = now_ns.saturating_add(ahead as u64);
+        let horizon = horizon(v, ramp, now_ns, limit);
         let places = limit.min(waiting);
-        if v.buffer.take_oldest(q, places, horizon, &mut self.picked) {
-            return self.end(v, q);
+        if v.buffer
+            .take_oldest(q, places, horizon, &mut self.picked, fits)
+        {
+            return &self.picked;
         }
         // Under steady overload every row has been passed over often, and age
         // would be all that counts: half of the places stay with priority.
@@ -256,37 +282,65 @@ impl Planner {
         };
         for _ in 0..places {
             let queues = v.buffer.queues();
-            let oldest = queues
-                .oldest(q)
-                .filter(|&h| starved > 0 && queues.passed(h) >= STARVE_AFTER);
-            let handle = match oldest {
-                Some(h) => {
-                    starved -= 1;
-                    Some(h)
-                }
-                None => match queues.nearest(q) {
-                    Some((h, due)) if due <= horizon => Some(h),
-                    _ => queues.foremost(q),
-                },
+            let oldest = match starved {
+                0 => None,
+                _ => queues
+                    .oldest(q)
+                    .filter(|&h| queues.passed(h) >= STARVE_AFTER),
             };
-            let Some(h) = handle else { break };
-            match q {
-                READY => queues.remove(h),
-                _ => v.buffer.remove(h, false),
+            // The oldest has been passed over most.
+            starved = if oldest.is_some() { starved - 1 } else { 0 };
+            let due = || queues.nearest(q).filter(|n| n.1 <= horizon).map(|n| n.0);
+            let Some(h) = oldest.or_else(due).or_else(|| queues.foremost(q)) else {
+                break;
+            };
+            if !fits(v.buffer.owner(h).0) {
+                break;
+            }
+            match ramp {
+                None => v.buffer.pop_ready(v.buffer.owner(h).0),
+                Some(_) => v.buffer.remove(h, false),
             }
             self.picked.push(h);
         }
-        self.end(v, q)
-    }
-
-    fn end(&mut self, v: &mut View, q: usize) -> &[u32] {
-        if !self.picked.is_empty() {
-            v.buffer.queues().count_plan(q);
-            self.plans += 1;
-        }
-        debug_assert!(self.picked.iter().all(|&h| h != NONE));
         &self.picked
     }
+
+    /// Counts a plan that had rows.
+    pub fn count(&mut self, buffer: &mut Buffer, choice: Choice) {
+        if let Some(q) = choice.queue() {
+            buffer.queues_mut().count_plan(q);
+            self.plans += 1;
+        }
+    }
+
+    /// Takes back what [`Planner::count`] counted last.
+    pub fn uncount(&mut self, buffer: &mut Buffer, choice: Choice) {
+        if let Some(q) = choice.queue() {
+            buffer.queues_mut().uncount_plan(q);
+            self.plans -= 1;
+        }
+    }
+}
+
+/// A row that is due up to then would be late if it were passed over once more:
+/// one held at the ramp, or a ready one where `ramp` is `None`.
+fn horizon(v: &View, ramp: Option<usize>, now_ns: u64, limit: usize) -> u64 {
+    let ns = match ramp {
+        Some(ramp) => {
+            let held = v.buffer.held_at(ramp) as usize;
+            time_to_token(v, ramp, held.min(limit), limit)
+        }
+        None => {
+            let n = v.buffer.ready_rows().min(limit) as u32;
+            let (all, shallow) = (
+                v.cost.remaining(0, n),
+                v.cost.predict(0, v.config.ramp_layers[0], n),
+            );
+            (all.unwrap_or(0.0) * MARGIN + shallow.unwrap_or(0.0)) as u64
+        }
+    };
+    now_ns.saturating_add(ns)
 }
 
 /// Predicted time until rows held at `ramp` have their tokens if they are

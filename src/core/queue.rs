@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! Queues of rows that wait, in three orders at once: of arrival, of priority
-//! and of deadline. Adding, taking and removing a row cost the same however
-//! many wait.
+//! and of deadline. Adding, taking, removing and putting back a row cost the same
+//! however many wait; a deadline costs their logarithm.
 
+use super::dues::{Heap, Nodes, Place};
 use super::error::Result;
 use super::{NONE, memory};
 
@@ -15,6 +16,8 @@ pub const LEVELS: usize = 64;
 pub struct Node {
     /// The queue it is in, or `NONE`.
     queue: u32,
+    /// The priority whose list it is in.
+    level: i32,
     /// Order of arrival; kept when a failed step puts it back.
     pub seq: u64,
     /// Since when it waits.
@@ -22,14 +25,13 @@ pub struct Node {
     /// When its token is due; 0: no deadline.
     pub due_ns: u64,
     pub priority: i32,
+    /// Neighbours in its list. Those of a row that was taken say where it was.
+    link: Link,
+    due: Place,
     /// Plans of any kind made before it was queued.
     pub plans: u64,
     /// Plans over its queue made before it was queued.
-    pub taken: u64,
-    /// The priority whose list it is in.
-    level: i32,
-    all: Link,
-    same: Link,
+    taken: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -38,30 +40,12 @@ struct Link {
     after: u32,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Ends {
-    first: u32,
-    last: u32,
-}
-
-const EMPTY: Ends = Ends {
-    first: NONE,
-    last: NONE,
-};
-
+/// Rows of one priority, in the order of their arrival.
 #[derive(Debug, Clone, Copy)]
 struct Level {
     priority: i32,
-    ends: Ends,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Due {
-    due_ns: u64,
-    /// Higher priority first.
-    rank: i64,
-    seq: u64,
-    handle: u32,
+    first: u32,
+    last: u32,
 }
 
 #[derive(Debug)]
@@ -69,19 +53,18 @@ struct Queue {
     len: u32,
     /// Plans made over this queue.
     taken: u64,
-    all: Ends,
-    /// Highest priority first.
+    /// Highest priority first; none is empty.
     levels: Vec<Level>,
-    /// A heap, the nearest deadline first; rows that have left stay in it
-    /// until they come up or are swept out.
-    dues: Vec<Due>,
+    dues: Heap,
     with_due: u32,
 }
 
 pub struct Queues {
-    nodes: Vec<Node>,
+    nodes: Rows,
     queues: Vec<Queue>,
 }
+
+struct Rows(Vec<Node>);
 
 /// What a row brings along.
 #[derive(Debug, Clone, Copy)]
@@ -93,38 +76,50 @@ pub struct Entry {
     pub plans: u64,
 }
 
+impl Nodes for Rows {
+    /// Nearest deadline, higher priority, older row.
+    type Key = (u64, i64, u64);
+
+    fn key(&self, node: u32) -> Self::Key {
+        let n = &self.0[node as usize];
+        (n.due_ns, -i64::from(n.priority), n.seq)
+    }
+
+    fn place(&mut self, node: u32) -> &mut Place {
+        &mut self.0[node as usize].due
+    }
+}
+
 impl Queues {
     /// Rows are named by handles below `handles`; a row is in one queue at
     /// most.
     pub fn new(handles: usize, queues: usize) -> Result<Self> {
-        let none = Link {
-            before: NONE,
-            after: NONE,
-        };
         let vacant = Node {
             queue: NONE,
+            level: 0,
             seq: 0,
             since_ns: 0,
             due_ns: 0,
             priority: 0,
+            link: Link {
+                before: NONE,
+                after: NONE,
+            },
+            due: Place::NOWHERE,
             plans: 0,
             taken: 0,
-            level: 0,
-            all: none,
-            same: none,
         };
         let queue = |_| {
             Ok(Queue {
                 len: 0,
                 taken: 0,
-                all: EMPTY,
                 levels: memory::room(LEVELS)?,
-                dues: memory::room(2 * handles + 64)?,
+                dues: Heap::EMPTY,
                 with_due: 0,
             })
         };
         Ok(Queues {
-            nodes: memory::filled(vacant, handles)?,
+            nodes: Rows(memory::filled(vacant, handles)?),
             queues: (0..queues).map(queue).collect::<Result<_>>()?,
         })
     }
@@ -138,13 +133,13 @@ impl Queues {
     }
 
     pub fn node(&self, handle: u32) -> &Node {
-        &self.nodes[handle as usize]
+        &self.nodes.0[handle as usize]
     }
 
     /// The row that has waited longest.
     pub fn oldest(&self, q: usize) -> Option<u32> {
-        let first = self.queues[q].all.first;
-        (first != NONE).then_some(first)
+        let heads = self.queues[q].levels.iter().map(|l| l.first);
+        heads.min_by_key(|&h| self.node(h).seq)
     }
 
     /// Counts a plan over this queue.
@@ -152,145 +147,207 @@ impl Queues {
         self.queues[q].taken += 1;
     }
 
+    /// Takes back what [`Queues::count_plan`] counted last.
+    pub fn uncount_plan(&mut self, q: usize) {
+        self.queues[q].taken -= 1;
+    }
+
     /// Plans over its queue that passed this row by.
     pub fn passed(&self, handle: u32) -> u64 {
         let n = self.node(handle);
-        self.queues[n.queue as usize].taken - n.taken
+        let taken = self.queues[n.queue as usize].taken;
+        // A row that came during a step that failed may be ahead.
+        taken.saturating_sub(n.taken)
     }
 
+    /// `e.seq` is greater than that of any row before.
     pub fn push(&mut self, q: usize, handle: u32, e: Entry) {
-        let node = &mut self.nodes[handle as usize];
+        let node = &mut self.nodes.0[handle as usize];
         node.seq = e.seq;
         node.since_ns = e.since_ns;
         node.due_ns = e.due_ns;
         node.priority = e.priority;
         node.plans = e.plans;
         node.taken = self.queues[q].taken;
-        self.insert(q, handle);
+        let level = self.queues[q].level(e.priority);
+        let before = self.queues[q].levels[level].last;
+        self.link(q, level, handle, before);
     }
 
-    /// Puts a row back that a failed step took, at its old place.
+    /// Puts a row back that a failed step took, at its old place. Rows that were
+    /// taken together go back last first: each then finds its old neighbours.
     pub fn restore(&mut self, q: usize, handle: u32) {
-        // An entry of its own may be left from before.
-        sweep(&self.nodes, &mut self.queues[q].dues, q as u32);
-        self.insert(q, handle);
+        let priority = self.node(handle).priority;
+        let level = self.queues[q].level(priority);
+        let before = self.old_place(q, level, handle);
+        self.link(q, level, handle, before);
     }
 
-    fn insert(&mut self, q: usize, handle: u32) {
-        let level = self.queues[q].level(self.nodes[handle as usize].priority);
-        let queue = &mut self.queues[q];
-        let priority = queue.levels[level].priority;
-        let node = &mut self.nodes[handle as usize];
-        node.queue = q as u32;
-        node.level = priority;
-        let due = Due {
-            due_ns: node.due_ns,
-            rank: -i64::from(node.priority),
-            seq: node.seq,
-            handle,
+    /// The row after which a restored one belongs, or `NONE`: from the neighbours
+    /// that it had, as far as they are in the list.
+    fn old_place(&self, q: usize, level: usize, handle: u32) -> u32 {
+        let list = &self.queues[q].levels[level];
+        let node = self.node(handle);
+        let seq = |h: u32| self.node(h).seq;
+        let here = |h: u32| {
+            let there = |n: &Node| n.queue == q as u32 && n.level == list.priority;
+            h != NONE && there(self.node(h))
         };
-        link(&mut self.nodes, &mut queue.all, handle, |n| &mut n.all);
-        link(
-            &mut self.nodes,
-            &mut queue.levels[level].ends,
-            handle,
-            |n| &mut n.same,
-        );
-        queue.len += 1;
-        if due.due_ns > 0 {
-            queue.with_due += 1;
-            if queue.dues.len() > 2 * queue.with_due as usize + 32 {
-                sweep(&self.nodes, &mut queue.dues, q as u32);
+        let Link { before, after } = node.link;
+        if list.first == NONE || seq(list.first) > node.seq {
+            return NONE;
+        }
+        let mut at = if here(before) && seq(before) < node.seq {
+            before
+        } else if here(after) {
+            self.node(after).link.before
+        } else {
+            list.last
+        };
+        while at != NONE && seq(at) > node.seq {
+            at = self.node(at).link.before;
+        }
+        loop {
+            let next = if at == NONE {
+                list.first
+            } else {
+                self.node(at).link.after
+            };
+            if next == NONE || seq(next) > node.seq {
+                return at;
             }
-            queue.dues.push(due);
-            up(&mut queue.dues);
+            at = next;
+        }
+    }
+
+    fn link(&mut self, q: usize, level: usize, handle: u32, before: u32) {
+        let queue = &mut self.queues[q];
+        let list = &mut queue.levels[level];
+        let nodes = &mut self.nodes.0;
+        let after = match before {
+            NONE => std::mem::replace(&mut list.first, handle),
+            b => std::mem::replace(&mut nodes[b as usize].link.after, handle),
+        };
+        match after {
+            NONE => list.last = handle,
+            a => nodes[a as usize].link.before = handle,
+        }
+        let node = &mut nodes[handle as usize];
+        node.link = Link { before, after };
+        node.queue = q as u32;
+        node.level = list.priority;
+        queue.len += 1;
+        if node.due_ns > 0 {
+            queue.with_due += 1;
+            queue.dues.push(&mut self.nodes, handle);
         }
     }
 
     pub fn remove(&mut self, handle: u32) {
-        let node = self.nodes[handle as usize];
+        let node = *self.node(handle);
         let queue = &mut self.queues[node.queue as usize];
+        let nodes = &mut self.nodes.0;
         let level = queue.level(node.level);
-        unlink(&mut self.nodes, &mut queue.all, handle, |n| &mut n.all);
-        unlink(
-            &mut self.nodes,
-            &mut queue.levels[level].ends,
-            handle,
-            |n| &mut n.same,
-        );
-        if queue.levels[level].ends.first == NONE {
+        let list = &mut queue.levels[level];
+        let Link { before, after } = node.link;
+        match before {
+            NONE => list.first = after,
+            b => nodes[b as usize].link.after = after,
+        }
+        match after {
+            NONE => list.last = before,
+            a => nodes[a as usize].link.before = before,
+        }
+        if list.first == NONE {
             queue.levels.remove(level);
         }
         queue.len -= 1;
+        nodes[handle as usize].queue = NONE;
         if node.due_ns > 0 {
             queue.with_due -= 1;
-            if queue.with_due == 0 {
-                queue.dues.clear();
-            }
+            queue.dues.remove(&mut self.nodes, handle);
         }
-        self.nodes[handle as usize].queue = NONE;
+    }
+
+    /// Changes the deadline of a row that waits; 0: none.
+    pub fn set_due(&mut self, handle: u32, due_ns: u64) {
+        let node = self.node(handle);
+        let (old, q) = (node.due_ns, node.queue as usize);
+        if old == due_ns {
+            return;
+        }
+        let queue = &mut self.queues[q];
+        if old > 0 {
+            queue.with_due -= 1;
+            queue.dues.remove(&mut self.nodes, handle);
+        }
+        self.nodes.0[handle as usize].due_ns = due_ns;
+        if due_ns > 0 {
+            queue.with_due += 1;
+            queue.dues.push(&mut self.nodes, handle);
+        }
     }
 
     /// The row whose deadline is the nearest, and that deadline.
-    pub fn nearest(&mut self, q: usize) -> Option<(u32, u64)> {
-        let queue = &mut self.queues[q];
-        while let Some(&top) = queue.dues.first() {
-            if current(&self.nodes, &top, q as u32) {
-                return Some((top.handle, top.due_ns));
-            }
-            // One by one, or all that have left at once, whichever is less.
-            let n = queue.dues.len();
-            if (n - queue.with_due as usize) * 16 > n {
-                sweep(&self.nodes, &mut queue.dues, q as u32);
-            } else {
-                pop(&mut queue.dues);
-            }
-        }
-        None
+    pub fn nearest(&self, q: usize) -> Option<(u32, u64)> {
+        let first = self.queues[q].dues.first()?;
+        Some((first, self.node(first).due_ns))
     }
 
-    /// Takes the `n` oldest rows at once, where that is the order anyway: all
-    /// have one priority, and no deadline lies before `horizon_ns`. False,
-    /// and nothing taken, where it is not.
-    pub fn take_oldest(&mut self, q: usize, n: usize, horizon_ns: u64, out: &mut Vec<u32>) -> bool {
+    /// Takes the oldest rows at once, where that is the order anyway: all have one
+    /// priority, and no deadline lies before `horizon_ns`. At most `n` of them, up
+    /// to the first that does not fit. False, and nothing taken, where it is not.
+    pub fn take_oldest(
+        &mut self,
+        q: usize,
+        n: usize,
+        horizon_ns: u64,
+        out: &mut Vec<u32>,
+        mut fits: impl FnMut(u32) -> bool,
+    ) -> bool {
         if self.queues[q].levels.len() > 1
             || self.nearest(q).is_some_and(|(_, due)| due <= horizon_ns)
         {
             return false;
         }
         let queue = &mut self.queues[q];
-        let mut at = queue.all.first;
-        for _ in 0..n {
-            if at == NONE {
-                break;
-            }
-            let node = &mut self.nodes[at as usize];
+        let Some(list) = queue.levels.first_mut() else {
+            return true;
+        };
+        let taken = out.len();
+        let mut with_due = 0;
+        let mut at = list.first;
+        while out.len() - taken < n && at != NONE && fits(at) {
+            let node = &mut self.nodes.0[at as usize];
             out.push(at);
             node.queue = NONE;
-            queue.len -= 1;
-            queue.with_due -= u32::from(node.due_ns > 0);
-            at = node.all.after;
+            with_due += u32::from(node.due_ns > 0);
+            at = node.link.after;
         }
-        // With one priority, both lists are the same.
+        queue.len -= (out.len() - taken) as u32;
         if at == NONE {
-            queue.all = EMPTY;
             queue.levels.clear();
         } else {
-            queue.all.first = at;
-            queue.levels[0].ends.first = at;
-            let node = &mut self.nodes[at as usize];
-            node.all.before = NONE;
-            node.same.before = NONE;
+            list.first = at;
+            self.nodes.0[at as usize].link.before = NONE;
         }
+        queue.with_due -= with_due;
         if queue.with_due == 0 {
-            queue.dues.clear();
+            queue.dues = Heap::EMPTY;
+        } else if with_due > 0 {
+            // The last first: most have nothing below them by then.
+            for &handle in out[taken..].iter().rev() {
+                if self.nodes.0[handle as usize].due_ns > 0 {
+                    queue.dues.remove(&mut self.nodes, handle);
+                }
+            }
         }
         true
     }
 
     /// The oldest row of the highest priority.
     pub fn foremost(&self, q: usize) -> Option<u32> {
-        self.queues[q].levels.first().map(|l| l.ends.first)
+        self.queues[q].levels.first().map(|l| l.first)
     }
 }
 
@@ -303,95 +360,15 @@ impl Queue {
             Some(_) if self.levels.len() == LEVELS => at,
             None if self.levels.len() == LEVELS => at - 1,
             _ => {
-                self.levels.insert(
-                    at,
-                    Level {
-                        priority,
-                        ends: EMPTY,
-                    },
-                );
+                let list = Level {
+                    priority,
+                    first: NONE,
+                    last: NONE,
+                };
+                self.levels.insert(at, list);
                 at
             }
         }
-    }
-}
-
-/// Links a row in by its order of arrival: nearly always last.
-fn link(nodes: &mut [Node], ends: &mut Ends, handle: u32, side: impl Fn(&mut Node) -> &mut Link) {
-    let seq = nodes[handle as usize].seq;
-    let mut before = ends.last;
-    if ends.first != NONE && nodes[ends.first as usize].seq > seq {
-        before = NONE;
-    }
-    while before != NONE && nodes[before as usize].seq > seq {
-        before = side(&mut nodes[before as usize]).before;
-    }
-    let after = if before == NONE {
-        ends.first
-    } else {
-        side(&mut nodes[before as usize]).after
-    };
-    *side(&mut nodes[handle as usize]) = Link { before, after };
-    match before {
-        NONE => ends.first = handle,
-        b => side(&mut nodes[b as usize]).after = handle,
-    }
-    match after {
-        NONE => ends.last = handle,
-        a => side(&mut nodes[a as usize]).before = handle,
-    }
-}
-
-fn unlink(nodes: &mut [Node], ends: &mut Ends, handle: u32, side: impl Fn(&mut Node) -> &mut Link) {
-    let Link { before, after } = *side(&mut nodes[handle as usize]);
-    match before {
-        NONE => ends.first = after,
-        b => side(&mut nodes[b as usize]).after = after,
-    }
-    match after {
-        NONE => ends.last = before,
-        a => side(&mut nodes[a as usize]).before = before,
-    }
-}
-
-fn current(nodes: &[Node], due: &Due, q: u32) -> bool {
-    let n = &nodes[due.handle as usize];
-    n.queue == q && n.seq == due.seq && n.due_ns == due.due_ns
-}
-
-fn up(heap: &mut [Due]) {
-    let mut i = heap.len() - 1;
-    while i > 0 && heap[i] < heap[(i - 1) / 2] {
-        heap.swap(i, (i - 1) / 2);
-        i = (i - 1) / 2;
-    }
-}
-
-fn down(heap: &mut [Due], mut i: usize) {
-    loop {
-        let mut least = i;
-        for child in [2 * i + 1, 2 * i + 2] {
-            if child < heap.len() && heap[child] < heap[least] {
-                least = child;
-            }
-        }
-        if least == i {
-            return;
-        }
-        heap.swap(i, least);
-        i = least;
-    }
-}
-
-fn pop(heap: &mut Vec<Due>) {
-    heap.swap_remove(0);
-    down(heap, 0);
-}
-
-fn sweep(nodes: &[Node], heap: &mut Vec<Due>, q: u32) {
-    heap.retain(|d| current(nodes, d, q));
-    for i in (0..heap.len() / 2).rev() {
-        down(heap, i);
     }
 }
 
@@ -399,72 +376,78 @@ fn sweep(nodes: &[Node], heap: &mut Vec<Due>, q: u32) {
 mod tests {
     use super::*;
 
-    /// Against the plainest thing that could be right.
+    /// Against the plainest thing that could be right. Some rows are taken as a
+    /// step takes them, and go back while others come and go.
     #[test]
     fn every_order_agrees_with_a_list() {
         let handles = 40;
         let mut queues = Queues::new(handles, 2).unwrap();
         let mut list: Vec<(usize, u32, Entry)> = Vec::new();
-        let mut x = 11u64;
-        let mut draw = |n: u64| {
-            x = x
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            (x >> 33) % n
-        };
+        let mut taken: Vec<(usize, u32, Entry)> = Vec::new();
+        let mut rng = crate::core::rollout::Rng(11);
+        let mut draw = |n: u64| rng.bits() % n;
+        let mut restored = 0;
         for seq in 0..60_000u64 {
             let handle = draw(handles as u64) as u32;
-            match list.iter().position(|l| l.1 == handle) {
-                Some(i) => {
-                    let (q, _, e) = list[i];
-                    queues.remove(handle);
-                    if draw(4) == 0 {
-                        // back to where it was
-                        queues.restore(q, handle);
-                        assert_eq!(queues.node(handle).seq, e.seq);
+            if let Some(i) = taken.iter().position(|l| l.1 == handle) {
+                // Its request goes away during the step.
+                taken.remove(i);
+            } else if let Some(i) = list.iter().position(|l| l.1 == handle) {
+                queues.remove(handle);
+                let row = list.remove(i);
+                if draw(4) > 0 {
+                    taken.push(row);
+                }
+            } else {
+                let due = draw(3) > 0 && seq / 10000 % 2 == 1;
+                let e = Entry {
+                    seq,
+                    since_ns: seq,
+                    due_ns: if due { 1 + draw(1000) } else { 0 },
+                    priority: if seq / 5000 % 2 == 0 {
+                        0
                     } else {
-                        list.remove(i);
-                    }
-                }
-                None => {
-                    let e = Entry {
-                        seq,
-                        since_ns: seq,
-                        due_ns: if draw(3) == 0 || seq / 10000 % 2 == 0 {
-                            0
-                        } else {
-                            1 + draw(1000)
-                        },
-                        priority: if seq / 5000 % 2 == 0 {
-                            0
-                        } else {
-                            draw(5) as i32 - 2
-                        },
-                        plans: 0,
-                    };
-                    let q = draw(2) as usize;
-                    queues.push(q, handle, e);
-                    list.push((q, handle, e));
-                }
+                        draw(5) as i32 - 2
+                    },
+                    plans: 0,
+                };
+                let q = draw(2) as usize;
+                queues.push(q, handle, e);
+                list.push((q, handle, e));
+            }
+            if draw(9) == 0
+                && let Some(&(q, handle, e)) = list.get(draw(40) as usize)
+            {
+                let due_ns = draw(1000);
+                queues.set_due(handle, due_ns);
+                list.retain(|l| l.1 != handle);
+                list.push((q, handle, Entry { due_ns, ..e }));
             }
             if seq % 7 == 0 {
                 let (q, n, horizon) = (draw(2) as usize, draw(6) as usize, draw(1000));
-                let mut here: Vec<_> = list
-                    .iter()
-                    .filter(|l| l.0 == q)
-                    .map(|l| (l.2.seq, l.1, l.2))
-                    .collect();
-                here.sort_by_key(|l| l.0);
+                let unfit = draw(handles as u64 + 40) as u32;
+                let mut here: Vec<_> = list.iter().filter(|l| l.0 == q).copied().collect();
+                here.sort_by_key(|l| l.2.seq);
                 let plain = here.windows(2).all(|w| w[0].2.priority == w[1].2.priority)
                     && here.iter().all(|l| l.2.due_ns == 0 || l.2.due_ns > horizon);
                 let mut out = Vec::new();
-                assert_eq!(queues.take_oldest(q, n, horizon, &mut out), plain);
+                let fits = |h| h != unfit;
+                assert_eq!(queues.take_oldest(q, n, horizon, &mut out, fits), plain);
                 if plain {
-                    let expect: Vec<u32> = here.iter().take(n).map(|l| l.1).collect();
-                    assert_eq!(out, expect);
+                    let expect = here.iter().take(n).take_while(|l| fits(l.1));
+                    taken.extend(expect.clone());
+                    assert_eq!(out, expect.map(|l| l.1).collect::<Vec<_>>());
                     list.retain(|l| !out.contains(&l.1));
                 } else {
                     assert!(out.is_empty());
+                }
+            }
+            if draw(12) == 0 {
+                while let Some(row) = taken.pop() {
+                    queues.restore(row.0, row.1);
+                    assert_eq!(queues.node(row.1).seq, row.2.seq);
+                    list.push(row);
+                    restored += 1;
                 }
             }
             for q in 0..2 {
@@ -482,7 +465,25 @@ mod tests {
                     .map(|l| (l.1, l.2.due_ns));
                 assert_eq!(queues.nearest(q), due);
             }
+            if seq % 50 == 0 {
+                // The lists from both ends.
+                for queue in &queues.queues {
+                    for list in &queue.levels {
+                        let (mut at, mut before) = (list.first, NONE);
+                        while at != NONE {
+                            let link = queues.node(at).link;
+                            assert_eq!(link.before, before);
+                            assert!(
+                                before == NONE || queues.node(before).seq < queues.node(at).seq
+                            );
+                            (before, at) = (at, link.after);
+                        }
+                        assert_eq!(before, list.last);
+                    }
+                }
+            }
         }
+        assert!(restored > 10_000, "{restored}");
     }
 
     #[test]

@@ -9,7 +9,6 @@ use super::error::{Error, Result};
 use super::exits::Kind;
 use super::metric::Metric;
 use super::pending::Chain;
-use super::routing::{self, Recent};
 use super::{MAX_RAMPS, NONE, memory};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,22 +84,21 @@ pub struct Request {
     /// Where the time since its last token went: the host's part, waiting for
     /// the first window, held.
     pub spent_ns: [u64; 3],
+    /// When its next token is due; 0: it has no deadline.
+    pub due_ns: u64,
     pub deadline_ns: u64,
     pub request_deadline_ns: u64,
     pub max_tokens: u64,
-    pub started_ns: u64,
 
     pub pending: Chain,
-    /// Rows in the planned step, from `in_step` on.
-    pub step_rows: u32,
     /// When its last row left, whether with a token or with a draft.
     pub left_ns: u64,
     pub held_ns: u64,
+    pub started_ns: u64,
     pub involuntary_exits: u64,
     pub involuntary_stays: u32,
     pub deadline_misses: u32,
     pub exits: [u64; MAX_RAMPS],
-    pub recent: Recent,
 }
 
 const _: () = assert!(size_of::<Request>() == 5 * 64);
@@ -113,9 +111,12 @@ impl Request {
         *spent = spent.saturating_add(ns);
     }
 
-    /// When its next token is due: a token deadline after the last one, and
-    /// an even share of what is left until the request's own.
-    pub fn due_ns(&self) -> Option<u64> {
+    /// Its last token came at `now_ns`, or its first can run from then on: a token
+    /// deadline later the next one is due, and after an even share of what is left
+    /// until the request's own.
+    pub fn restart(&mut self, now_ns: u64) {
+        self.last_token_ns = now_ns;
+        self.spent_ns = [0; 3];
         let own =
             (self.deadline_ns > 0).then(|| self.last_token_ns.saturating_add(self.deadline_ns));
         let share = (self.request_deadline_ns > 0).then(|| {
@@ -123,10 +124,7 @@ impl Request {
             let left = self.max_tokens.saturating_sub(self.tokens).max(1);
             self.last_token_ns + end.saturating_sub(self.last_token_ns) / left
         });
-        match (own, share) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+        self.due_ns = [own, share].into_iter().flatten().min().unwrap_or(0);
     }
 }
 
@@ -154,6 +152,7 @@ const VACANT: Request = Request {
     started: false,
     started_ns: 0,
     last_token_ns: 0,
+    due_ns: 0,
     left_ns: 0,
     spent_ns: [0; 3],
     tokens: 0,
@@ -163,12 +162,10 @@ const VACANT: Request = Request {
     held_ns: 0,
     deadline_misses: 0,
     last_confidence: f32::NAN,
-    recent: routing::UNKNOWN,
     kind: Kind::NEW,
     fill: Fill::Copy,
     settling: false,
     pending: Chain::EMPTY,
-    step_rows: 0,
 };
 
 impl Requests {

@@ -11,6 +11,10 @@ pub struct Side {
     pub layout: Layout,
 }
 
+// SAFETY: an address of the host's, which only `unsafe` calls follow; the host says
+// there that the memory may be touched.
+unsafe impl Send for Side {}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// A cell is `bytes` bytes in one piece, `stride` bytes after the one

@@ -56,10 +56,7 @@ pub fn with(
     engine: *const drex_engine,
     body: impl FnOnce(&mut Instance) -> Result<(), Fault>,
 ) -> drex_status {
-    let inside = || {
-        let mut guard = handle::ENGINES.enter(engine)?;
-        body(guard.object())
-    };
+    let inside = || handle::ENGINES.visit(engine, body)?;
     call_or(function, inside, |fault| failed(function, engine, fault))
 }
 
@@ -72,13 +69,12 @@ fn failed(function: &str, engine: *const drex_engine, fault: &Fault) {
     if matches!(fault, Fault::Handle(_) | Fault::Busy(_)) {
         return;
     }
-    if let Ok(mut guard) = handle::ENGINES.enter(engine) {
-        let watch = &guard.object().watch;
-        if watch.on() {
+    let _ = handle::ENGINES.visit(engine, |instance| {
+        if instance.watch.on() {
             let device = fault.status() == DREX_ERROR_DEVICE;
-            watch.failed(function, fault, device);
+            instance.watch.failed(function, fault, device);
         }
-    }
+    });
 }
 
 fn message(payload: &(dyn Any + Send)) -> &str {
@@ -271,7 +267,6 @@ mod tests {
             min_ready: 0,
             max_hold_ns: 0,
             token_deadline_ns: 0,
-            routing: false,
             seed: 0,
             art_ratio: None,
         })

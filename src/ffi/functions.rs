@@ -295,12 +295,6 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
     };
     let policy = POLICIES.get(c.policy as usize).map(|&(_, p)| p);
     reserved(c.reserved)?;
-    if c.reserved2 != 0 {
-        return Err(Error::int("reserved2", c.reserved2, "0").into());
-    }
-    if c.routing > 1 {
-        return Err(Error::int("routing", c.routing, "0 or 1").into());
-    }
     Ok(Config {
         n_layers: c.n_layers,
         ramp_layers: ramp_layers.collect(),
@@ -317,7 +311,6 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         min_ready: c.min_ready,
         max_hold_ns: c.max_hold_ns,
         token_deadline_ns: c.token_deadline_ns,
-        routing: c.routing != 0,
         seed: c.seed,
         art_ratio: (!c.art_ratio.is_nan()).then_some(c.art_ratio),
     })
@@ -897,8 +890,7 @@ pub unsafe extern "C" fn drex_speculate(
         let drafted = match u32::try_from(draft_token) {
             Ok(t) if t < n_vocab => t as usize,
             _ => {
-                let got = draft_token as i64 as u64;
-                return Err(Error::int("draft_token", got, "0..n_vocab-1").into());
+                return Err(Error::signed("draft_token", draft_token, "0..n_vocab-1").into());
             }
         };
         for (name, x) in [("u", u), ("v", v)] {
@@ -1147,6 +1139,8 @@ pub unsafe extern "C" fn drex_stats_get(
             drafts: c.drafts,
             drafts_accepted: c.accepted,
             rows_dropped: c.dropped,
+            prompt_rows: c.prompt_rows,
+            prompt_steps: c.prompt_steps,
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &stats) };

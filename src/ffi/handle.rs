@@ -30,8 +30,9 @@ struct Entry<T> {
     object: AtomicPtr<T>,
 }
 
-/// The objects of one kind.
-pub struct Table<T: 'static> {
+/// The objects of one kind. Calls come from any thread, so the objects move
+/// between threads.
+pub struct Table<T: Send + 'static> {
     /// The argument's name in error texts, and what several are.
     name: &'static str,
     plural: &'static str,
@@ -48,7 +49,7 @@ fn word(generation: u64, state: u64) -> u64 {
     generation << 3 | state
 }
 
-impl<T> Table<T> {
+impl<T: Send> Table<T> {
     const fn new(name: &'static str, plural: &'static str, tag: usize) -> Self {
         Table {
             name,
@@ -145,7 +146,19 @@ impl<T> Table<T> {
         Ok(unsafe { Box::from_raw(raw) })
     }
 
-    pub fn enter<H>(&'static self, handle: *const H) -> Result<Guard<T>, Fault> {
+    /// Runs a call's body inside an object. A panic of the body poisons it.
+    pub fn visit<H, R>(
+        &'static self,
+        handle: *const H,
+        body: impl FnOnce(&mut T) -> R,
+    ) -> Result<R, Fault> {
+        let mut guard = self.enter(handle)?;
+        let result = body(guard.object());
+        guard.returned = true;
+        Ok(result)
+    }
+
+    fn enter<H>(&'static self, handle: *const H) -> Result<Guard<T>, Fault> {
         let (entry, generation) = self.decode(handle)?;
         entry
             .word
@@ -159,23 +172,22 @@ impl<T> Table<T> {
         Ok(Guard {
             entry,
             generation,
-            was_panicking: std::thread::panicking(),
+            returned: false,
         })
     }
 }
 
-/// The right to be inside an object. If a panic that began after it was given
-/// drops it, the object is poisoned.
-pub struct Guard<T: 'static> {
+/// The right to be inside an object. Whether a thread unwinds says nothing of the
+/// body: a host may call from a destructor while its own panic is under way.
+struct Guard<T: 'static> {
     entry: &'static Entry<T>,
     generation: u64,
-    /// A host may call from a destructor that runs while its own thread
-    /// unwinds: that panic is not ours.
-    was_panicking: bool,
+    /// The body did.
+    returned: bool,
 }
 
 impl<T> Guard<T> {
-    pub fn object(&mut self) -> &mut T {
+    fn object(&mut self) -> &mut T {
         // SAFETY: the entry is BUSY with this guard's generation, so this
         // guard is the only way to the object, and nobody frees it.
         unsafe { &mut *self.entry.object.load(Ordering::Relaxed) }
@@ -184,11 +196,7 @@ impl<T> Guard<T> {
 
 impl<T> Drop for Guard<T> {
     fn drop(&mut self) {
-        let state = if std::thread::panicking() && !self.was_panicking {
-            POISONED
-        } else {
-            IDLE
-        };
+        let state = if self.returned { IDLE } else { POISONED };
         self.entry
             .word
             .store(word(self.generation, state), Ordering::Release);

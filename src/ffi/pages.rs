@@ -18,7 +18,7 @@ fn with(
     pages: *const drex_pages,
     body: impl FnOnce(&mut Pages) -> Result<(), Fault>,
 ) -> drex_status {
-    call(function, || body(PAGES.enter(pages)?.object()))
+    call(function, || PAGES.visit(pages, body)?)
 }
 
 /// Entries of a table, if its address can be one.

@@ -318,9 +318,6 @@ pub struct drex_config {
     pub reserved: u32,
     /// AUTO: of the random numbers that its predictions draw. Any number.
     pub seed: u64,
-    /// AUTO: 1: a window may pass a ramp of the rule where its rows, by their
-    /// requests' recent exits, are unlikely to exit. 0: never.
-    pub routing: u32,
     /// POSTFILL, VERIFY: pending rows of a request at most; 0: 8. When it has
     /// so many, its next row goes deep even if it is confident (an involuntary
     /// stay). They and that row must fit into max_batch, which cuts it.
@@ -334,11 +331,7 @@ pub struct drex_config {
     /// Most rows of one window, decode rows and prompt rows together; 0:
     /// max_batch. At least max_batch, at most 1048576. For hosts that name
     /// drex_plan_input.n_prompt_rows.
-    /// Since 0.2.
     pub max_pass_rows: u32,
-    /// 0
-    /// Since 0.2.
-    pub reserved2: u32,
 }
 
 /// The K/V cache of one layer. The tensors stay the host's, and must stay
@@ -724,6 +717,13 @@ pub struct drex_stats {
     pub drafts_accepted: u64,
     /// VERIFY: rows that followed a draft that was replaced or was the last.
     pub rows_dropped: u64,
+    /// Prompt rows of completed steps. One that a window leaves at a ramp counts
+    /// in each of its windows.
+    /// Since 0.2.
+    pub prompt_rows: u64,
+    /// Completed steps with prompt rows.
+    /// Since 0.2.
+    pub prompt_steps: u64,
 }
 
 /// A block table entry without a page.

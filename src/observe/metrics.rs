@@ -133,6 +133,18 @@ fn served(t: &mut Text, e: &Engine) {
         "Rows of completed steps.",
         c.step_rows,
     );
+    t.one(
+        "drex_prompt_steps_total",
+        COUNTER,
+        "Completed steps with prompt rows.",
+        c.prompt_steps,
+    );
+    t.one(
+        "drex_prompt_rows_total",
+        COUNTER,
+        "Prompt rows of completed steps.",
+        c.prompt_rows,
+    );
     // A step of ready rows is no flush.
     t.many(
         ("drex_flushes_total", COUNTER),

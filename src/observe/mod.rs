@@ -43,6 +43,10 @@ pub struct Sink {
     pub level: u32,
 }
 
+// SAFETY: drex does not follow `user_data`. The host names it for a callback that
+// runs on whatever thread calls, one at a time: the header says so.
+unsafe impl Send for Sink {}
+
 /// A line that is cut to its room, so that no event allocates.
 struct Line {
     bytes: [u8; 512],

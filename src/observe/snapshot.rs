@@ -48,6 +48,7 @@ pub fn to_json(e: &Engine) -> String {
             "misses": c.misses, "nonfinite_rows": c.nonfinite_rows,
             "rows_filled": c.rows_filled, "drafts": c.drafts, "accepted": c.accepted,
             "dropped": c.dropped, "steps": c.steps, "step_rows": c.step_rows,
+            "prompt_steps": c.prompt_steps, "prompt_rows": c.prompt_rows,
             "wait_us_buckets": c.wait_us_buckets, "wait_us_sum": c.wait_us_sum,
             "window_us_buckets": c.window_us_buckets, "window_us_sum": c.window_us_sum,
         },

@@ -109,7 +109,7 @@ impl Trace {
             if (run_ns.is_some() || row.gone || exit)
                 && let Some(ramp) = row.was_held_at()
             {
-                let begin_ns = e.buffer().node(row.slot).since_ns;
+                let begin_ns = row.since_ns;
                 self.push(Event::Held {
                     begin_ns,
                     end_ns: step.now_ns.max(begin_ns),
@@ -166,7 +166,7 @@ impl Trace {
     pub fn write(&self, e: &Engine, number: usize, sink: &mut dyn FnMut(&str)) {
         let open = e.held_requests().filter_map(|r| held(e, r));
         let planned = e.step_rows().iter().filter_map(|row| {
-            let begin_ns = e.buffer().node(row.slot).since_ns;
+            let begin_ns = row.since_ns;
             Some(Event::Held {
                 begin_ns,
                 end_ns: e.step()?.now_ns.max(begin_ns),

@@ -77,7 +77,7 @@ class drex_config(Struct):
         ("n_slots", u32), ("max_requests", u32), ("max_batch", u32), ("policy", u32), ("metric", u32), ("fill", u32),
         ("device", u32), ("threshold", f32), ("ramp_thresholds", P(f32)), ("flush_rows", u32), ("min_ready", u32),
         ("max_hold_ns", u64), ("token_deadline_ns", u64), ("art_ratio", f32), ("reserved", u32), ("seed", u64),
-        ("routing", u32), ("max_pending", u32), ("n_vocab", u32), ("n_top", u32), ("max_pass_rows", u32), ("reserved2", u32),
+        ("max_pending", u32), ("n_vocab", u32), ("n_top", u32), ("max_pass_rows", u32),
     ]  # fmt: skip
     _defaults_ = {"abi_version": DREX_ABI_VERSION, "policy": POLICIES.index("auto"), "threshold": 0.7, "art_ratio": nan}
 

@@ -10,7 +10,6 @@ use crate::core::counters::Miss;
 use crate::core::error::{Error, Result};
 use crate::core::policy::{Decision, Policy};
 use crate::core::prompts::Transit;
-use crate::core::queue::Entry;
 use crate::core::request::State;
 
 /// The search for a rule takes at most this share of a window's time, where
@@ -60,6 +59,8 @@ impl Engine {
         );
         if step.prompt_rows > 0 {
             let rows = step.prompt_rows;
+            self.counters.prompt_steps += 1;
+            self.counters.prompt_rows += u64::from(rows);
             self.prompts.transit = step.ramp.map(|ramp| Transit { ramp, rows });
             if step.layer_begin == 0 {
                 self.prompts.ran(rows);
@@ -111,27 +112,20 @@ impl Engine {
 
     /// What a row waited before its step was planned, which did not fail it.
     fn count_wait(&mut self, row: StepRow, planned_ns: u64) {
-        let waited = |since: u64| planned_ns.saturating_sub(since);
-        match row.origin {
-            Origin::Held(_) => {
-                let ns = waited(self.buffer.node(row.slot).since_ns);
-                self.counters.wait(ns);
-                if !row.gone {
-                    let r = self.requests.get_mut(row.request);
-                    r.held_ns = r.held_ns.saturating_add(ns);
-                    r.spend(Miss::Held, ns);
-                }
-            }
-            Origin::Ready if !row.gone => {
-                let ns = waited(self.buffer.ready_node(row.request).since_ns);
-                let r = self.requests.get_mut(row.request);
-                // A row that exited may be ready again by now, and then
-                // its node is not this token's.
-                if r.state != State::Ready {
-                    r.spend(Miss::Queue, ns);
-                }
-            }
-            Origin::Ready | Origin::Stay(_) | Origin::Pending => {}
+        let ns = planned_ns.saturating_sub(row.since_ns);
+        let held = matches!(row.origin, Origin::Held(_));
+        if held {
+            self.counters.wait(ns);
+        }
+        if row.gone {
+            return;
+        }
+        let r = self.requests.get_mut(row.request);
+        if held {
+            r.held_ns = r.held_ns.saturating_add(ns);
+            r.spend(Miss::Held, ns);
+        } else if row.origin == Origin::Ready {
+            r.spend(Miss::Queue, ns);
         }
     }
 
@@ -201,11 +195,12 @@ impl Engine {
         }
     }
 
+    /// A token of the request is out.
     fn emitted(&mut self, request: u32, now_ns: u64) {
         let r = self.requests.get_mut(request);
-        let all = now_ns.saturating_sub(r.last_token_ns);
-        let spent = r.spent_ns.iter().fold(0, |a, &ns| ns.saturating_add(a));
-        if r.due_ns().is_some_and(|due| now_ns > due) {
+        if r.due_ns > 0 && now_ns > r.due_ns {
+            let all = now_ns.saturating_sub(r.last_token_ns);
+            let spent = r.spent_ns.iter().fold(0, |a, &ns| ns.saturating_add(a));
             r.deadline_misses += 1;
             self.counters.deadline_misses += 1;
             let mut reason = Miss::Run as usize;
@@ -217,21 +212,11 @@ impl Engine {
             }
             self.counters.misses[reason] += 1;
         }
-        r.spent_ns = [0; 3];
-        r.last_token_ns = now_ns;
+        r.restart(now_ns);
         if r.state == State::Ready {
             // Made ready before its step was complete: the deadline of its
             // next token starts here.
-            let node = *self.buffer.ready_node(request);
-            let entry = Entry {
-                seq: node.seq,
-                since_ns: node.since_ns,
-                due_ns: r.due_ns().unwrap_or(0),
-                priority: node.priority,
-                plans: node.plans,
-            };
-            self.buffer.pop_ready(request);
-            self.buffer.push_ready(request, entry);
+            self.buffer.set_ready_due(request, r.due_ns);
         }
     }
 
@@ -246,42 +231,61 @@ impl Engine {
             ));
         };
         for k in 0..self.rows.len() {
+            self.take_back(k, &step);
+        }
+        self.put_back();
+        if !self.rows.is_empty() {
+            self.planner.uncount(&mut self.buffer, step.choice);
+        }
+        self.end_step();
+        Ok(())
+    }
+
+    /// Takes the ramp's verdict on a row back, but for an exit: that ends here.
+    fn take_back(&mut self, k: usize, step: &Step) {
+        let row = self.rows[k];
+        let clock = self.clock_ns;
+        // Verdicts on requests that went away since included.
+        let undone = self.ramped && matches!(row.decision, Decision::Hold | Decision::Stay);
+        let forced = u64::from(undone && row.forced);
+        if undone {
+            self.counters.involuntary_stays -= forced;
+            self.counters.nonfinite_rows -= u64::from(row.score.confidence.is_nan());
+        }
+        if row.gone {
+            return;
+        }
+        // Rows that came along stay where a newer one has left: it may not
+        // wait deeper than they do. Else they go back as well.
+        if let (true, false, Some(after)) = (row.back > 0, self.newer_left(k), step.after()) {
+            self.pending.advance(row.slot, after);
+        }
+        let r = self.requests.get_mut(row.request);
+        r.involuntary_stays -= forced as u32;
+        if self.ramped && row.decision == Decision::Exit {
+            r.in_step = NONE;
+            r.left_ns = clock;
+            self.count_wait(row, step.now_ns);
+            if row.fill != Fill::Verify {
+                self.emitted(row.request, clock);
+            }
+        }
+    }
+
+    /// Rows that did not leave go back to where they were, the last first: so
+    /// queues and free slots are what they were, too.
+    pub(super) fn put_back(&mut self) {
+        for k in (0..self.rows.len()).rev() {
             let row = self.rows[k];
-            // The ramp's verdicts are taken back with the step, those of
-            // requests that went away since included.
-            let undone = self.ramped && matches!(row.decision, Decision::Hold | Decision::Stay);
-            let forced = u64::from(undone && row.forced);
-            if undone {
-                self.counters.involuntary_stays -= forced;
-                self.counters.nonfinite_rows -= u64::from(row.score.confidence.is_nan());
-            }
-            if row.gone {
-                self.buffer.return_slot(row.slot);
-                continue;
-            }
-            let clock = self.clock_ns;
-            // Rows that came along stay where a newer one has left: it may not
-            // wait deeper than they do. Else they go back as well.
-            if let (true, false, Some(after)) = (row.back > 0, self.newer_left(k), step.after) {
-                self.pending.advance(row.slot, after);
-            }
             let left = self.ramped && row.decision == Decision::Exit;
-            if left {
-                self.count_wait(row, step.now_ns);
+            if row.gone || left && !row.fill.keeps() {
+                self.buffer.return_slot(row.slot);
+            }
+            if row.gone || left {
+                continue;
             }
             let r = self.requests.get_mut(row.request);
             r.in_step = NONE;
-            r.involuntary_stays -= forced as u32;
-            if left {
-                r.left_ns = clock;
-                if !row.fill.keeps() {
-                    self.buffer.return_slot(row.slot);
-                }
-                if row.fill != Fill::Verify {
-                    self.emitted(row.request, clock);
-                }
-                continue;
-            }
             match row.origin {
                 Origin::Ready => {
                     r.state = State::Ready;
@@ -304,8 +308,6 @@ impl Engine {
                 Origin::Pending => {}
             }
         }
-        self.end_step();
-        Ok(())
     }
 
     /// The own row of the request whose pending row is the `k`-th has left.

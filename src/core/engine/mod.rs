@@ -20,12 +20,18 @@ use crate::core::exits::Exits;
 use crate::core::gaps::Gaps;
 use crate::core::metric::{Metric, Score};
 use crate::core::pending::Pending;
-use crate::core::planner::{Marks, Planner};
+use crate::core::planner::{Choice, Marks, Planner};
 use crate::core::policy::{Decision, RampRow};
 use crate::core::prompts::Prompts;
 use crate::core::request::{Request, Requests, State};
-use crate::core::routing::Routing;
 use crate::core::{MAX_RAMPS, NONE, memory};
+
+impl Step {
+    /// The ramp that its rows were looked at before.
+    fn after(&self) -> Option<usize> {
+        self.choice.ramp()
+    }
+}
 
 /// What the host is to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +44,7 @@ pub struct Step {
     pub now_ns: u64,
     /// Prompt rows that run along.
     pub prompt_rows: u32,
-    /// The ramp that its rows were looked at before.
-    after: Option<usize>,
+    choice: Choice,
     /// The window ends where pending rows wait, and nobody is to exit.
     only_meets: bool,
 }
@@ -69,6 +74,8 @@ pub struct StepRow {
     pub decision: Decision,
     pub forced: bool,
     pub score: Score,
+    /// When it began to wait for the step.
+    pub since_ns: u64,
     origin: Origin,
 }
 
@@ -110,7 +117,6 @@ pub struct Engine {
     planner: Planner,
     exits: Exits,
     auto: Auto,
-    routing: Routing,
     gaps: Gaps,
     prompts: Prompts,
     /// The host calls [`Engine::replan`] itself.
@@ -149,7 +155,6 @@ impl Engine {
             planner: Planner::new(&config)?,
             exits: Exits::new(config.n_ramps()),
             auto: Auto::new(&config),
-            routing: Routing::default(),
             gaps: Gaps::default(),
             prompts: Prompts::default(),
             host_replans: false,
@@ -222,7 +227,7 @@ impl Engine {
         self.decoding
     }
 
-    /// The latest time that any call named.
+    /// The time that the last call named.
     pub fn clock_ns(&self) -> u64 {
         self.clock_ns
     }
@@ -278,9 +283,9 @@ impl Engine {
         self.seq
     }
 
-    /// The latest time that any call named.
+    /// The host's clock may go back, and a wrong time does not stay.
     fn tick(&mut self, now_ns: u64) {
-        self.clock_ns = self.clock_ns.max(now_ns);
+        self.clock_ns = now_ns;
     }
 
     /// Held rows per ramp, without those of the planned step.

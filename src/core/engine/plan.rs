@@ -3,6 +3,7 @@
 //! The next window, and its rows.
 
 use super::{Engine, Origin, Step, StepRow};
+use crate::core::NONE;
 use crate::core::carrier::{Riders, Ways};
 use crate::core::config::Fill;
 use crate::core::counters::Reason;
@@ -10,14 +11,48 @@ use crate::core::error::{Error, Result};
 use crate::core::metric::Score;
 use crate::core::planner::{Carrier, Choice, Marks, View};
 use crate::core::policy::{Decision, Policy};
-use crate::core::request::State;
-use crate::core::routing::{Stop, best_stop};
-use crate::core::{MAX_RAMPS, NONE};
+use crate::core::prompts::Transit;
+use crate::core::request::{Request, State};
+
+/// What a plan is made with.
+#[derive(Clone, Copy)]
+struct Frame {
+    marks: Marks,
+    /// Requests and rows at most.
+    limit: usize,
+    room: usize,
+    /// Prompt rows that are on their way, else a pass for those that wait.
+    transit: Option<Transit>,
+    carrier: Option<Carrier>,
+}
+
+/// Rows that a plan took.
+#[derive(Default)]
+struct Taken {
+    /// Bit r: one of them may exit at ramp r.
+    may_exit: u32,
+    /// The first ramp ahead where pending rows wait, which must not be passed.
+    barrier: Option<usize>,
+    /// Rows of the first request that did not fit.
+    unfit: u32,
+}
 
 impl Engine {
     /// Chooses the next window and at most `capacity` decode rows for it, where
     /// `n_prompts` prompt rows wait at layer 0. `None`: there is nothing to run.
     pub fn plan(&mut self, now_ns: u64, capacity: usize, n_prompts: u32) -> Result<Option<Step>> {
+        self.plan_with(now_ns, capacity, n_prompts, |_| Ok(()))
+    }
+
+    /// The same, where `prepare` has the last word: where it fails with the rows of
+    /// the step, nothing has happened.
+    pub fn plan_with(
+        &mut self,
+        now_ns: u64,
+        capacity: usize,
+        n_prompts: u32,
+        prepare: impl FnOnce(&[StepRow]) -> Result<()>,
+    ) -> Result<Option<Step>> {
         if self.step.is_some() {
             return Err(Error::CallOrder(
                 "a step is planned already; expected drex_complete or drex_abandon first",
@@ -31,78 +66,162 @@ impl Engine {
                 why: "rows must have room for max_batch rows, or a step is cut short",
             });
         }
+        let mut frame = self.frame(capacity, n_prompts);
+        let choice = self.choose(&frame, now_ns);
+        let all = self.config.window_rows();
+        if choice == Choice::Ready {
+            frame.limit = frame.limit.min(self.buffer.free_slots());
+            if frame.carrier.is_some() {
+                frame.limit = frame.limit.min(all - least_prompts(all, n_prompts));
+            }
+        }
+        let taken = self.take(&frame, choice, now_ns);
+        let after = choice.ramp();
+        let carries = frame.transit.is_some() || after.is_none() && frame.carrier.is_some();
+        if self.rows.is_empty() && taken.unfit > 0 && !carries {
+            return Err(Error::Capacity {
+                field: "capacity",
+                value: capacity as u64,
+                need: taken.unfit.into(),
+                why: "the pending rows of a request run in one window; give max_batch",
+            });
+        }
+        let runs = choice != Choice::Nothing && (carries || !self.rows.is_empty());
+        if !runs {
+            self.tick(now_ns);
+            self.prompts.carried |= n_prompts > 0;
+            if choice == Choice::Nothing {
+                self.gaps.idle();
+            }
+            return Ok(None);
+        }
+        let end = self.end(&frame, after, carries, &taken);
+        if let Err(e) = prepare(&self.rows) {
+            self.put_back();
+            self.rows.clear();
+            return Err(e);
+        }
+
         self.tick(now_ns);
-        self.rows.clear();
+        self.prompts.carried |= n_prompts > 0;
+        self.prompts.transit = None;
+        self.gaps.resume(now_ns, self.prompts.carried);
+        if !self.rows.is_empty() {
+            self.last_rows = self.rows.len() as u32;
+            self.planner.count(&mut self.buffer, choice);
+        }
+        let prompt_rows = match frame.transit {
+            Some(t) => t.rows,
+            None if carries => self.prompt_room(end, all).min(n_prompts),
+            None => 0,
+        };
+        let ramps = &self.config.ramp_layers;
+        let looked_at = frame.marks.ramps & taken.may_exit;
+        self.step = Some(Step {
+            layer_begin: after.map_or(0, |r| ramps[r]),
+            layer_end: end.map_or(self.config.n_layers, |r| ramps[r]),
+            ramp: end,
+            reason: match choice {
+                Choice::Flush(_, reason) => reason,
+                _ => Reason::None,
+            },
+            now_ns,
+            prompt_rows,
+            choice,
+            only_meets: end.is_some_and(|r| looked_at >> r & 1 == 0),
+        });
         self.ramped = false;
         self.verified = false;
+        Ok(self.step)
+    }
 
+    fn frame(&self, capacity: usize, n_prompts: u32) -> Frame {
         let marks = Marks::new(&self.config, self.decoding, self.auto.rule());
-        self.prompts.carried |= n_prompts > 0;
-        let transit = self.prompts.transit.take();
-        let all = self.config.window_rows();
-        let (mut limit, mut room) = (self.config.batch(), self.config.pass_rows());
-        (limit, room) = (limit.min(capacity), room.min(capacity));
+        let transit = self.prompts.transit;
+        let mut limit = self.config.batch().min(capacity);
+        let mut room = self.config.pass_rows().min(capacity);
         let mut carrier = None;
         if let Some(t) = transit {
-            let beside = all.saturating_sub(t.rows as usize);
+            let beside = self.config.window_rows().saturating_sub(t.rows as usize);
             (limit, room) = (limit.min(beside), room.min(beside));
         } else if n_prompts > 0 {
             carrier = Some(self.carrier(marks, limit, n_prompts));
         }
+        Frame {
+            marks,
+            limit,
+            room,
+            transit,
+            carrier,
+        }
+    }
+
+    fn choose(&mut self, frame: &Frame, now_ns: u64) -> Choice {
+        if let Some(t) = frame.transit {
+            return Choice::Flush(t.ramp, Reason::Prompt);
+        }
+        let rows_each = self.rows_each();
+        let view = View {
+            config: &self.config,
+            buffer: &mut self.buffer,
+            cost: &self.cost,
+            marks: frame.marks,
+            rows_each,
+            carrier: frame.carrier,
+        };
+        self.planner.choose(&view, now_ns, frame.limit)
+    }
+
+    /// Rows of a request in a deep window, pending ones included.
+    fn rows_each(&self) -> f64 {
+        1.0 + f64::from(self.pending.total()) / self.decoding.max(1) as f64
+    }
+
+    /// Takes the rows of a choice out of their queues.
+    fn take(&mut self, frame: &Frame, choice: Choice, now_ns: u64) -> Taken {
+        self.rows.clear();
+        let mut taken = Taken::default();
+        let after = choice.ramp();
+        let first = after.map_or(0, |r| r + 1);
+        let rows_each = self.rows_each();
+        let (requests, pending, mut left) = (&self.requests, &self.pending, frame.room);
+        let along = |r: &Request| match after {
+            Some(ramp) if pending.total() > 0 => pending.at(&r.pending, ramp),
+            _ => 0,
+        };
+        let mut fits = |request: u32| {
+            let rows = match pending.total() {
+                0 => 1,
+                _ => {
+                    let r = requests.get(request);
+                    along(r) + u32::from(!r.settling)
+                }
+            };
+            match left.checked_sub(rows as usize) {
+                Some(rest) => left = rest,
+                None => taken.unfit = rows,
+            }
+            taken.unfit == 0
+        };
         let mut view = View {
             config: &self.config,
             buffer: &mut self.buffer,
             cost: &self.cost,
-            marks,
-            rows_each: 1.0 + f64::from(self.pending.total()) / self.decoding.max(1) as f64,
-            carrier,
+            marks: frame.marks,
+            rows_each,
+            carrier: frame.carrier,
         };
-        let choice = match transit {
-            Some(t) => Choice::Flush(t.ramp, Reason::Prompt),
-            None => self.planner.choose(&mut view, now_ns, limit),
-        };
-        let (after, reason) = match choice {
-            Choice::Nothing => {
-                self.gaps.idle();
-                return Ok(None);
-            }
-            Choice::Ready => {
-                limit = limit.min(view.buffer.free_slots());
-                if carrier.is_some() {
-                    limit = limit.min(all - least_prompts(all, n_prompts));
-                }
-                (None, Reason::None)
-            }
-            Choice::Flush(ramp, reason) => (Some(ramp), reason),
-        };
-        let first = after.map_or(0, |r| r + 1);
-        let carries = transit.is_some() || after.is_none() && carrier.is_some();
-        let mut may_exit = 0;
-        // Where pending rows wait that must not be passed.
-        let mut barrier = None;
-        let mut short = 0;
-        for &handle in self.planner.pick(&mut view, choice, now_ns, limit) {
-            let (request, mut slot) = view.buffer.owner(handle);
+        let picked = self
+            .planner
+            .pick(&mut view, choice, now_ns, frame.limit, &mut fits);
+        for &handle in picked {
+            let since_ns = self.buffer.node(handle).since_ns;
+            let (request, mut slot) = self.buffer.owner(handle);
             let r = self.requests.get_mut(request);
-            let chain = r.pending;
-            let along = match after {
-                Some(ramp) if !chain.is_empty() => self.pending.at(&chain, ramp),
-                _ => 0,
-            };
-            let rows = along + u32::from(!r.settling);
-            if short > 0 || self.rows.len() + rows as usize > room {
-                // Back to where it was: it comes first next time.
-                match after {
-                    None => view.buffer.restore_ready(request),
-                    Some(ramp) => view.buffer.restore(ramp, slot, r.state == State::Running),
-                }
-                short = short.max(rows);
-                continue;
-            }
             let origin = match after {
                 None => {
-                    // `limit` was cut to the free slots.
-                    slot = view.buffer.take_slot(request).unwrap_or(NONE);
+                    // The limit was cut to the free slots.
+                    slot = self.buffer.take_slot(request).unwrap_or(NONE);
                     Origin::Ready
                 }
                 Some(ramp) if r.state == State::Running => Origin::Stay(ramp),
@@ -112,8 +231,7 @@ impl Engine {
             r.ramp = NONE;
             r.slot = slot;
             r.in_step = self.rows.len() as u32;
-            r.step_rows = rows;
-            may_exit |= if r.settling { 0 } else { r.may_exit };
+            taken.may_exit |= if r.settling { 0 } else { r.may_exit };
             let row = StepRow {
                 request,
                 id: r.id,
@@ -124,13 +242,15 @@ impl Engine {
                 decision: Decision::Stay,
                 forced: false,
                 score: Score::NONE,
+                since_ns,
                 origin,
             };
-            if !chain.is_empty() {
-                let stop = self.pending.stop(&chain, first);
-                barrier = [barrier, stop].into_iter().flatten().min();
-                let older = self.pending.iter(&chain).enumerate();
-                for (k, slot) in older.skip((chain.len() - along) as usize) {
+            if pending.total() > 0 && !r.pending.is_empty() {
+                let chain = r.pending;
+                let stop = pending.stop(&chain, first);
+                taken.barrier = [taken.barrier, stop].into_iter().flatten().min();
+                let older = pending.iter(&chain).enumerate();
+                for (k, slot) in older.skip((chain.len() - along(r)) as usize) {
                     let back = chain.len() - k as u32;
                     let last = r.settling && back == 1;
                     self.rows.push(StepRow {
@@ -146,54 +266,31 @@ impl Engine {
                 self.rows.push(row);
             }
         }
-        if self.rows.is_empty() && short > 0 && !carries {
-            return Err(Error::Capacity {
-                field: "capacity",
-                value: capacity as u64,
-                need: short.into(),
-                why: "the pending rows of a request run in one window; give max_batch",
-            });
-        }
-        if self.rows.is_empty() && !carries {
-            return Ok(None);
-        }
-        self.gaps.resume(now_ns, self.prompts.carried);
+        taken
+    }
 
-        // The window ends at the first ramp that is looked at and where one
-        // of its rows may exit: any other is not worth its head.
-        let ramps = &self.config.ramp_layers;
-        let begin = after.map_or(0, |r| ramps[r]);
-        let looked_at = marks.ramps & may_exit;
-        let stop = if carries {
-            let stop = self.first_cut(marks, first, looked_at);
-            let known = carrier.filter(|_| first == 0);
-            self.cut(marks, first, stop, known, transit.map_or(0, |t| t.rows))
+    /// The ramp where the window ends, if it is not the last layer: the first that
+    /// is looked at and where one of its rows may exit, since any other is not
+    /// worth its head; with prompt rows, only where a cut pays; and no later than
+    /// where pending rows wait.
+    fn end(
+        &self,
+        frame: &Frame,
+        after: Option<usize>,
+        carries: bool,
+        taken: &Taken,
+    ) -> Option<usize> {
+        let first = after.map_or(0, |r| r + 1);
+        let looked_at = frame.marks.ramps & taken.may_exit;
+        let end = if carries {
+            let cut = self.first_cut(frame.marks, first, looked_at);
+            let known = frame.carrier.filter(|_| first == 0);
+            let prompts = frame.transit.map_or(0, |t| t.rows);
+            self.cut(frame.marks, first, cut, known, prompts)
         } else {
-            let stop = (first..ramps.len()).find(|&r| looked_at & (1 << r) != 0);
-            self.route(marks, begin, first, stop)
+            (first..self.config.n_ramps()).find(|&r| looked_at & (1 << r) != 0)
         };
-        let stop = [stop, barrier].into_iter().flatten().min();
-        let prompt_rows = match transit {
-            Some(t) => t.rows,
-            None if carries => self.prompt_room(stop, all).min(n_prompts),
-            None => 0,
-        };
-        let ramps = &self.config.ramp_layers;
-        let step = Step {
-            layer_begin: begin,
-            layer_end: stop.map_or(self.config.n_layers, |r| ramps[r]),
-            ramp: stop,
-            reason,
-            now_ns,
-            prompt_rows,
-            after,
-            only_meets: stop.is_some_and(|r| looked_at >> r & 1 == 0),
-        };
-        if !self.rows.is_empty() {
-            self.last_rows = self.rows.len() as u32;
-        }
-        self.step = Some(step);
-        Ok(Some(step))
+        [end, taken.barrier].into_iter().flatten().min()
     }
 
     /// The first ramp of the rule from `first` on where rows may exit, or are held.
@@ -292,59 +389,6 @@ impl Engine {
         });
         let room = all - rows.max(behind).min(all);
         room.max(least_prompts(all, u32::MAX)).min(all - rows) as u32
-    }
-
-    /// Under `auto`, once costs and rules are known, the stop that is best for
-    /// these rows; probes look where they are told to.
-    fn route(
-        &mut self,
-        marks: Marks,
-        begin: u32,
-        first: usize,
-        stop: Option<usize>,
-    ) -> Option<usize> {
-        if self.config.policy != Policy::Auto || !self.config.routing || !self.auto.settled() {
-            return stop;
-        }
-        let mut stops = [Stop { ramp: 0, stay: 0.0 }; MAX_RAMPS];
-        let mut n = 0;
-        for ramp in stop?..self.config.n_ramps() {
-            if marks.ramps >> ramp & 1 == 0 {
-                continue;
-            }
-            let after = first.checked_sub(1);
-            let share = self.exits.chance(after, ramp).p;
-            let mut stay = self.rows.len() as f64;
-            for row in &self.rows {
-                let r = self.requests.get(row.request);
-                if r.may_exit >> ramp & 1 == 1 {
-                    stay -= self.routing.chance(&r.recent, ramp, share);
-                }
-            }
-            stops[n] = Stop { ramp, stay };
-            n += 1;
-        }
-        let config = &self.config;
-        let (rows, flush) = (
-            self.rows.len() as u32,
-            marks.hold_rows.min(config.batch() as u32),
-        );
-        let best = best_stop(
-            &self.cost,
-            begin,
-            &config.ramp_layers,
-            config.n_layers,
-            rows,
-            flush,
-            &stops[..n],
-        );
-        self.routing.passed += u64::from(best != stop);
-        best
-    }
-
-    /// Windows that passed a ramp because their rows were unlikely to exit.
-    pub fn routed(&self) -> u64 {
-        self.routing.passed
     }
 }
 

@@ -68,8 +68,8 @@ impl Engine {
         if !r.started {
             r.started = true;
             r.started_ns = now_ns;
-            r.last_token_ns = now_ns;
             r.left_ns = now_ns;
+            r.restart(now_ns);
             self.decoding += 1;
             self.often += r.kind.index();
             self.fills[r.fill as usize] += 1;
@@ -92,7 +92,7 @@ impl Engine {
         Entry {
             seq,
             since_ns: now_ns,
-            due_ns: r.due_ns().unwrap_or(0),
+            due_ns: r.due_ns,
             priority: r.priority,
             plans: self.planner.plans,
         }
@@ -152,7 +152,11 @@ impl Engine {
         let (settling, mut chain) = (r.settling, r.pending);
         let in_step = match in_step {
             NONE => 0..0,
-            first => first as usize..(first + r.step_rows) as usize,
+            first => {
+                let first = first as usize;
+                let its = self.rows[first..].iter().take_while(|r| r.request == i);
+                first..first + its.count()
+            }
         };
         let own = in_step.end > in_step.start;
         for row in &mut self.rows[in_step.clone()] {

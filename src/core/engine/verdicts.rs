@@ -2,7 +2,7 @@
 
 //! What a ramp, or the full model, says of each row.
 
-use super::{Agrees, Engine, StepRow};
+use super::{Agrees, Engine, Step, StepRow};
 use crate::core::config::Fill;
 use crate::core::error::{Error, Result};
 use crate::core::metric::Score;
@@ -95,7 +95,7 @@ impl Engine {
             &mut self.ramp_rows,
             &mut self.scratch,
         );
-        let after = self.step.as_ref().and_then(|s| s.after);
+        let after = self.step.as_ref().and_then(Step::after);
         let mut sorter = self.exits.sorter(after, ramp);
         let decided = self.ramp_rows.iter().zip(scores);
         for (row, (own, score)) in self.rows.iter_mut().zip(decided) {
@@ -127,9 +127,6 @@ impl Engine {
                 let (exits, kind) = (own.confident(), r.kind.index());
                 sorter.look(&mut r.kind, exits);
                 self.often = self.often + r.kind.index() - kind;
-                if self.config.routing {
-                    self.routing.observe(&mut r.recent, ramp, exits);
-                }
             }
             r.last_confidence = score.confidence;
             self.counters.nonfinite_rows += u64::from(score.confidence.is_nan());

@@ -79,10 +79,41 @@ pub struct Cuda {
     stream: CUstream,
     /// A graph reads the list of rows.
     rows_captured: bool,
-    /// Results may come that were not asked for by [`Device::score`]: they were
-    /// enqueued, or a graph brings them.
-    enqueued: bool,
+    /// What was enqueued and not scored yet.
+    enqueued: Option<Enqueued>,
+    /// Graphs bring results, of their captures' rows.
     ramp_captured: bool,
+}
+
+/// A ramp that runs on the device.
+#[derive(Debug, Clone, Copy)]
+struct Enqueued {
+    logits: Logits,
+    n_rows: usize,
+}
+
+impl Enqueued {
+    /// Another ramp's results are no answer for these logits.
+    fn check(&self, logits: &Logits, n_rows: usize) -> Result<()> {
+        let other = |what| Err(Error::CallOrder(what));
+        let l = &self.logits;
+        if l.data != logits.data || l.row_stride != logits.row_stride {
+            return other("logits.data or row_stride_bytes is not what drex_ramp_enqueue had");
+        }
+        if l.dtype != logits.dtype || l.n_vocab != logits.n_vocab {
+            return other("logits.dtype or n_vocab is not what drex_ramp_enqueue had");
+        }
+        if self.n_rows != n_rows {
+            return other("logits.n_rows is not what drex_ramp_enqueue had");
+        }
+        if l.n_top != logits.n_top {
+            return other("logits.n_top is not what drex_ramp_enqueue had");
+        }
+        if l.stream != logits.stream {
+            return other("logits.stream is not what drex_ramp_enqueue had");
+        }
+        Ok(())
+    }
 }
 
 // SAFETY: handles of the driver may be used from any thread, with the context
@@ -124,13 +155,20 @@ impl Cuda {
             resources: Some(Resources::new(driver, &limits, n_chunks)?),
             stream: ptr::null_mut(),
             rows_captured: false,
-            enqueued: false,
+            enqueued: None,
             ramp_captured: false,
         })
     }
 
     fn enter(&self) -> Result<Current<'static>> {
         Current::of(self.driver, self.context)
+    }
+
+    /// For the stream of the last ramp.
+    fn wait(&self) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the host's stream.
+        unsafe { self.driver.cuStreamSynchronize(self.stream) }
     }
 
     fn resources(&mut self) -> &mut Resources {
@@ -588,12 +626,23 @@ impl Device for Cuda {
             let _current = self.enter()?;
             self.capturing(stream)?
         };
+        if !capturing
+            && self
+                .enqueued
+                .is_some_and(|e| e.logits.stream != logits.stream)
+        {
+            // Nothing orders one stream's results before the other's.
+            self.wait()?;
+        }
         // SAFETY: the same contract.
         unsafe { self.launch_ramp(logits, n_rows, weighted)? };
         if capturing {
             self.ramp_captured = true;
         } else {
-            self.enqueued = true;
+            self.enqueued = Some(Enqueued {
+                logits: *logits,
+                n_rows,
+            });
             self.stream = stream;
         }
         Ok(())
@@ -605,23 +654,34 @@ impl Device for Cuda {
         metrics: &[Option<Metric>],
         out: &mut [Score],
     ) -> Result<()> {
-        if !logits.enqueued {
-            let weighted = metrics.contains(&Some(Metric::Entropy));
-            // SAFETY: the same contract.
-            unsafe { self.launch_ramp(logits, metrics.len(), weighted)? };
-        } else if !self.enqueued && !self.ramp_captured {
-            return Err(Error::CallOrder(
-                "logits.enqueued is 1, but nothing was enqueued; expected drex_ramp_enqueue first",
-            ));
+        match &self.enqueued {
+            Some(enqueued) if logits.enqueued => enqueued.check(logits, metrics.len())?,
+            None if logits.enqueued && !self.ramp_captured => {
+                return Err(Error::CallOrder(
+                    "logits.enqueued is 1, but nothing was enqueued; expected drex_ramp_enqueue \
+                     first",
+                ));
+            }
+            None if logits.enqueued => {}
+            enqueued => {
+                // Results that nobody asks for come before these.
+                if enqueued.is_some() {
+                    self.wait()?;
+                }
+                let weighted = metrics.contains(&Some(Metric::Entropy));
+                // SAFETY: the same contract.
+                unsafe { self.launch_ramp(logits, metrics.len(), weighted)? };
+            }
         }
         self.stream = logits.stream.cast();
-        {
-            let _current = self.enter()?;
-            // SAFETY: the host's stream.
-            unsafe { self.driver.cuStreamSynchronize(self.stream)? };
-        }
-        self.enqueued = false;
-        let rows = self.limits.rows;
+        self.wait()?;
+        self.enqueued = None;
+        // A graph may have had more rows than the step.
+        let brought = if logits.enqueued && self.ramp_captured {
+            self.limits.rows
+        } else {
+            metrics.len()
+        };
         let results = &self.resources().results;
         let found = results.host.cast::<DeviceMoments>();
         for (i, (metric, out)) in metrics.iter().zip(out).enumerate() {
@@ -641,10 +701,7 @@ impl Device for Cuda {
                 token: if confidence.is_nan() { -1 } else { m.token },
             };
         }
-        if logits.enqueued {
-            // Of a graph with more rows than the step, too.
-            (0..rows).for_each(|i| forget(results, i));
-        }
+        (0..brought).for_each(|i| forget(results, i));
         Ok(())
     }
 
@@ -717,13 +774,11 @@ impl Device for Cuda {
     }
 
     fn plan_rows(&mut self, slots: &mut dyn ExactSizeIterator<Item = u32>) -> Result<()> {
-        let given_up = std::mem::take(&mut self.enqueued);
+        let given_up = self.enqueued.take().is_some();
         if given_up {
             // What the step enqueued must not come after this. Tried once: the
             // host may have taken its stream down with the step.
-            let _current = self.enter()?;
-            // SAFETY: the host's stream.
-            unsafe { self.driver.cuStreamSynchronize(self.stream)? };
+            self.wait()?;
         }
         if given_up || self.ramp_captured {
             // A step that was given up may have left its results.

@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use drex_build::{cache, llama::Runtime};
 
 use crate::{client::Client, process};
 
@@ -27,9 +28,15 @@ impl Program for PathBuf {
     }
 }
 
+impl Program for Runtime {
+    fn program(&self) -> PathBuf {
+        self.server()
+    }
+}
+
 /// Where servers' logs go: the target folder of the clone that this was built in.
 fn logs() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/xtask-servers")
+    cache::repo().join("target/xtask-servers")
 }
 
 /// Killed when it is dropped, and by the kernel when xtask ends in whatever way.

@@ -33,7 +33,6 @@ pub struct Options {
     /// `auto` starts from a profile that is wrong by this factor in the cost
     /// of rows. 1: from nothing.
     pub wrong: f64,
-    pub routing: bool,
     pub filling: Filling,
     /// Share of the work that prompts are, where no row exits.
     pub prompt_share: f64,
@@ -208,7 +207,6 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
         outliers: o.outliers,
         gap_ns: 0.0,
         start: None,
-        routing: o.routing,
         filling: o.filling,
     };
     let policy = |name: &str| run(&setup, &Contender::parse(name)?);

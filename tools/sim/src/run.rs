@@ -121,8 +121,6 @@ pub struct Setup {
     pub gap_ns: f64,
     /// What the engine believes at the start.
     pub start: Option<Profile>,
-    /// See `drex_config.routing`.
-    pub routing: bool,
     pub filling: Filling,
 }
 
@@ -197,7 +195,6 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         min_ready: contender.phi,
         max_hold_ns: setup.max_hold_ns,
         token_deadline_ns: w.token_deadline_ns,
-        routing: setup.routing,
         seed: w.seed,
         art_ratio: None,
     })?;

@@ -42,7 +42,6 @@ pub fn measure(requests: u32, ramps: usize, steps: u32, deadlines: bool) -> Resu
         min_ready: 0,
         max_hold_ns: 0,
         token_deadline_ns: if deadlines { 2_000_000_000 } else { 0 },
-        routing: true,
         seed: 1,
         art_ratio: None,
     })?;

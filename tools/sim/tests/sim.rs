@@ -30,7 +30,6 @@ fn setup(class: Class, n: u32, batch: u32, a: f64, p: f64) -> Setup {
         outliers: 0.0,
         gap_ns: 0.0,
         start: None,
-        routing: false,
         filling: Filling::COPY,
     }
 }
@@ -90,7 +89,6 @@ fn options() -> Options {
         spread: 0.0,
         drift: 0.0,
         wrong: 1.0,
-        routing: false,
         filling: Filling::COPY,
         prompt_share: 0.0,
         pass_rows: 512,
@@ -469,7 +467,6 @@ fn a_record_is_replayed() {
         outliers: 0.0,
         gap_ns: r.gap_ns,
         start: None,
-        routing: false,
         filling: Filling::COPY,
     };
     let off = go(&s, "off");

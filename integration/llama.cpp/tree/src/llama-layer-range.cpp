@@ -547,7 +547,9 @@ struct llama_layer_ranges {
         }
 
         if (params.max_bytes == 0) {
-            params.max_bytes = std::min<size_t>(std::max<size_t>(model.size()/4, 64u << 20), 1u << 30);
+            // windows of each number of rows up to one for each sequence occur, at each cut
+            const size_t for_rows = size_t(cparams.n_seq_max)*(2u << 20);
+            params.max_bytes = std::min<size_t>(std::max<size_t>({ model.size()/4, 64u << 20, for_rows }), 1u << 30);
         }
 
         auto res = std::make_shared<llama_layer_ranges>(*ctx, params);
