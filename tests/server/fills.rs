@@ -62,7 +62,7 @@ fn mixed(suite: &Suite) -> Result<()> {
             "request {i} ({}): no exits",
             MODES[i % 4]
         );
-        tokens += g.tokens.len() as u64 - 1;
+        tokens += g.tokens.len() as u64;
         drafts[i % 4] += count(i, "drex_drafts");
     }
     ensure!(
@@ -71,7 +71,6 @@ fn mixed(suite: &Suite) -> Result<()> {
     );
     let metrics = server.client.metrics()?;
     let get = |name: &str| metrics.get(name).with_context(|| format!("no {name}"));
-    // The first token of a request comes with the prompt.
     ensure!(
         get("drex_tokens_total")? == tokens as f64,
         "drex_tokens_total is {}, the clients got {tokens}",

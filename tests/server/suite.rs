@@ -6,15 +6,20 @@
 //! in a module here and name it in that module's `TESTS`.
 
 mod bad_input;
+mod banned_tokens_and_grammars;
 mod benchmarks;
 mod clients_go_away;
+mod counts;
 mod exact;
 mod fills;
 mod first_ramp;
 mod gpu_dry_run;
 mod modes;
+mod lora_adapters;
+mod profile_and_record;
 mod request_options;
 mod scheduler;
+mod slots_taken_over;
 mod start_and_answer;
 mod test_programs;
 mod transparency;
@@ -139,10 +144,15 @@ pub fn all() -> Vec<Test> {
         clients_go_away::TESTS,
         waiting_requests::TESTS,
         modes::TESTS,
+        profile_and_record::TESTS,
+        counts::TESTS,
+        banned_tokens_and_grammars::TESTS,
+        lora_adapters::TESTS,
         scheduler::TESTS,
         exact::TESTS,
         fills::TESTS,
         transparency::TESTS,
+        slots_taken_over::TESTS,
         first_ramp::TESTS,
         benchmarks::TESTS,
     ]

@@ -46,7 +46,7 @@ fn overload(suite: &Suite) -> Result<()> {
     }
     let metrics = server.client.metrics()?;
     ensure!(
-        metrics.get("drex_tokens_total") == Some(64.0 * 23.0),
+        metrics.get("drex_tokens_total") == Some(64.0 * 24.0),
         "{:?} tokens",
         metrics.get("drex_tokens_total")
     );

@@ -71,6 +71,9 @@ pub struct Options {
     /// With --triton: run AIPerf too, which fetches 1.2 GB once
     #[arg(long, requires = "triton")]
     load: bool,
+    /// Only the tests of the patched llama-server, without other programs
+    #[arg(long, group = "part")]
+    server: bool,
     /// Only the server tests whose names contain this
     #[arg(long, value_name = "TEXT", group = "part")]
     only: Option<String>,
@@ -138,7 +141,7 @@ impl Options {
     }
 
     fn of_server(&self) -> bool {
-        self.exact || self.lossless || self.gpu_dry_run || self.only.is_some()
+        self.exact || self.lossless || self.gpu_dry_run || self.server || self.only.is_some()
     }
 }
 

@@ -12,6 +12,7 @@
 #include <array>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -582,7 +583,7 @@ struct llama_layer_ranges {
         const auto & cparams = ctx->cparams;
 
         if (params.n_rows == 0 || params.n_graphs == 0) {
-            return "n_rows and n_graphs must be at least 1";
+            return params.n_rows == 0 ? "n_rows = 0, expected at least 1" : "n_graphs = 0, expected at least 1";
         }
         if (const char * why = check_memory(model, ctx->memory.get())) {
             return why;
@@ -814,6 +815,34 @@ struct llama_layer_ranges {
         }
 
         return true;
+    }
+
+    std::vector<llama_seq_id> misfits(const llama_batch_ext & batch, int32_t il_begin, const int32_t * arena) {
+        std::vector<llama_seq_id> res;
+        std::map<llama_seq_id, llama_pos> next; // of each sequence in the batch
+
+        for (size_t i = 0; i < batch.tokens.size(); ++i) {
+            const auto & tok = batch.tokens[i];
+            if (tok.seq_ids.size() != 1 || *tok.seq_ids.begin() < 0 || *tok.seq_ids.begin() >= (llama_seq_id) kv().get_n_seq_max()) {
+                return {};
+            }
+            const auto seq = *tok.seq_ids.begin();
+            const auto pos = tok.pos[0];
+
+            if (il_begin > 0) {
+                if (!holds_row(arena[i], seq, pos, il_begin)) {
+                    res.push_back(seq);
+                }
+                continue;
+            }
+            const auto begin = next.try_emplace(seq, kv().seq_pos_max(seq) + 1).first;
+            if (pos != begin->second && find_cell(seq, pos, 0, arena[i]) == UINT32_MAX) {
+                res.push_back(seq);
+            }
+            begin->second = pos + 1;
+        }
+
+        return res;
     }
 
     bool holds_row(int32_t i, llama_seq_id seq, llama_pos pos, int32_t il) const {
@@ -1065,6 +1094,21 @@ struct llama_layer_ranges {
         return true;
     }
 
+    bool edit_logits(llama_token token, int32_t first, int32_t n, float * values, bool write) {
+        if (!logits || token < 0 || token >= logits->ne[0] || first < 0 || n < 1 || first + n > logits->ne[1]) {
+            LLAMA_LOG_ERROR("layer range: the last one has no logits of token %d in rows [%d, %d)\n", token, first, first + n);
+            return false;
+        }
+        const size_t offset = first*logits->nb[1] + token*sizeof(float);
+        if (write) {
+            ggml_backend_tensor_set_2d_async(logits_backend, logits, values, offset, sizeof(float), n, logits->nb[1], sizeof(float));
+        } else {
+            ggml_backend_tensor_get_2d_async(logits_backend, logits, values, offset, sizeof(float), n, logits->nb[1], sizeof(float));
+        }
+
+        return true;
+    }
+
     ggml_backend_t backend() const {
         auto * dev = ctx.model.dev_output();
 
@@ -1245,6 +1289,11 @@ int32_t llama_layer_range_project(llama_context * ctx, llama_batch_ext * batch, 
     return ranges->decode(*batch, il_begin, ranges->n_layer, rows, true);
 }
 
+std::vector<llama_seq_id> llama_layer_range_misfits(llama_context * ctx, llama_batch_ext * batch, int32_t il_begin, const int32_t * rows) {
+    auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges ? ranges->misfits(*batch, il_begin, rows) : std::vector<llama_seq_id>();
+}
+
 void llama_layer_range_rollback(llama_context * ctx, llama_seq_id seq, llama_pos pos) {
     auto * ranges = llama_layer_ranges::get(ctx);
     if (ranges) {
@@ -1260,6 +1309,11 @@ const uint32_t * llama_layer_range_cells(const llama_context * ctx) {
 ggml_tensor * llama_layer_range_logits(const llama_context * ctx) {
     const auto * ranges = llama_layer_ranges::get(ctx);
     return ranges ? ranges->logits : nullptr;
+}
+
+bool llama_layer_range_edit_logits(llama_context * ctx, llama_token token, int32_t first, int32_t n, float * values, bool write) {
+    auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges && ranges->edit_logits(token, first, n, values, write);
 }
 
 bool llama_layer_range_fetch_logits(llama_context * ctx, int32_t first, int32_t n) {

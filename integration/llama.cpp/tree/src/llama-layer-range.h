@@ -21,6 +21,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 struct llama_layer_range_params {
     uint32_t n_rows;       // rows of the arena
@@ -49,6 +50,15 @@ LLAMA_API int32_t llama_layer_range_decode(
         int32_t           il_end,
         const int32_t   * rows);
 
+// After llama_layer_range_decode() or llama_layer_range_project() returned -1 for these arguments: the sequences of tokens that
+// do not fit, in the batch's order. Their arena row does not hold them, their cell has changed, or their position does not follow
+// the sequence. The other tokens can be decoded. Empty: the arguments are wrong in another way
+LLAMA_API std::vector<llama_seq_id> llama_layer_range_misfits(
+        llama_context   * ctx,
+        llama_batch_ext * batch,
+        int32_t           il_begin,
+        const int32_t   * rows);
+
 // Ends the way of rows that are to go no further: layers [il_begin, n_layer) get their K and V as projected from the hidden row
 // as it is, without attention and feed-forward (CALM's state propagation). No logits; the logits of the range before are gone.
 LLAMA_API int32_t llama_layer_range_project(
@@ -70,6 +80,10 @@ LLAMA_API const uint32_t * llama_layer_range_cells(const llama_context * ctx);
 // logits of the last range on its device, F32 [n_vocab, n_outputs], valid until the next call that decodes, resets or frees.
 // nullptr: there are none
 LLAMA_API ggml_tensor * llama_layer_range_logits(const llama_context * ctx);
+
+// Reads (write = false) or writes the logit of one vocabulary entry in rows [first, first + n) of these logits: values[i] for row
+// first + i. In order with the range's own work, and as asynchronous as that is. false: there are no such logits
+LLAMA_API bool llama_layer_range_edit_logits(llama_context * ctx, llama_token token, int32_t first, int32_t n, float * values, bool write);
 
 // Unlike those of llama_decode(), a range's logits stay where they are. Before the next range, this copies those of tokens
 // [first, first + n), all of them outputs, to where llama_get_logits_ith() finds them; the others are undefined there. Does not
