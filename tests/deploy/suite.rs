@@ -12,8 +12,9 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use drex_build::{
     cache::{self, Cache},
-    fetch::{Package, Python, package},
+    fetch::Python,
     process,
+    python::{Package, package},
 };
 use drex_harness::suite::{self, Choice};
 use drex_triton_server::setup;

@@ -9,7 +9,8 @@ use clap::Parser;
 use drex_build::{
     cache::{self, Cache},
     cargo,
-    fetch::{Package, Python, package},
+    fetch::Python,
+    python::{Package, package},
 };
 use drex_harness::suite::{self, Choice};
 

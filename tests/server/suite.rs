@@ -15,6 +15,7 @@ mod fills;
 mod first_ramp;
 mod gpu_dry_run;
 mod lora_adapters;
+mod modes;
 mod profile_and_record;
 mod request_options;
 mod scheduler;
@@ -40,7 +41,8 @@ use drex_build::{
     process, serve,
 };
 use drex_harness::{
-    client::{self, Client},
+    client,
+    generate::{exits, generate},
     gguf,
     load::{self, Generation},
     metrics,
@@ -141,6 +143,7 @@ pub fn all() -> Vec<Test> {
         request_options::TESTS,
         clients_go_away::TESTS,
         waiting_requests::TESTS,
+        modes::TESTS,
         profile_and_record::TESTS,
         counts::TESTS,
         banned_tokens_and_grammars::TESTS,
@@ -218,43 +221,7 @@ pub fn program<'a>(build: &'a Build, name: &str) -> Result<&'a Path> {
     })
 }
 
-/// The exits per ramp that a finished request reports.
-pub fn exits(generation: &Generation) -> Vec<u64> {
-    let list = generation.last["timings"]["drex_exits"].as_array();
-    list.into_iter()
-        .flatten()
-        .filter_map(Value::as_u64)
-        .collect()
-}
-
 /// A greedy request for so many tokens, in the form that `generate` takes.
 pub fn greedy(prompt: &str, tokens: u32) -> Value {
     json!({"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": true, "cache_prompt": false})
-}
-
-/// Sends requests to `/completion` as streams with token ids, so many at a time; the answers are in the requests' order.
-pub fn generate(client: Client, requests: &[Value], concurrency: usize) -> Result<Vec<Generation>> {
-    let bodies: Vec<_> = requests
-        .iter()
-        .map(|request| {
-            let mut request = request.clone();
-            request["stream"] = json!(true);
-            request["return_tokens"] = json!(true);
-            request.to_string().into_bytes()
-        })
-        .collect();
-    let outcome = load::closed_loop(
-        client.addr,
-        "/completion",
-        &bodies,
-        concurrency,
-        load::Limits::silence(crate::client::TIMEOUT),
-    )?;
-    let mut out = vec![Generation::default(); requests.len()];
-    for finished in &outcome.finished {
-        out[finished.job] = finished
-            .generation()
-            .with_context(|| format!("request {}", finished.job))?;
-    }
-    Ok(out)
 }

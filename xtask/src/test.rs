@@ -32,6 +32,17 @@ pub struct Options {
     /// Only the comparison of fill `verify` with the unpatched server
     #[arg(long, group = "part")]
     lossless: bool,
+    /// Only the architectures of models: each cut, regrouped and filled in every way. Everything together tries a few of them
+    #[arg(long, group = "part")]
+    architectures: bool,
+    /// Only a checkpoint as LayerSkip's are, made, converted and served; everything together leaves it out: torch, which the
+    /// converter needs, is 3 GB to fetch
+    #[arg(long, group = "part")]
+    checkpoint: bool,
+    /// Only models whose layers, cache or head lie on several devices; everything together leaves it out: it builds the RPC
+    /// backend first
+    #[arg(long, group = "part")]
+    devices: bool,
     /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
     #[arg(long, group = "part")]
     kernels: bool,
@@ -77,6 +88,7 @@ impl Options {
     /// One part was asked for.
     fn part(&self) -> bool {
         self.of_server()
+            || self.of_models()
             || self.kernels
             || self.consumers
             || self.examples
@@ -84,6 +96,23 @@ impl Options {
             || self.python
             || self.deploy
             || self.triton.is_some()
+    }
+
+    fn of_models(&self) -> bool {
+        self.architectures || self.checkpoint || self.devices
+    }
+
+    /// A part of the suite of models; nothing of the kind: few architectures.
+    fn of_models_tests(&self) -> &'static str {
+        if self.architectures {
+            "--architectures"
+        } else if self.checkpoint {
+            "--checkpoint"
+        } else if self.devices {
+            "--devices"
+        } else {
+            "--few"
+        }
     }
 
     /// What the names of the chosen tests of the server contain; nothing: all of them.
@@ -201,6 +230,11 @@ pub fn run(options: &Options) -> Result<bool> {
         let start = Instant::now();
         let built = book::build().map(drop);
         count.one("the book builds, and no link is dead", built, start);
+    }
+    if long || options.of_models() {
+        let mut args = source.clone();
+        args.push(options.of_models_tests().to_owned());
+        suite(&mut count, "models", &args);
     }
     if all || options.of_server() {
         let mut args = source;

@@ -231,7 +231,9 @@ const char * drex_llama_exit_head(const drex_llama * l) { return l->meta.head.c_
 
 const char * drex_llama_windows(drex_llama * l, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph) {
     try {
-        return llama_layer_range_init(l->ctx, { n_rows, n_graphs, n_rows_graph, 0 });
+        const char * why = llama_layer_range_init(l->ctx, { n_rows, n_graphs, n_rows_graph, 0, 0 });
+        // any request may ask for fill copy
+        return why ? why : llama_layer_range_kv_unlike(l->ctx);
     } catch (...) {
         return "no memory for the hidden arena";
     }

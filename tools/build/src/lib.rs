@@ -11,6 +11,7 @@ pub mod kernels;
 pub mod llama;
 pub mod patches;
 pub mod process;
+pub mod python;
 pub mod serve;
 pub mod tools;
 

@@ -45,6 +45,13 @@ const FLAGS: [&str; 10] = [
 const EXACT_FLAGS: [&str; 2] = ["-DGGML_LLAMAFILE=OFF", "-DGGML_CPU_REPACK=OFF"];
 const EXACT_TARGET: &str = "ggml-cpu";
 
+/// The same for weights in K-quants: libggml-cpu has tiles for eight rows and more, which add up in another order.
+const EXACT_ENV: [(&str, &str); 1] = [("GGML_CPU_TILED_MM", "0")];
+
+/// The RPC backend, which libggml knows of if it is built with it. Built beside the exact libggml-cpu, which libggml needs.
+const RPC_FLAG: &str = "-DGGML_RPC=ON";
+const RPC_SERVER: &str = "ggml-rpc-server";
+
 /// What else it takes in arguments of the server that a row's result does not depend on its company. A quantised KV cache: with F16 the engine's flash
 /// attention takes other paths for one row over many cells, and for many rows. And no slot that serves twice: attention adds
 /// up in the order of the cells, and a cell that is used again can hold a later token than its neighbour (`-sps 0` makes the
@@ -83,6 +90,8 @@ pub enum Kind {
     Patched,
     ReferenceExact,
     PatchedExact,
+    /// The patched exact build with the RPC backend and a server for it.
+    PatchedRpc,
 }
 
 impl Kind {
@@ -92,15 +101,19 @@ impl Kind {
             Kind::Patched => "patched",
             Kind::ReferenceExact => "reference-exact",
             Kind::PatchedExact => "patched-exact",
+            Kind::PatchedRpc => "patched-rpc",
         }
     }
 
     pub fn is_patched(self) -> bool {
-        matches!(self, Kind::Patched | Kind::PatchedExact)
+        matches!(self, Kind::Patched | Kind::PatchedExact | Kind::PatchedRpc)
     }
 
     pub fn is_exact(self) -> bool {
-        matches!(self, Kind::ReferenceExact | Kind::PatchedExact)
+        matches!(
+            self,
+            Kind::ReferenceExact | Kind::PatchedExact | Kind::PatchedRpc
+        )
     }
 
     /// The build that this one is made from.
@@ -123,6 +136,20 @@ pub struct Runtime {
 impl Runtime {
     pub fn server(&self) -> PathBuf {
         self.dir.join("llama-server")
+    }
+
+    /// What the environment of its programs has.
+    pub fn env(&self) -> &'static [(&'static str, &'static str)] {
+        if self.kind.is_exact() {
+            &EXACT_ENV
+        } else {
+            &[]
+        }
+    }
+
+    /// A build with the RPC backend has one.
+    pub fn rpc_server(&self) -> PathBuf {
+        self.dir.join(RPC_SERVER)
     }
 }
 
@@ -160,6 +187,12 @@ impl<'a> Llama<'a> {
         Ok(Llama { cache, user_source })
     }
 
+    /// The unpatched source.
+    pub fn source(&self) -> Result<PathBuf> {
+        let lock = self.cache.lock()?;
+        Ok(self.prepare(&lock)?.pristine())
+    }
+
     pub fn ensure_one(&self, kind: Kind) -> Result<Runtime> {
         Ok(self.ensure(&[kind])?.remove(0))
     }
@@ -183,6 +216,7 @@ impl<'a> Llama<'a> {
             Kind::ReferenceExact,
             Kind::Patched,
             Kind::PatchedExact,
+            Kind::PatchedRpc,
         ];
         let mut made = Vec::new();
         for kind in order.into_iter().filter(|k| kinds.contains(k)) {
@@ -521,6 +555,9 @@ impl Work<'_> {
                 key = key.with(flag);
             }
         }
+        if kind == Kind::PatchedRpc {
+            key = key.with(RPC_FLAG);
+        }
         Ok(key.short())
     }
 
@@ -528,7 +565,10 @@ impl Work<'_> {
         let key = self.build_key(kind)?;
         let dir = self.dir.join("run").join(format!("{}-{key}", kind.name()));
         if !dir.is_dir() {
-            if kind.is_exact() {
+            if kind == Kind::PatchedRpc {
+                let base = self.runtime(Kind::PatchedExact, library)?;
+                self.make_rpc(&base, &dir)?;
+            } else if kind.is_exact() {
                 let base = self.runtime(kind.base(), library)?;
                 self.make_exact(kind, &base, &dir)?;
             } else {
@@ -610,6 +650,43 @@ impl Work<'_> {
         }
         if replaced == 0 {
             bail!("the exact build made no library");
+        }
+        temp.publish("run", dir)
+    }
+
+    fn make_rpc(&self, base: &Runtime, dir: &Path) -> Result<()> {
+        self.set_tree(Kind::Patched)?;
+        let build = self.build_dir("build-exact");
+        let flags = [&EXACT_FLAGS[..], &[RPC_FLAG]].concat();
+        self.build(
+            &build,
+            Kind::PatchedRpc,
+            &flags,
+            RPC_SERVER,
+            "RPC backend",
+            false,
+        )?;
+        let temp = self.cache.temp_dir()?;
+        let run = temp.path().join("run");
+        let skip = |p: &Path| {
+            let name = p.to_string_lossy();
+            !(name == "llama-server" || name.contains(".so"))
+        };
+        for name in files(&base.dir, &skip)? {
+            copy_if_different(&base.dir.join(&name), &run.join(&name))?;
+        }
+        let bin = build.join("bin");
+        for name in files(&bin, &|_| false)? {
+            let text = name.to_string_lossy();
+            if text == RPC_SERVER
+                || text.starts_with("libggml.so")
+                || text.starts_with("libggml-rpc.so")
+            {
+                copy_if_different(&bin.join(&name), &run.join(&name))?;
+            }
+        }
+        if !run.join(RPC_SERVER).is_file() {
+            bail!("the build made no {RPC_SERVER}");
         }
         temp.publish("run", dir)
     }
@@ -812,6 +889,7 @@ impl Work<'_> {
             Kind::Patched,
             Kind::ReferenceExact,
             Kind::PatchedExact,
+            Kind::PatchedRpc,
         ] {
             let mut found = Vec::new();
             for entry in fs::read_dir(&run)? {

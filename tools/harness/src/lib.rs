@@ -4,6 +4,7 @@
 use drex_build::process;
 
 pub mod client;
+pub mod generate;
 pub mod gguf;
 pub mod http;
 pub mod load;

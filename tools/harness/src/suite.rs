@@ -71,18 +71,23 @@ impl Run<'_> {
         let mut made = None;
         self.one(title, || {
             made = Some(make()?);
-            Ok(())
+            Ok(nothing(()))
         });
         let kit = made?;
         self.passed -= usize::from(!self.choice.texts.is_empty());
         for (name, test) in wanted {
-            self.one(name, || test(&kit));
+            self.one(name, || test(&kit).map(nothing));
         }
         Some(kit)
     }
 
     /// Runs a test if it is wanted.
     pub fn test(&mut self, name: &str, test: impl FnOnce() -> Result<()>) {
+        self.tell(name, || test().map(nothing));
+    }
+
+    /// Runs a test if it is wanted. What it returns stands in its line.
+    pub fn tell(&mut self, name: &str, test: impl FnOnce() -> Result<String>) {
         if !self.choice.wants(name) {
             self.left_out += 1;
         } else if self.choice.list {
@@ -93,7 +98,7 @@ impl Run<'_> {
     }
 
     /// Runs a test and says how it went. A panic is the failure of this test only.
-    fn one(&mut self, name: &str, test: impl FnOnce() -> Result<()>) {
+    fn one(&mut self, name: &str, test: impl FnOnce() -> Result<String>) {
         let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(test)).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -102,9 +107,14 @@ impl Run<'_> {
         });
         let seconds = start.elapsed().as_secs_f64();
         match result {
-            Ok(()) => {
+            Ok(found) => {
                 self.passed += 1;
-                println!("ok      {name} ({seconds:.1} s)");
+                let found = if found.is_empty() {
+                    found
+                } else {
+                    format!(": {found}")
+                };
+                println!("ok      {name}{found} ({seconds:.1} s)");
             }
             Err(error) => {
                 self.failed += 1;
@@ -116,10 +126,20 @@ impl Run<'_> {
         }
     }
 
+    /// Whether a test with this name is to be run.
+    pub fn wants(&self, name: &str) -> bool {
+        self.choice.wants(name) && !self.choice.list
+    }
+
     /// Adds tests that somebody else ran and counted.
     pub fn add(&mut self, passed: usize) {
         self.passed += passed;
     }
+}
+
+/// A test that says no more than that it passed.
+fn nothing((): ()) -> String {
+    String::new()
 }
 
 /// A suite's `main`: runs `tests` and prints their count in the form of cargo's own tests. Nothing that ran is a failure.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -188,6 +189,7 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     range.n_graphs     = p.n_graphs > 0 ? p.n_graphs : std::max(128, 4*params.n_parallel);
     range.n_rows_graph = config.max_batch;
     range.max_bytes    = size_t(p.graphs_mib) << 20;
+    range.il_arena     = std::min<int32_t>(ramp_layers[0], n_layer - 1);
     if (const char * why = llama_layer_range_init(ctx, range)) {
         char arch[64] = "?";
         llama_model_meta_val_str(model, "general.architecture", arch, sizeof(arch));
@@ -246,6 +248,18 @@ void server_drex::say(const common_params & params) const {
             streams ? "a KV cache with a stream for each slot" : "a unified KV cache");
 }
 
+void server_drex::settle_policy(common_params & params) {
+    if (!params.drex.enabled() || !params.drex.exit_layers.empty() || !std::getenv("LLAMA_SERVER_ROUTER_PORT")) {
+        return;
+    }
+    std::string head;
+    if (read_exit_layers(params.model.path, head).empty()) {
+        SRV_WRN("early exit: policy off instead of %s: %s has no early_exit.layers in its metadata\n",
+                params.drex.policy.c_str(), params.model.path.c_str());
+        params.drex.policy = "off";
+    }
+}
+
 void server_drex::say_off(const common_params & params) {
     const common_params_drex defaults;
     const auto & p = params.drex;
@@ -256,47 +270,51 @@ void server_drex::say_off(const common_params & params) {
     }
 }
 
-// drex works where the layers and the head are computed, on their memory and their stream
+// drex works where the layers and the head are computed, on their memory and their stream, if that is the host or one CUDA
+// device. Elsewhere, and where they are spread over devices, the logits of a ramp come to the host.
 void server_drex::bind_device(drex_config & config, const common_params & params) {
-    auto * backend = llama_layer_range_backend(ctx);
-    if (!backend) {
-        throw std::runtime_error("the layers, the KV cache and the output head are not all on one device, which early exit needs: "
-                "put them on one GPU (--n-gpu-layers all --split-mode none --main-gpu N, no --no-kv-offload), or on none (--device none)");
-    }
+    config.device = DREX_DEVICE_HOST;
 
-    auto * dev = ggml_backend_get_device(backend);
-    if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-        config.device = DREX_DEVICE_HOST;
+    auto * backend = llama_layer_range_backend(ctx);
+    auto * dev     = backend ? ggml_backend_get_device(backend) : nullptr;
+
+    if (dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
         return;
     }
     if (params.split_mode == LLAMA_SPLIT_MODE_ROW || params.split_mode == LLAMA_SPLIT_MODE_TENSOR) {
-        throw std::runtime_error("--split-mode row and tensor cannot be combined with early exit: use --split-mode none --main-gpu N");
+        throw std::runtime_error("--split-mode row and tensor cannot be combined with early exit: use --split-mode layer or none");
     }
 
     // the device's context is current on this thread from here on
-    stream = llama_layer_range_stream(ctx);
-    if (!stream || strncmp(ggml_backend_dev_name(dev), "CUDA", 4) != 0) {
-        const bool rpc = strncmp(ggml_backend_dev_name(dev), "RPC", 3) == 0;
-        throw std::runtime_error(string_format("early exit works on CPUs and with CUDA, but the model is on %s: use --device none, or %s",
-                    ggml_backend_dev_name(dev), rpc ? "a GPU of this machine (--list-devices)" : "a build with CUDA"));
+    stream = dev && strncmp(ggml_backend_dev_name(dev), "CUDA", 4) == 0 ? llama_layer_range_stream(ctx) : nullptr;
+    if (stream) {
+        config.device  = DREX_DEVICE_CUDA;
+        config.n_vocab = n_vocab;
+    } else {
+        fetches = true;
     }
-    config.device  = DREX_DEVICE_CUDA;
-    config.n_vocab = n_vocab;
 }
 
 void server_drex::bind_kv() {
-    llama_layer_range_kv first;
-    if (llama_layer_range_get_kv(ctx, 0, &first) && first.v_trans && first.n_stream > 1) {
-        can_copy = false;
-        check_copy("--drex-fill", fill);
-        return;
-    }
-
     std::vector<drex_kv_layer> layers(n_layer, DREX_KV_LAYER_INITIALIZER);
-    for (int32_t il = 0; il < n_layer; ++il) {
+
+    const char * unlike = llama_layer_range_kv_unlike(ctx);
+    if (unlike) {
+        why_no_copy = std::string("cannot be used with this model, ") + unlike;
+    }
+    for (int32_t il = 0; il < n_layer && why_no_copy.empty(); ++il) {
         llama_layer_range_kv kv;
         if (!llama_layer_range_get_kv(ctx, il, &kv)) {
             throw std::runtime_error(string_format("layer %d has no K/V storage", il));
+        }
+        if (kv.v_trans && kv.n_stream > 1) {
+            // V is transposed in each stream: the cells of all streams have no common stride
+            why_no_copy = "needs flash attention (--flash-attn on) or --kv-unified";
+            break;
+        }
+        if (!stream && !(ggml_backend_buffer_is_host(kv.k->buffer) && ggml_backend_buffer_is_host(kv.v->buffer))) {
+            why_no_copy = "needs the KV cache of all layers in the memory of the host (--no-kv-offload) or of one CUDA device";
+            break;
         }
 
         auto & l = layers[il];
@@ -313,14 +331,16 @@ void server_drex::bind_kv() {
             l.v_cell_stride = kv.v->nb[1];
         }
     }
+    if (!why_no_copy.empty()) {
+        check_copy("--drex-fill", fill);
+        return;
+    }
     check(drex_bind_kv(engine, layers.data(), n_layer));
 }
 
-// without flash attention V is transposed in each stream: the cells of all streams have no common stride
 void server_drex::check_copy(const char * what, drex_fill_mode mode) const {
-    if (mode == DREX_FILL_COPY && !can_copy) {
-        throw std::invalid_argument(std::string(what) + " copy needs flash attention (--flash-attn on) or --kv-unified; "
-                "propagate, postfill and verify need neither");
+    if (mode == DREX_FILL_COPY && !why_no_copy.empty()) {
+        throw std::invalid_argument(std::string(what) + " copy " + why_no_copy + "; the other fills are propagate, postfill and verify");
     }
 }
 
@@ -661,6 +681,10 @@ int32_t server_drex::run(llama_batch_ext * batch) {
     if (step.ramp == DREX_NO_RAMP) {
         fetch_logits();
     } else if (step.n_rows > 0) {
+        if (fetches) {
+            fetch_logits(0, step.n_rows);
+            llama_synchronize(ctx);
+        }
         ban_tokens();
     }
     if (step.ramp != DREX_NO_RAMP && stream && step.n_rows > 0) {
@@ -697,6 +721,22 @@ void server_drex::unban_tokens() {
     }
 }
 
+// one logit of each row, where drex scores them
+bool server_drex::edit_logits(llama_token token, size_t first, size_t n, float * values, bool write) {
+    if (!fetches) {
+        return llama_layer_range_edit_logits(ctx, token, first, n, values, write);
+    }
+    for (size_t i = 0; i < n; ++i) {
+        float & logit = llama_get_logits_ith(ctx, first + i)[token];
+        if (write) {
+            logit = values[i];
+        } else {
+            values[i] = logit;
+        }
+    }
+    return true;
+}
+
 // rows beside each other that ban the same tokens are written together
 void server_drex::edit_bans(bool restore) {
     size_t n_raw = 0;
@@ -711,11 +751,11 @@ void server_drex::edit_bans(bool restore) {
         for (const llama_token token : slot.bans) {
             bool ok = true;
             if (slot.raw) {
-                ok = llama_layer_range_edit_logits(ctx, token, first, n, raw.data() + n_raw, restore);
+                ok = edit_logits(token, first, n, raw.data() + n_raw, restore);
                 n_raw += n;
             }
             if (!restore) {
-                ok = ok && llama_layer_range_edit_logits(ctx, token, first, n, banned.data(), true);
+                ok = ok && edit_logits(token, first, n, banned.data(), true);
             }
             if (!ok) {
                 throw std::runtime_error(string_format("failed to ban token %d at a ramp", token));
@@ -751,7 +791,7 @@ drex_logits server_drex::ramp_logits() {
     drex_logits logits = DREX_LOGITS_INITIALIZER;
 
     logits.dtype            = DREX_DTYPE_F32;
-    logits.data             = t->data;
+    logits.data             = fetches ? llama_get_logits_ith(ctx, 0) : t->data;
     logits.row_stride_bytes = t->nb[1];
     logits.n_rows           = step.n_rows;
     logits.n_vocab          = n_vocab;
@@ -840,21 +880,25 @@ void server_drex::fetch_logits() {
         }
         const bool known = slot.greedy && verdicts[i].token >= 0;
         slot.top = known ? verdicts[i].token : LLAMA_TOKEN_NULL;
-        return !known;
+        return !known && !fetches;
     };
 
     for (size_t i = 0, first = 0; i <= step_rows.size(); ++i) {
         if (i == step_rows.size() || !wanted(i)) {
-            if (first < i && !llama_layer_range_fetch_logits(ctx, first, i - first)) {
-                throw std::runtime_error("failed to read the logits");
+            if (first < i) {
+                fetch_logits(first, i - first);
             }
             first = i + 1;
         }
     }
     for (const int i : prompt_outputs) {
-        if (!llama_layer_range_fetch_logits(ctx, i, 1)) {
-            throw std::runtime_error("failed to read the logits");
-        }
+        fetch_logits(i, 1);
+    }
+}
+
+void server_drex::fetch_logits(size_t first, size_t n) {
+    if (!llama_layer_range_fetch_logits(ctx, first, n)) {
+        throw std::runtime_error("failed to read the logits");
     }
 }
 

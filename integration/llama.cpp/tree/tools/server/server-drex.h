@@ -36,6 +36,10 @@ struct server_drex {
     server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume, const server_drex_figures & past);
     ~server_drex();
 
+    // A router hands its own options to the server of each model. One whose model has no exit layers runs without early exit,
+    // and says so.
+    static void settle_policy(common_params & params);
+
     // warns where options have no effect
     static void say_off(const common_params & params);
 
@@ -221,9 +225,11 @@ private:
 
     int32_t n_layer = 0;
     int32_t n_slots = 0; // arena rows of requests; those of prompt rows follow
-    bool    can_copy = true;
     bool    has_lora = false;
+    bool    fetches = false; // ramps are scored on the host, from logits that are fetched from where they were computed
     int32_t n_vocab = 0;
+
+    std::string why_no_copy; // empty: fill copy can be used
 
     std::vector<uint32_t> ramp_layers;
     bool                  all_strict = false; // no threshold of the server's can be reached
@@ -287,6 +293,7 @@ private:
     void bind_kv();
     void check_copy(const char * what, drex_fill_mode mode) const;
     void fetch_logits();
+    void fetch_logits(size_t first, size_t n);
     drex_logits ramp_logits();
     int32_t project();
     void end_step();
@@ -301,6 +308,7 @@ private:
     void ban_tokens();
     void unban_tokens();
     void edit_bans(bool restore);
+    bool edit_logits(llama_token token, size_t first, size_t n, float * values, bool write);
 
     drex_request_info info(int id_slot) const;
 };
