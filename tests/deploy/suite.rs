@@ -13,8 +13,8 @@ use clap::Parser;
 use drex_build::{
     cache::{self, Cache},
     fetch::Python,
-    python::{Package, package},
     process,
+    python::{Package, package},
 };
 use drex_harness::suite::{self, Choice};
 use drex_triton_server::setup;

@@ -836,7 +836,7 @@ struct llama_layer_ranges {
                 continue;
             }
             const auto begin = next.try_emplace(seq, kv().seq_pos_max(seq) + 1).first;
-            if (pos != begin->second && find_cell(seq, pos, 0, arena[i]) == UINT32_MAX) {
+            if (pos != begin->second && !find_cells(seq, pos, 0, arena[i])) {
                 res.push_back(seq);
             }
             begin->second = pos + 1;

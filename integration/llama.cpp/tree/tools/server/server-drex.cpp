@@ -681,6 +681,10 @@ int32_t server_drex::run(llama_batch_ext * batch) {
     if (step.ramp == DREX_NO_RAMP) {
         fetch_logits();
     } else if (step.n_rows > 0) {
+        if (fetches) {
+            fetch_logits(0, step.n_rows);
+            llama_synchronize(ctx);
+        }
         ban_tokens();
         if (fetches) {
             fetch_logits(0, step.n_rows);
@@ -720,6 +724,22 @@ void server_drex::unban_tokens() {
     }
 }
 
+// one logit of each row, where drex scores them
+bool server_drex::edit_logits(llama_token token, size_t first, size_t n, float * values, bool write) {
+    if (!fetches) {
+        return llama_layer_range_edit_logits(ctx, token, first, n, values, write);
+    }
+    for (size_t i = 0; i < n; ++i) {
+        float & logit = llama_get_logits_ith(ctx, first + i)[token];
+        if (write) {
+            logit = values[i];
+        } else {
+            values[i] = logit;
+        }
+    }
+    return true;
+}
+
 // rows beside each other that ban the same tokens are written together
 void server_drex::edit_bans(bool restore) {
     size_t n_raw = 0;
@@ -734,11 +754,11 @@ void server_drex::edit_bans(bool restore) {
         for (const llama_token token : slot.bans) {
             bool ok = true;
             if (slot.raw) {
-                ok = llama_layer_range_edit_logits(ctx, token, first, n, raw.data() + n_raw, restore);
+                ok = edit_logits(token, first, n, raw.data() + n_raw, restore);
                 n_raw += n;
             }
             if (!restore) {
-                ok = ok && llama_layer_range_edit_logits(ctx, token, first, n, banned.data(), true);
+                ok = ok && edit_logits(token, first, n, banned.data(), true);
             }
             if (!ok) {
                 throw std::runtime_error(string_format("failed to ban token %d at a ramp", token));

@@ -225,8 +225,8 @@ private:
 
     int32_t n_layer = 0;
     int32_t n_slots = 0; // arena rows of requests; those of prompt rows follow
-    bool    fetches = false; // ramps are scored on the host, from logits that are fetched from where they were computed
     bool    has_lora = false;
+    bool    fetches = false; // ramps are scored on the host, from logits that are fetched from where they were computed
     int32_t n_vocab = 0;
 
     std::string why_no_copy; // empty: fill copy can be used
@@ -308,6 +308,7 @@ private:
     void ban_tokens();
     void unban_tokens();
     void edit_bans(bool restore);
+    bool edit_logits(llama_token token, size_t first, size_t n, float * values, bool write);
 
     drex_request_info info(int id_slot) const;
 };
