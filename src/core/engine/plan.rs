@@ -3,6 +3,7 @@
 //! The next window, and its rows.
 
 use super::{Engine, Origin, Step, StepRow};
+use crate::core::NONE;
 use crate::core::carrier::{Riders, Ways};
 use crate::core::config::Fill;
 use crate::core::counters::Reason;
@@ -12,7 +13,6 @@ use crate::core::planner::{Carrier, Choice, Marks, View};
 use crate::core::policy::{Decision, Policy};
 use crate::core::prompts::Transit;
 use crate::core::request::{Request, State};
-use crate::core::NONE;
 
 /// What a plan is made with.
 #[derive(Clone, Copy)]
