@@ -318,7 +318,10 @@ fn measure(batch: u32, requests: u32, case: Case, ready_first: bool) -> f64 {
 
 /// Arguments: of the cases, those whose names contain one of them.
 fn main() {
-    let names: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let names: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| !a.starts_with('-'))
+        .collect();
     let mut worst = 0.0f64;
     let mut parts = Vec::new();
     for ready_first in [true, false] {

@@ -120,11 +120,9 @@ impl Instance {
         self.watch.look();
         let _range = self.watch.range(Name::Plan);
         let device = &mut self.device;
-        let step = self
-            .engine
-            .plan_with(now_ns, capacity, n_prompts, |rows| {
-                device.plan_rows(&mut rows.iter().map(|r| r.slot))
-            })?;
+        let step = self.engine.plan_with(now_ns, capacity, n_prompts, |rows| {
+            device.plan_rows(&mut rows.iter().map(|r| r.slot))
+        })?;
         self.filled = false;
         self.n_top = 0;
         if self.watch.on() {

@@ -268,7 +268,9 @@ impl Planner {
         let waiting = v.buffer.queues().len(q);
         let horizon = horizon(v, ramp, now_ns, limit);
         let places = limit.min(waiting);
-        if v.buffer.take_oldest(q, places, horizon, &mut self.picked, fits) {
+        if v.buffer
+            .take_oldest(q, places, horizon, &mut self.picked, fits)
+        {
             return &self.picked;
         }
         // Under steady overload every row has been passed over often, and age
@@ -282,7 +284,9 @@ impl Planner {
             let queues = v.buffer.queues();
             let oldest = match starved {
                 0 => None,
-                _ => queues.oldest(q).filter(|&h| queues.passed(h) >= STARVE_AFTER),
+                _ => queues
+                    .oldest(q)
+                    .filter(|&h| queues.passed(h) >= STARVE_AFTER),
             };
             // The oldest has been passed over most.
             starved = if oldest.is_some() { starved - 1 } else { 0 };
@@ -329,7 +333,10 @@ fn horizon(v: &View, ramp: Option<usize>, now_ns: u64, limit: usize) -> u64 {
         }
         None => {
             let n = v.buffer.ready_rows().min(limit) as u32;
-            let (all, shallow) = (v.cost.remaining(0, n), v.cost.predict(0, v.config.ramp_layers[0], n));
+            let (all, shallow) = (
+                v.cost.remaining(0, n),
+                v.cost.predict(0, v.config.ramp_layers[0], n),
+            );
             (all.unwrap_or(0.0) * MARGIN + shallow.unwrap_or(0.0)) as u64
         }
     };

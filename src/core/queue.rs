@@ -429,9 +429,7 @@ mod tests {
                 let mut here: Vec<_> = list.iter().filter(|l| l.0 == q).copied().collect();
                 here.sort_by_key(|l| l.2.seq);
                 let plain = here.windows(2).all(|w| w[0].2.priority == w[1].2.priority)
-                    && here
-                        .iter()
-                        .all(|l| l.2.due_ns == 0 || l.2.due_ns > horizon);
+                    && here.iter().all(|l| l.2.due_ns == 0 || l.2.due_ns > horizon);
                 let mut out = Vec::new();
                 let fits = |h| h != unfit;
                 assert_eq!(queues.take_oldest(q, n, horizon, &mut out, fits), plain);
@@ -475,7 +473,9 @@ mod tests {
                         while at != NONE {
                             let link = queues.node(at).link;
                             assert_eq!(link.before, before);
-                            assert!(before == NONE || queues.node(before).seq < queues.node(at).seq);
+                            assert!(
+                                before == NONE || queues.node(before).seq < queues.node(at).seq
+                            );
                             (before, at) = (at, link.after);
                         }
                         assert_eq!(before, list.last);

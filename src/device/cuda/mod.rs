@@ -95,9 +95,7 @@ struct Enqueued {
 impl Enqueued {
     /// Another ramp's results are no answer for these logits.
     fn check(&self, logits: &Logits, n_rows: usize) -> Result<()> {
-        let other = |what| {
-            Err(Error::CallOrder(what))
-        };
+        let other = |what| Err(Error::CallOrder(what));
         let l = &self.logits;
         if l.data != logits.data || l.row_stride != logits.row_stride {
             return other("logits.data or row_stride_bytes is not what drex_ramp_enqueue had");
@@ -628,7 +626,11 @@ impl Device for Cuda {
             let _current = self.enter()?;
             self.capturing(stream)?
         };
-        if !capturing && self.enqueued.is_some_and(|e| e.logits.stream != logits.stream) {
+        if !capturing
+            && self
+                .enqueued
+                .is_some_and(|e| e.logits.stream != logits.stream)
+        {
             // Nothing orders one stream's results before the other's.
             self.wait()?;
         }
