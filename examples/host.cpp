@@ -2,7 +2,8 @@
 //
 // A complete host: a small decoder that loads a GGUF file and serves several requests at once, with early exit and
 // rebatching by drex. This is the page to read when you put drex into an engine of your own. The engine is in
-// host/model.h, plain loops that know nothing of drex; here is all that drex needs of it.
+// host/model.h: plain loops that know nothing of drex. This file has all that drex needs of an engine.
+// docs/concepts.md explains the words.
 //
 //   cargo xtask install --build-tree
 //   c++ -std=c++17 -O3 -Iinclude examples/host.cpp -Ltarget/drex/tree -ldrex -o target/host
@@ -23,7 +24,7 @@
 
 namespace {
 
-// drex reports by status and leaves a text. This host lets failures end it; yours may fail one request.
+// drex returns a status and leaves a text. This host ends at a failure; yours may fail one request.
 void check(drex_status status) {
   if (status != DREX_OK) throw std::runtime_error(drex_last_error());
 }
@@ -35,19 +36,19 @@ uint64_t now_ns() {
 
 struct produced {
   int32_t token;
-  uint32_t layers;   // how many it saw
-  float confidence;  // at the first ramp; NaN where it met none
-  double nll;        // of the token, by the logits that it was chosen from
+  uint32_t layers;   // how many it went through
+  float confidence;  // at the first ramp; NaN without a ramp
+  double nll;        // of the token, from the logits that it was chosen by
 };
 
 struct request {
   uint64_t id = 0;
   size_t limit = 0;
-  uint32_t sequence = 0;  // whose cells of the K/V cache it has
+  uint32_t sequence = 0;  // the sequence whose K/V cells it has
   std::vector<int32_t> prompt, tokens;  // tokens: prompt and output; the newest has not run yet
-  uint32_t started = 0;                 // rows of the prompt that a window has taken
-  std::vector<produced> output;         // under `verify`, its end may be drafts
-  float confidence = NAN;               // of the row under way
+  uint32_t started = 0;                 // prompt rows that a window has taken
+  std::vector<produced> output;         // under `verify`, the last ones may be drafts
+  float confidence = NAN;               // of the newest row
   bool cancelled = false;
 
   bool finished(int32_t eos) const { return output.size() >= limit || (!output.empty() && output.back().token == eos); }
@@ -119,8 +120,8 @@ class host {
       try {
         logits = model_.window(step.layer_begin, step.layer_end, all, rows.size());
       } catch (const window_failed &) {
-        // Nobody has left, and the arena rows are as they were, since the model writes them last: all rows come again.
-        // Prompt rows start again at layer 0. A server counts these, and ends requests whose windows fail for good.
+        // No row has left. The arena rows are as they were, since the model writes them last. So all rows come again.
+        // Prompt rows start again at layer 0. A server counts failures, and ends requests whose windows fail for good.
         n_failed_++;
         check(drex_abandon(engine_));
         if (step.n_prompt_rows > 0) forget_prompts();
@@ -128,9 +129,9 @@ class host {
       }
       uint64_t duration = now_ns() - start;
 
-      cancel();  // clients go when they like, here in the middle of a step
+      cancel();  // clients go away at any time, here in the middle of a step
       advanced_.clear();
-      // A window may have prompt rows alone: nobody to ask, and nothing to sample.
+      // A window may have prompt rows alone. Then no ramp is due, and nothing is sampled.
       if (step.n_rows > 0 && step.ramp != DREX_NO_RAMP) duration += at_ramp(step, rows, logits);
       else if (step.n_rows > 0) at_end(step, rows, logits);
 
@@ -157,10 +158,10 @@ class host {
 
  private:
   static constexpr uint32_t max_pending = 4;
-  static constexpr uint32_t prompt_chunk = 16;  // prompt rows in a window beside as many decode rows as there can be
+  static constexpr uint32_t prompt_chunk = 16;  // prompt rows in a window that has all decode rows too
 
   // ANCHOR: bind
-  // Tells drex where K and V lie, for state-copy. Other fills need no binding, but it does no harm.
+  // Tells drex where K and V lie, for state-copy. The other fills need no binding, and a binding does no harm there.
   void bind() {
     std::vector<drex_kv_layer> layers;
     for (uint32_t l = 0; l < model_.n_layers; l++) {
@@ -177,8 +178,8 @@ class host {
   // ANCHOR_END: bind
 
   // ANCHOR: admit
-  // Prompts are the host's: through all layers, but for the last token, which is the first that drex schedules. Their
-  // rows wait here, and run along in the windows that drex plans.
+  // Prompts are the host's. All tokens of a prompt but the last wait here, and run along in the windows that drex plans.
+  // The last token is the first one that drex schedules.
   void admit() {
     while (!waiting_.empty() && !free_sequences_.empty()) {
       request r = std::move(waiting_.front());
@@ -211,7 +212,7 @@ class host {
   }
   static uint32_t rows_left(const request &r) { return static_cast<uint32_t>(r.prompt.size()) - 1 - r.started; }
 
-  // So many of them run now, in a window from layer 0: prompt by prompt, the last one in part.
+  // Takes n waiting prompt rows into a window from layer 0: prompt by prompt, the last prompt in part.
   void take_prompts(uint32_t n) {
     while (n > 0) {
       const uint64_t id = in_prompt_.front();
@@ -224,8 +225,8 @@ class host {
     }
   }
 
-  // The window's rows: those that drex named, and behind them those of the prompts that are on their way. Whose client
-  // has gone has none.
+  // The window's rows: those that drex named, and behind them those of the prompts that are on their way. A prompt whose
+  // client has gone has none.
   std::vector<model_row> with_prompts(std::vector<model_row> rows, const drex_step &step) const {
     if (step.n_prompt_rows == 0) return rows;
     uint32_t slot = n_slots_;
@@ -237,7 +238,7 @@ class host {
     return rows;
   }
 
-  // They are through all layers. A request whose whole prompt is has its last token to run.
+  // The prompt rows on their way have passed all layers. A request is ready when its whole prompt has.
   void prompts_ran() {
     for (const part &p : on_the_way_) {
       const auto found = alive_.find(p.id);
@@ -246,7 +247,7 @@ class host {
     on_the_way_.clear();
   }
 
-  // Those on their way wait at layer 0 again, before all others.
+  // The prompt rows on their way wait at layer 0 again, before all others.
   void forget_prompts() {
     for (size_t i = on_the_way_.size(); i-- > 0;) {
       const part &p = on_the_way_[i];
@@ -260,7 +261,7 @@ class host {
   // ANCHOR_END: prompts
 
   // ANCHOR: translate
-  // What drex names by request and age, the engine knows by sequence and position.
+  // drex names rows by request and age. The engine knows them by sequence and position.
   std::vector<model_row> translate(uint32_t n_rows) const {
     std::vector<model_row> out;
     for (uint32_t i = 0; i < n_rows; i++) {
@@ -273,7 +274,7 @@ class host {
   // ANCHOR_END: translate
 
   // ANCHOR: at_ramp
-  // Returns the time of what belongs to the window: filling by propagation.
+  // Returns the time that filling took, which belongs to the window.
   uint64_t at_ramp(const drex_step &step, const std::vector<model_row> &rows, const std::vector<float> &logits) {
     std::vector<uint32_t> cells;
     for (const model_row &row : rows) cells.push_back(model_.cell(row));
@@ -288,11 +289,11 @@ class host {
     std::vector<model_row> left;
     for (size_t i = 0; i < rows.size(); i++) {
       const drex_verdict &verdict = verdicts[i];
-      // PENDING goes along without a say; GONE has left.
+      // PENDING rows only go along to be filled. The client of a GONE row has left.
       if (verdict.decision == DREX_DECISION_PENDING || verdict.decision == DREX_DECISION_GONE) continue;
       request &r = alive_.at(rows_[i].request);
       if (std::isnan(r.confidence)) r.confidence = verdict.confidence;
-      // HOLD and STAY come back in a later step.
+      // HOLD and STAY rows come back in a later step.
       if (verdict.decision != DREX_DECISION_EXIT) continue;
       emit(r, verdict.token, step.layer_end, &logits[i * model_.n_vocab]);
       left.push_back(rows[i]);
@@ -305,8 +306,8 @@ class host {
   // ANCHOR_END: at_ramp
 
   // ANCHOR: at_end
-  // Every row has the full model's logits. What each means is drex_verify()'s to say: with fills other than `verify`,
-  // that the requests' own rows emit.
+  // Every row has the full model's logits. drex_verify() says what each row means. With fills other than `verify` it says
+  // that the requests' newest rows emit.
   void at_end(const drex_step &step, const std::vector<model_row> &rows, const std::vector<float> &logits) {
     const int32_t eos = tokenizer_.eos();
     std::vector<int32_t> choices;
@@ -330,7 +331,7 @@ class host {
           emit(alive_.at(rows_[i].request), choices[i], model_.n_layers, row_logits);
           break;
         case DREX_DECISION_REPLACE: {
-          // The tokens after the draft never were. Their cells are overwritten as the sequence goes on.
+          // The draft and the tokens after it are dropped. Their cells are overwritten as the sequence goes on.
           request &r = alive_.at(rows_[i].request);
           r.output.resize(rows[i].position + 1 - r.prompt.size());
           r.tokens.resize(rows[i].position + 1);
@@ -338,7 +339,7 @@ class host {
           break;
         }
         case DREX_DECISION_ACCEPT:
-          // It is a token now: a server would send it to its client here.
+          // The draft is a token now: a server would send it to its client here.
           if (advanced_.empty() || advanced_.back() != rows_[i].request) advanced_.push_back(rows_[i].request);
           break;
         default: break;  // PENDING, DROP, GONE
@@ -362,7 +363,7 @@ class host {
       return;
     }
     if (options_.fill == DREX_FILL_VERIFY) {
-      // Its last drafts have yet to be verified. They come back in later steps; then there is none, or it goes on.
+      // The last drafts must be verified first, in later steps. After that the request has no draft left, or goes on.
       uint32_t pending = 0;
       check(drex_request_settle(engine_, id, now_ns(), &pending));
       if (pending > 0) return;
@@ -380,7 +381,7 @@ class host {
   }
   // ANCHOR_END: go_on
 
-  // --cancel: in whatever state it is, held or in this very step.
+  // --cancel: removes requests in any state, held or in this very step.
   void cancel() {
     for (const auto &[id, after] : options_.cancel) {
       const auto found = alive_.find(id);
@@ -406,8 +407,8 @@ class host {
   };
   std::deque<uint64_t> in_prompt_;  // requests with prompt rows that wait at layer 0
   std::vector<part> on_the_way_;    // prompt rows in the windows since
-  uint64_t n_windows_ = 0, n_failed_ = 0;  // planned, and of these failed
-  std::vector<uint64_t> advanced_;  // requests that got a token, or the last word on one, in this step
+  uint64_t n_windows_ = 0, n_failed_ = 0;  // windows planned, and of these failed
+  std::vector<uint64_t> advanced_;  // requests that got or confirmed a token in this step
 };
 
 int serve(const options &o) {
@@ -454,7 +455,7 @@ int serve(const options &o) {
     }
   }
   const drex_stats s = h.stats();
-  uint64_t exits = 0;  // under `verify` drafts, of which some never become tokens
+  uint64_t exits = 0;  // under `verify` these are drafts, and some never become tokens
   for (uint32_t i = 0; i < s.n_ramps; i++) exits += s.exits[i];
   std::printf(o.json ? "{\"tokens\": %llu, \"exits\": %llu, \"windows\": %llu, \"rows\": %llu, \"held_max\": %llu, \"held\": %llu, \"slots_free\": %llu, "
                        "\"slots\": %u, \"involuntary_exits\": %llu, \"drafts\": %llu, \"drafts_accepted\": %llu, \"failed\": %llu, \"seconds\": %.6f}\n"

@@ -7,9 +7,9 @@
  *   LD_LIBRARY_PATH=target/drex/tree target/minimal
  *
  * The toy has eight layers in two segments, 0-3 and 4-7, with an exit ramp between them. It recites a line for each
- * request, letter by letter. Inside a word its shallow half is sure of the next letter, and such a token exits. Where a
- * word begins it is not: that row is held, and goes deeper together with others. Everything marked "yours" is what a
- * real engine does anyway; the rest is all that drex asks for. */
+ * request, letter by letter. Inside a word its shallow half is sure of the next letter, and the token exits. Where a word
+ * begins its shallow half is not sure: the row is held, and goes deeper together with others. "Yours" marks what a real
+ * engine does anyway; the rest is all that drex asks for. docs/concepts.md explains the words. */
 
 #include <drex.h>
 #include <stdio.h>
@@ -22,13 +22,13 @@ static const char *const TEXT[REQUESTS] = {"no row is made to exit", "rows that 
 
 /* Yours: a K/V cache, one number instead of a vector for each layer and cell. A cell belongs to one token. */
 static float k_cache[LAYERS][CELLS], v_cache[LAYERS][CELLS];
-/* Yours: the arena. A hidden state that is to outlive its window stays in the row (slot) that drex names for it. */
+/* Yours: the arena. A hidden state that must outlive its window stays in the arena row (the slot) that drex names. */
 static struct { int request, position; } arena[REQUESTS];
 static float logits[REQUESTS][VOCAB];
-/* Yours: what is known of a request. Here its id is its number, and all that it has is how far it got. */
+/* Yours: what is known of a request. Here its id is its number, and its position is all that it has. */
 static int position[REQUESTS];
 
-/* Every call says how it went, and the library has a sentence for what was wrong. */
+/* Every call returns a status, and drex_last_error() has a sentence for what was wrong. */
 #define CHECK(call)                                                                                                    \
   do {                                                                                                                 \
     if ((call) != DREX_OK) {                                                                                           \
@@ -39,8 +39,8 @@ static int position[REQUESTS];
 
 /* ANCHOR: window */
 /* Yours: runs layers [begin, end) over the rows, in their order. A window that begins at layer 0 starts from the
- * tokens, any other from the arena; one that ends before the last layer leaves its hidden states in the arena. Either
- * way it ends with logits: those of the ramp, or those of the model. */
+ * tokens, any other from the arena. A window that ends before the last layer leaves its hidden states in the arena.
+ * Every window ends with logits: those of the ramp, or those of the model. */
 static void run_layers(uint32_t begin, uint32_t end, const drex_row *rows, uint32_t n_rows) {
   uint32_t i, l;
   for (i = 0; i < n_rows; i++) {
@@ -62,11 +62,11 @@ static void run_layers(uint32_t begin, uint32_t end, const drex_row *rows, uint3
 
 int main(void) {
   /* ANCHOR: create */
-  /* Structs begin with their size, which the macro sets, and the defaults. */
+  /* Every struct begins with its size. The macro sets it, and the defaults. */
   const uint32_t ramps[1] = {RAMP};
   drex_config config = DREX_CONFIG_INITIALIZER;
   drex_engine *engine = NULL;
-  config.policy = DREX_POLICY_HOLD; /* AUTO, the default, would learn what pays; this shows more */
+  config.policy = DREX_POLICY_HOLD; /* the default, AUTO, would first learn what pays; HOLD shows more */
   config.n_layers = LAYERS;
   config.n_ramps = 1;
   config.ramp_layers = ramps;
@@ -109,7 +109,7 @@ int main(void) {
     drex_step step = DREX_STEP_INITIALIZER;
     input.now_ns = now;
     CHECK(drex_plan(engine, &input, rows, REQUESTS, &step));
-    if (step.n_rows == 0) break; /* yours: wait for a request; here none can be missing */
+    if (step.n_rows == 0) break; /* yours: wait for a request; the toy has all of them */
 
     run_layers(step.layer_begin, step.layer_end, rows, step.n_rows);
     /* ANCHOR_END: plan */
@@ -162,7 +162,7 @@ int main(void) {
       position[r]++;
       if (TEXT[r][position[r]] != '\0') {
         CHECK(drex_request_ready(engine, r, (uint32_t)position[r] + 1, now));
-      } else { /* finished, as when a client goes away: in any state, at any time */
+      } else { /* finished. A client that goes away is removed in the same way, in any state, at any time */
         CHECK(drex_request_remove(engine, r));
         alive--;
       }

@@ -375,7 +375,7 @@
 
 /* dtype F32. data, row_stride_bytes, n_rows and n_vocab must be set. */
 #define DREX_LOGITS_INITIALIZER                                              \
-  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL, 0, 0 }
+  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL, 0, 0, NULL, NULL }
 
 #define DREX_ARENA_INITIALIZER                                               \
   { sizeof(drex_arena), 0, NULL, NULL, 0, 0, 0, NULL }
@@ -877,6 +877,14 @@ typedef uint32_t drex_dtype;
 // The upper half of binary32
 #define DREX_DTYPE_BF16 2
 
+// Is asked at a ramp whether a row whose confidence is sufficient may exit
+// with its token: 1, or 0 where the host would not emit that token. It runs on
+// the thread and inside the call of drex_ramp(), once for each such row, so a
+// call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return: no
+// exception, no longjmp.
+// Since 0.2.
+typedef uint32_t (*drex_confirm_callback)(void *user_data, uint32_t row, int32_t token);
+
 // The logits at a ramp.
 typedef struct drex_logits {
   // sizeof(drex_logits)
@@ -902,6 +910,14 @@ typedef struct drex_logits {
   // 1: the logits were given to drex_ramp_enqueue() before, or a graph that
   // captured it has been launched. Else 0.
   uint32_t enqueued;
+  // NULL, or decides about rows that would exit, for example under a
+  // grammar. A row whose token it refuses has the greatest confidence that
+  // is not sufficient.
+  // Since 0.2.
+  drex_confirm_callback confirm;
+  // Handed to it; may be NULL.
+  // Since 0.2.
+  void *confirm_data;
 } drex_logits;
 
 // What a ramp says about a row.

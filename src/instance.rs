@@ -243,7 +243,14 @@ impl Instance {
     /// # Safety
     /// `logits` has a readable row for every planned row, and `cells`, if not
     /// null, one number.
-    pub unsafe fn ramp(&mut self, logits: &Logits, cells: *const u32) -> Result<()> {
+    ///
+    /// `confirm` says whether a row that would exit may, with its token.
+    pub unsafe fn ramp(
+        &mut self,
+        logits: &Logits,
+        cells: *const u32,
+        confirm: Option<impl Fn(u32, i32) -> bool>,
+    ) -> Result<()> {
         let _range = self.watch.range(Name::Ramp);
         // SAFETY: by this function's contract.
         unsafe { self.list_rows(cells)? };
@@ -251,6 +258,9 @@ impl Instance {
         // SAFETY: by this function's contract.
         unsafe {
             self.device.score(logits, &self.metrics, &mut self.scores)?;
+        }
+        if let Some(confirm) = confirm {
+            self.engine.confirm(&mut self.scores, confirm)?;
         }
         if self.watch.on() {
             return self.decide_watched(logits.n_top);

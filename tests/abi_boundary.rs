@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! No panic leaves a call: neither one of drex, nor one of who watches it.
+//! No panic leaves a call: neither one of drex, nor one of a watching host.
 
 mod common;
 mod headers;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What grows with a configuration is asked for: when the allocator refuses
-//! it, the call fails, and the host goes on.
+//! Memory that grows with a configuration may be refused: the call then
+//! fails, and the host goes on.
 
 mod common;
 

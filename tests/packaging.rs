@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What is written down twice is the same: the library's symbols in the
+//! Facts that are written down twice are the same: the library's symbols in the
 //! version script and in the C++ layer, the headers in cargo-c's list, the
 //! oldest Rust in the guide.
 

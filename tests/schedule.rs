@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! When what runs: each rule of the planner on its own.
+//! The order of windows: each rule of the planner on its own.
 
 mod common;
 

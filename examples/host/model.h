@@ -90,13 +90,13 @@ struct window_failed : std::runtime_error {
 struct model_row {
   int32_t token;      // read by windows that begin at layer 0
   uint32_t position;  // in its sequence
-  uint32_t sequence;  // whose K/V it attends to
+  uint32_t sequence;  // the sequence whose K/V it attends to
   uint32_t slot;      // its row of the arena
 };
 
 class model {
  public:
-  // n_sequences at a time, n_slots rows in the arena
+  // For n_sequences at a time, with n_slots rows in the arena.
   model(const gguf::file &file, uint32_t n_sequences, uint32_t n_slots) {
     if (file.text("general.architecture") != "llama") throw std::runtime_error("only the llama architecture is supported");
     const auto number = [&](const std::string &key) { return static_cast<uint32_t>(file.number("llama." + key)); };
@@ -129,15 +129,15 @@ class model {
   // [n_layers][n_cells * kv_width] each. A cell belongs to one position of one sequence.
   std::vector<std::vector<float>> k, v;
 
-  // The next window breaks off in its first layer, whose K/V it has written: for --fail. No arena row has changed then.
+  // For --fail: the next window breaks off in its first layer, whose K/V it has written. No arena row has changed then.
   bool fail = false;
 
   uint32_t cell(const model_row &row) const { return row.sequence * context + row.position; }
 
   // ANCHOR: window
-  // Runs layers [begin, end) over the rows and, for the first n_logits of them, the final norm and the head after them,
-  // which are this model's ramp heads too. Returns logits [n_logits, n_vocab]. Several rows of one sequence may be in
-  // it: each sees those before it.
+  // Runs layers [begin, end) over the rows. For the first n_logits of them it also runs the final norm and the head, which
+  // are this model's ramp heads too, and returns logits [n_logits, n_vocab]. A window may have several rows of one
+  // sequence: each attends to those before it.
   std::vector<float> window(uint32_t begin, uint32_t end, const std::vector<model_row> &rows, size_t n_logits) {
     std::vector<float> x(rows.size() * width_);
     for (size_t i = 0; i < rows.size(); i++) {
@@ -218,7 +218,7 @@ class model {
     }
   }
 
-  // One query head over the cells of its sequence, up to its own position.
+  // One query head over the cells of its row's sequence, up to the row's own position.
   void attend(uint32_t l, const model_row &row, size_t head, const float *q, float *out, std::vector<float> &weights) const {
     const size_t first = static_cast<size_t>(row.sequence) * context * kv_width + head / (heads_ / kv_heads_) * head_;
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_));

@@ -41,8 +41,8 @@ struct options {
         "  -f FILE           prompts, one per line, with \\n for line ends\n"
         "  -n N[,N...]       most tokens of the requests, in turn (48)\n"
         "  -np N             requests at a time (4)\n"
-        "  --ramps L[,L...]  after how many layers a token may exit (8)\n"
-        "  --threshold T     confidence at which it does; above 1: never (0.7)\n"
+        "  --ramps L[,L...]  numbers of layers after which a token may exit (8)\n"
+        "  --threshold T     confidence at which a token exits; above 1: never (0.7)\n"
         "  --policy NAME     auto, hold, latency, off, ... (hold)\n"
         "  --fill NAME       copy, propagate, postfill, verify (copy)\n"
         "  --cancel ID:N     request ID, from 0, goes away when it has N tokens\n"
@@ -77,7 +77,7 @@ struct options {
     return out;
   }
 
-  // False: help was asked for.
+  // Returns false where the user asked for help.
   bool parse(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
       const std::string name = argv[i];

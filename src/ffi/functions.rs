@@ -715,8 +715,12 @@ pub unsafe extern "C" fn drex_ramp(
             return Ok(instance.ramp_without_rows()?);
         }
         let logits = convert_logits(&l)?;
+        let confirm = l.confirm.map(|ask| {
+            // SAFETY: the caller's contract.
+            move |row, token| unsafe { ask(l.confirm_data, row, token) } != 0
+        });
         // SAFETY: checked above, and the caller's contract.
-        unsafe { instance.ramp(&logits, cells)? };
+        unsafe { instance.ramp(&logits, cells, confirm)? };
         for (i, row) in instance.engine.step_rows().iter().enumerate() {
             let verdict = drex_verdict {
                 decision: row.decision as drex_decision,

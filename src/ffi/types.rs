@@ -497,6 +497,15 @@ pub struct drex_step {
     pub n_prompt_rows: u32,
 }
 
+/// Is asked at a ramp whether a row whose confidence is sufficient may exit
+/// with its token: 1, or 0 where the host would not emit that token. It runs on
+/// the thread and inside the call of drex_ramp(), once for each such row, so a
+/// call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return: no
+/// exception, no longjmp.
+/// Since 0.2.
+pub type drex_confirm_callback =
+    Option<unsafe extern "C" fn(user_data: *mut c_void, row: u32, token: i32) -> u32>;
+
 /// The logits at a ramp.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -524,6 +533,14 @@ pub struct drex_logits {
     /// 1: the logits were given to drex_ramp_enqueue() before, or a graph that
     /// captured it has been launched. Else 0.
     pub enqueued: u32,
+    /// NULL, or decides about rows that would exit, for example under a
+    /// grammar. A row whose token it refuses has the greatest confidence that
+    /// is not sufficient.
+    /// Since 0.2.
+    pub confirm: drex_confirm_callback,
+    /// Handed to it; may be NULL.
+    /// Since 0.2.
+    pub confirm_data: *mut c_void,
 }
 
 /// One of the greatest logits of a row.

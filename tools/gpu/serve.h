@@ -92,7 +92,10 @@ inline model_ptr load_model(const std::string & path, int ngl) {
     return model;
 }
 
-// n_requests sequences with a prompt each, and a cache whose last cell is in use
+// of the KV cache: a stream of cells for each sequence, as llama.cpp has it by default, or one for all
+enum class layout { streams, unified };
+
+// n_requests sequences with a prompt each
 struct session {
     llama_model   * model;
     llama_context * ctx = nullptr;
@@ -103,16 +106,14 @@ struct session {
 
     std::vector<int32_t> slots;
 
-    // with `streams`, a stream of cells for each sequence, as llama.cpp has it by default; for stock passes only
-    session(llama_model * model, int n_requests, int n_prompt, int n_tokens, int n_threads, bool streams = false) :
+    // a unified cache is for stock passes only; its last cell is in use, so that rows always attend over all of it
+    session(llama_model * model, int n_requests, int n_prompt, int n_tokens, int n_threads, layout kv = layout::streams) :
             model(model), n_requests(n_requests), n_prompt(n_prompt) {
+        const bool streams = kv == layout::streams;
         n_layer = llama_model_n_layer(model);
         n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
-        n_kv    = (n_requests*(n_prompt + n_tokens) + 256)/256*256;
+        n_kv    = streams ? (n_prompt + n_tokens + 255)/256*256 : (n_requests*(n_prompt + n_tokens) + 256)/256*256;
 
-        if (streams) {
-            n_kv = (n_prompt + n_tokens + 255)/256*256;
-        }
         llama_context_params params = llama_context_default_params();
         params.n_ctx           = streams ? n_kv*n_requests : n_kv;
         params.n_seq_max       = streams ? n_requests : n_requests + 1;
@@ -131,13 +132,12 @@ struct session {
         for (int r = 0; r < n_requests; ++r) {
             prompt(r, n_prompt);
         }
-        if (streams) {
+        if (!streams) {
+            const int n_left = n_kv - n_requests*n_prompt;
+            prompt(n_requests, n_left);
+            llama_memory_seq_rm(llama_get_memory(ctx), n_requests, 0, n_left - 1);
             return;
         }
-        const int n_left = n_kv - n_requests*n_prompt;
-        prompt(n_requests, n_left);
-        llama_memory_seq_rm(llama_get_memory(ctx), n_requests, 0, n_left - 1);
-
         if (const char * why = llama_layer_range_init(ctx, { uint32_t(n_requests), 64, uint32_t(n_requests), 0 })) {
             throw std::runtime_error(why);
         }

@@ -1,39 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! `cargo xtask`: fetches and builds llama.cpp with the drex patches, serves, measures and tests it.
 //!
 //! Needs Rust, a C++ compiler and Python 3; everything else is fetched into a cache folder outside of the clone.
 
-mod bench;
 mod book;
-mod cache;
-mod cargo;
-mod consumers;
-mod demo;
-mod examples;
-mod fetch;
-mod gguf;
 mod gpu;
-mod install;
-mod kernels;
-mod llama;
-mod observe;
-mod python;
-mod score;
-mod serve;
-mod server_tests;
 mod sim;
 mod test;
-mod tools;
-mod triton;
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use drex_harness::{client, http, load, process, server};
-
-use crate::{
+use drex_build::{
+    Source,
     cache::Cache,
+    install, kernels,
     llama::{Kind, Llama},
+    patches, process, serve,
 };
 
 #[derive(Parser)]
@@ -51,20 +36,22 @@ struct Cli {
     command: Cmd,
 }
 
-#[derive(Args, Clone)]
-pub struct Source {
-    /// A checkout of llama.cpp to use instead of the pinned source.
-    ///
-    /// It is copied into the cache and patched there; the checkout itself is never changed.
-    #[arg(long, value_name = "DIR")]
-    llama_src: Option<PathBuf>,
+/// Arguments that go to a tool, `--help` among them.
+#[derive(Args)]
+struct Forwarded {
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "ARGS"
+    )]
+    args: Vec<OsString>,
 }
 
 #[derive(Subcommand)]
 enum Cmd {
     /// Fetch llama.cpp, apply the patches, build both the unpatched and the patched llama-server
     Build {
-        /// Also make the variants whose results do not depend on the batch size
+        /// Also build the variants whose results do not depend on the batch size
         #[arg(long)]
         exact: bool,
         /// Build the unpatched server only
@@ -85,19 +72,13 @@ enum Cmd {
         args: Vec<OsString>,
     },
     /// Compare the exit policies on the bundled model and write a report
-    Demo(demo::Options),
+    #[command(disable_help_flag = true)]
+    Demo(Forwarded),
     /// Simulate the scheduler: policies side by side, the whole grid, or a recording of your traffic
     ///
     /// All arguments go to drex-sim; see `cargo xtask sim --help`.
     #[command(disable_help_flag = true)]
-    Sim {
-        #[arg(
-            trailing_var_arg = true,
-            allow_hyphen_values = true,
-            value_name = "ARGS"
-        )]
-        args: Vec<OsString>,
-    },
+    Sim(Forwarded),
     /// Prepare a run on a GPU machine, see tools/gpu/README.md
     Gpu {
         /// Write what that machine needs into .gpu/
@@ -106,19 +87,19 @@ enum Cmd {
         #[command(flatten)]
         source: Source,
     },
-    /// Measure: the core's calls, servers against each other
+    /// Measure the calls of the core, or servers against each other
     #[command(arg_required_else_help = true)]
     Bench {
         #[command(subcommand)]
-        what: bench::Bench,
+        what: Bench,
     },
     /// Build the book in docs/ into target/book, with dead links as errors
     Docs,
     /// Compile the CUDA kernels to kernels/prebuilt; needs neither CUDA nor a GPU
     ///
-    /// The compiler is fetched with pip into the cache, 105 MB, pinned by hash. Only who changes a kernel needs this:
-    /// a build of drex takes the committed artefacts, or an nvcc of its own if there is one (DREX_NVCC names it; empty:
-    /// none).
+    /// The compiler is fetched with pip into the cache, 105 MB, pinned by hash. Only a change of a kernel needs this
+    /// command: a build of drex takes the committed artefacts, or an nvcc where there is one. DREX_NVCC names the nvcc;
+    /// an empty DREX_NVCC means none.
     Kernels(kernels::Options),
     /// Install the libraries, the headers, drex.pc and the CMake package below a prefix
     #[command(
@@ -127,42 +108,75 @@ enum Cmd {
     Install(install::Options),
     /// Build the Debian packages libdrex0 and libdrex-dev
     Deb(install::deb::Options),
+    /// Count the upstream lines that the patches touch, or apply them to another llama.cpp
+    Patches(patches::Options),
     /// Run Triton Inference Server with the drex backend on the bundled model, and stream from it
-    Triton(triton::Options),
+    #[command(disable_help_flag = true)]
+    Triton(Forwarded),
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
 
+#[derive(Subcommand)]
+enum Bench {
+    /// Time the core's calls with criterion
+    Core {
+        /// One line of JSON: the median of each benchmark in ns
+        #[arg(long)]
+        json: bool,
+        /// Shorter runs
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Race the patched llama-server against the unpatched one, as a client sees them
+    #[command(disable_help_flag = true)]
+    Serve(Forwarded),
+    /// Measure windows and policies on a large model of random weights, where reading them bounds the time
+    #[command(disable_help_flag = true)]
+    Scale(Forwarded),
+    /// Write the figures of a report between the marks of a Markdown page
+    #[command(disable_help_flag = true)]
+    Page(Forwarded),
+}
+
 fn main() -> ExitCode {
-    // A reader that goes away (`cargo xtask demo | head`) should end us quietly, as it does any other filter.
-    // SAFETY: sets a signal's disposition to its default before any thread exists.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-    let result = match Cli::parse().command {
+    process::main(|| run(Cli::parse().command))
+}
+
+/// Fails where a command that checks something finds that it is not well.
+fn run(command: Cmd) -> Result<ExitCode> {
+    let well = |well: bool| ExitCode::from(u8::from(!well));
+    match command {
         Cmd::Build {
             exact,
             reference_only,
             source,
-        } => build(exact, reference_only, &source).map(|()| true),
-        Cmd::Serve { source, args } => serve::run(source.llama_src.as_deref(), args).map(|()| true),
-        Cmd::Demo(options) => demo::run(&options).map(|()| true),
-        Cmd::Sim { args } => sim::sim(args).map(|()| true),
-        Cmd::Gpu { source, .. } => gpu::pack(&source).map(|()| true),
-        Cmd::Bench { what } => bench::run(&what).map(|()| true),
-        Cmd::Docs => book::print().map(|()| true),
-        Cmd::Kernels(options) => kernels::run(&options),
-        Cmd::Install(options) => install::run(&options).map(|()| true),
-        Cmd::Deb(options) => install::deb::run(&options).map(|()| true),
-        Cmd::Triton(options) => triton::run(&options).map(|()| true),
-        Cmd::Test(options) => test::run(&options),
+        } => build(exact, reference_only, &source),
+        Cmd::Serve { source, args } => serve::run(source.llama_src.as_deref(), args),
+        Cmd::Demo(to) => sim::tool("drex-demo", to.args),
+        Cmd::Sim(to) => sim::sim(to.args),
+        Cmd::Gpu { source, .. } => gpu::pack(&source),
+        Cmd::Bench { what } => bench(what),
+        Cmd::Docs => book::print(),
+        Cmd::Kernels(options) => return kernels::run(&options).map(well),
+        Cmd::Install(options) => install::run(&options),
+        Cmd::Deb(options) => install::deb::run(&options),
+        Cmd::Patches(options) => return patches::run(&options).map(well),
+        Cmd::Triton(to) => sim::tool("drex-triton-server", to.args),
+        Cmd::Test(options) => return test::run(&options).map(well),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn bench(what: Bench) -> Result<()> {
+    let (name, to) = match what {
+        Bench::Core { json, quick } => return sim::bench(json, quick),
+        Bench::Serve(to) => ("serve", to),
+        Bench::Scale(to) => ("scale", to),
+        Bench::Page(to) => ("page", to),
     };
-    match result {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let args = [OsString::from(name)].into_iter().chain(to.args);
+    sim::tool("drex-bench", args.collect())
 }
 
 fn build(exact: bool, reference_only: bool, source: &Source) -> Result<()> {

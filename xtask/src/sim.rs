@@ -1,16 +1,35 @@
-//! `sim` and `bench`: the simulator and the benchmarks of the core, built optimised and run.
+// SPDX-License-Identifier: Apache-2.0
 
-use std::{ffi::OsString, os::unix::process::CommandExt, path::PathBuf, process::Stdio};
+//! Tools of the workspace, built and run, and the benchmarks of the core.
+
+use std::{
+    ffi::OsString,
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context, Result, bail};
+use drex_build::{cache, cargo::cargo};
 use serde_json::{Map, Value, json};
 
-use crate::{cache, cargo::cargo};
-
-/// Replaces this process by the simulator.
+/// Replaces this process by the simulator, which is worth an optimised build.
 pub fn sim(args: Vec<OsString>) -> Result<()> {
-    let error = cargo()
-        .args(["run", "--quiet", "--release", "--package", "drex-sim", "--"])
+    exec("drex-sim", &["--release"], args)
+}
+
+/// Replaces this process by a program of the workspace.
+pub fn tool(package: &str, args: Vec<OsString>) -> Result<()> {
+    exec(package, &[], args)
+}
+
+fn exec(package: &str, profile: &[&str], args: Vec<OsString>) -> Result<()> {
+    // In the folder where the user is: arguments may name files.
+    let error = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["run", "--quiet", "--manifest-path"])
+        .arg(cache::repo().join("Cargo.toml"))
+        .args(profile)
+        .args(["--package", package, "--"])
         .args(args)
         .exec();
     Err(error).context("cannot run cargo")

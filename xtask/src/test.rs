@@ -10,17 +10,19 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Args;
+use drex_build::{Source, cargo::cargo, kernels};
 
-use crate::{
-    Source, book, cache,
-    cache::Cache,
-    cargo::cargo,
-    consumers, examples, kernels,
-    llama::{Kind, Llama},
-    observe, python,
-    server_tests::{self, Suite},
-    triton,
-};
+use crate::book;
+
+/// Built without optimisation.
+const TOOLS: [&str; 6] = [
+    "xtask",
+    "drex-bench",
+    "drex-build",
+    "drex-demo",
+    "drex-harness",
+    "drex-triton-server",
+];
 
 #[derive(Args)]
 pub struct Options {
@@ -30,6 +32,17 @@ pub struct Options {
     /// Only the comparison of fill `verify` with the unpatched server
     #[arg(long, group = "part")]
     lossless: bool,
+    /// Only the architectures of models: each cut, regrouped and filled in every way. Everything together tries a few of them
+    #[arg(long, group = "part")]
+    architectures: bool,
+    /// Only a checkpoint as LayerSkip's are, made, converted and served; everything together leaves it out: torch, which the
+    /// converter needs, is 3 GB to fetch
+    #[arg(long, group = "part")]
+    checkpoint: bool,
+    /// Only models whose layers, cache or head lie on several devices; everything together leaves it out: it builds the RPC
+    /// backend first
+    #[arg(long, group = "part")]
+    devices: bool,
     /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
     #[arg(long, group = "part")]
     kernels: bool,
@@ -37,7 +50,7 @@ pub struct Options {
     #[arg(long, group = "part")]
     gpu_dry_run: bool,
     /// Only programs built against an installed drex: make, CMake, plain cc, static, Debian packages, sanitizers; and
-    /// cargo-c, which everything together leaves out: it is compiled first, for a quarter of an hour
+    /// cargo-c, which only this option tests, since compiling it takes a quarter of an hour
     #[arg(long, group = "part")]
     consumers: bool,
     /// Only the programs in examples/, built and run, and compared with llama.cpp
@@ -49,12 +62,18 @@ pub struct Options {
     /// Only the Python package
     #[arg(long, group = "part")]
     python: bool,
+    /// Only the files for containers and clusters in packaging/deploy
+    #[arg(long, group = "part")]
+    deploy: bool,
     /// Only the backend in Triton Inference Server, or those tests of it whose names contain a text
     #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "", group = "part")]
     triton: Option<String>,
-    /// With AIPerf too, which fetches 1.2 GB once
+    /// With --triton: run AIPerf too, which fetches 1.2 GB once
     #[arg(long, requires = "triton")]
     load: bool,
+    /// Only the tests of the patched llama-server, without other programs
+    #[arg(long, group = "part")]
+    server: bool,
     /// Only the server tests whose names contain this
     #[arg(long, value_name = "TEXT", group = "part")]
     only: Option<String>,
@@ -69,16 +88,60 @@ impl Options {
     /// One part was asked for.
     fn part(&self) -> bool {
         self.of_server()
+            || self.of_models()
             || self.kernels
             || self.consumers
             || self.examples
             || self.observe
             || self.python
+            || self.deploy
             || self.triton.is_some()
     }
 
+    fn of_models(&self) -> bool {
+        self.architectures || self.checkpoint || self.devices
+    }
+
+    /// A part of the suite of models; nothing of the kind: few architectures.
+    fn of_models_tests(&self) -> &'static str {
+        if self.architectures {
+            "--architectures"
+        } else if self.checkpoint {
+            "--checkpoint"
+        } else if self.devices {
+            "--devices"
+        } else {
+            "--few"
+        }
+    }
+
+    /// What the names of the chosen tests of the server contain; nothing: all of them.
+    fn of_server_tests(&self) -> Option<String> {
+        let text = if self.exact {
+            "exact"
+        } else if self.lossless {
+            "lossless"
+        } else if self.gpu_dry_run {
+            "what a GPU machine runs"
+        } else {
+            return self.only.clone();
+        };
+        Some(text.into())
+    }
+
+    /// For suites that build llama.cpp, and run in another folder.
+    fn source(&self) -> Result<Vec<String>> {
+        let Some(dir) = &self.source.llama_src else {
+            return Ok(Vec::new());
+        };
+        let dir = dir
+            .canonicalize()
+            .with_context(|| format!("--llama-src {}", dir.display()))?;
+        Ok(vec!["--llama-src".into(), dir.display().to_string()])
+    }
+
     fn of_server(&self) -> bool {
-        self.exact || self.lossless || self.gpu_dry_run || self.only.is_some()
+        self.exact || self.lossless || self.gpu_dry_run || self.server || self.only.is_some()
     }
 }
 
@@ -117,6 +180,7 @@ pub fn run(options: &Options) -> Result<bool> {
     let mut count = Count::default();
     let all = !options.part();
     let long = all && !options.quick;
+    let source = options.source()?;
     if all {
         rust(&mut count);
     }
@@ -139,25 +203,27 @@ pub fn run(options: &Options) -> Result<bool> {
         compiled_kernels(&mut count);
     }
     if long || options.consumers {
-        consumers::run(options.consumers, &mut |name, result, start| {
-            count.one(name, result, start)
-        });
+        // Compiled first, for a quarter of an hour.
+        let more = options.consumers.then(|| "--cargo-c".to_owned());
+        suite(&mut count, "consumers", more.as_slice());
     }
     if long || options.examples {
-        examples(&mut count);
+        suite(&mut count, "examples", &[]);
     }
     if long || options.observe {
-        println!("== observability");
-        for test in observe::TESTS {
-            let start = Instant::now();
-            count.one(test.0, (test.1)(), start);
-        }
+        suite(&mut count, "observability", &[]);
     }
     if all || options.python {
-        python_tests(&mut count);
+        suite(&mut count, "python", &[]);
+    }
+    if all || options.deploy {
+        suite(&mut count, "deploy", &[]);
     }
     if long || options.triton.is_some() {
-        triton(options, &mut count);
+        let mut args = source.clone();
+        args.extend(options.load.then(|| "--load".into()));
+        args.extend(options.triton.clone().filter(|text| !text.is_empty()));
+        suite(&mut count, "triton", &args);
     }
     if long {
         println!("== the book");
@@ -165,8 +231,16 @@ pub fn run(options: &Options) -> Result<bool> {
         let built = book::build().map(drop);
         count.one("the book builds, and no link is dead", built, start);
     }
+    if long || options.of_models() {
+        let mut args = source.clone();
+        args.push(options.of_models_tests().to_owned());
+        suite(&mut count, "models", &args);
+    }
     if all || options.of_server() {
-        server(options, &mut count);
+        let mut args = source;
+        args.extend(options.quick.then(|| "--quick".into()));
+        args.extend(options.of_server_tests());
+        suite(&mut count, "server", &args);
     }
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0)
@@ -192,77 +266,24 @@ fn rust(count: &mut Count) {
         let start = Instant::now();
         count.one(name, succeed(cargo().args(args)), start);
     }
-    // The library is tested the way it is used, and built once for that; xtask as it is built already.
-    let tests: [(&str, &[&str]); 2] = [
-        (
-            "cargo test, the library",
-            &[
-                "test",
-                "--workspace",
-                "--exclude",
-                "xtask",
-                "--release",
-                "--no-fail-fast",
-            ],
-        ),
-        ("cargo test, xtask", &["test", "--package", "xtask"]),
-    ];
-    for (name, args) in tests {
-        cargo_test(count, name, args);
+    // The library is tested the way it is used, and built once for that; tools as they are built already.
+    let mut library = vec!["test", "--release", "--no-fail-fast", "--workspace"];
+    library.extend(["--exclude", "*-tests"]);
+    let mut tools = vec!["test", "--no-fail-fast"];
+    for tool in TOOLS {
+        library.extend(["--exclude", tool]);
+        tools.extend(["--package", tool]);
     }
+    cargo_test(count, "cargo test, the library", &library);
+    cargo_test(count, "cargo test, the tools", &tools);
 }
 
-fn examples(count: &mut Count) {
-    println!("== examples");
-    let start = Instant::now();
-    let kit = match examples::Kit::build() {
-        Ok(kit) => kit,
-        Err(error) => return count.one("build the examples", Err(error), start),
-    };
-    count.one("build the examples", Ok(()), start);
-    for test in examples::TESTS {
-        let start = Instant::now();
-        count.one(test.name, (test.run)(&kit), start);
-    }
-}
-
-fn triton(options: &Options, count: &mut Count) {
-    println!("== Triton");
-    let start = Instant::now();
-    let only = options.triton.as_deref().unwrap_or_default();
-    let mut tests = 0;
-    let mut one = |name: &str, result, start| {
-        tests += 1;
-        count.one(name, result, start);
-    };
-    let source = options.source.llama_src.as_deref();
-    match triton::tests::run(source, only, options.load, &mut one) {
-        Err(error) => one("triton: the server starts", Err(error), start),
-        // Nothing that ran is nothing that passed.
-        Ok(0) => one(
-            "triton: tests",
-            Err(anyhow::anyhow!("none was chosen")),
-            start,
-        ),
-        Ok(_) => {}
-    }
-    println!(
-        "{tests} tests in Triton, {:.0} s",
-        start.elapsed().as_secs_f64()
-    );
-}
-
-fn python_tests(count: &mut Count) {
-    println!("== python");
-    let start = Instant::now();
-    match python::test() {
-        Ok(tests) => {
-            count.passed += u64::from(tests);
-            let seconds = start.elapsed().as_secs_f64();
-            println!("ok      {tests} tests of bindings/python ({seconds:.1} s)");
-        }
-        Err(error) => count.one("bindings/python", Err(error), start),
-    }
+/// A suite of `tests/`, see its README.
+fn suite(count: &mut Count, name: &str, args: &[String]) {
+    let package = format!("{name}-tests");
+    let mut all = vec!["test", "--quiet", "--package", &package, "--"];
+    all.extend(args.iter().map(String::as_str));
+    cargo_test(count, name, &all);
 }
 
 fn cargo_test(count: &mut Count, name: &str, args: &[&str]) {
@@ -332,65 +353,6 @@ fn result_line(line: &str) -> Option<(u64, u64)> {
             .unwrap_or(0)
     };
     Some((number("passed"), number("failed")))
-}
-
-fn server(options: &Options, count: &mut Count) {
-    let start = Instant::now();
-    println!("== llama.cpp");
-    let suite = match suite(options) {
-        Ok(suite) => suite,
-        Err(error) => return count.one("build llama.cpp", Err(error), start),
-    };
-    if options.only.is_none() {
-        count.one("build llama.cpp", Ok(()), start);
-    }
-    println!("== server tests");
-    let _machine = match Cache::open().and_then(|cache| cache.lock_machine()) {
-        Ok(lock) => lock,
-        Err(error) => return count.one("lock the machine", Err(error), start),
-    };
-    let mut chosen = 0;
-    for test in server_tests::all() {
-        let wanted = match (&options.only, options.exact) {
-            _ if options.gpu_dry_run => test.name == server_tests::GPU_DRY_RUN,
-            _ if options.lossless => test.name.contains("lossless"),
-            (Some(text), _) => test.name.contains(text.as_str()),
-            (None, true) => test.exact,
-            (None, false) => !(options.quick && (test.slow || test.exact)),
-        };
-        if wanted && (suite.exact.is_some() || !test.exact) {
-            chosen += 1;
-            let start = Instant::now();
-            count.one(test.name, server_tests::guarded(&test, &suite), start);
-        }
-    }
-    if chosen == 0 {
-        // Nothing that ran is nothing that passed.
-        let none = Err(anyhow::anyhow!("no server test was chosen"));
-        count.one("server tests", none, start);
-    }
-}
-
-fn suite(options: &Options) -> Result<Suite> {
-    let cache = Cache::open()?;
-    let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
-    let mut kinds = vec![Kind::Reference, Kind::Patched];
-    if !options.quick && !options.gpu_dry_run {
-        kinds.extend([Kind::ReferenceExact, Kind::PatchedExact]);
-    }
-    let mut runtimes = Vec::new();
-    for runtime in llama.ensure(&kinds)? {
-        let tools = llama.tools(&runtime)?;
-        runtimes.push((runtime, tools));
-    }
-    let mut runtimes = runtimes.into_iter();
-    let mut next = || runtimes.next();
-    Ok(Suite {
-        reference: next().context("no reference build")?,
-        patched: next().context("no patched build")?,
-        exact: next().zip(next()),
-        model: cache::bundled_model()?,
-    })
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ struct Row;  // drex.h's drex_row
 struct Kv;   // drex.h's drex_kv_layer, row layout
 
 // Every function is called from the thread that calls the Rust side, one at a time.
-// What run() and sample() throw becomes an error there, and the step is taken back.
+// An exception of run() or sample() becomes an error in Rust, and the step is taken back.
 class Model {
  public:
   virtual ~Model() = default;
@@ -23,7 +23,7 @@ class Model {
   virtual std::uint32_t n_vocab() const = 0;
   // Strictly increasing, as drex_config.ramp_layers.
   virtual rust::Vec<std::uint32_t> ramp_layers() const = 0;
-  // The cache of a layer; it must stay where it is.
+  // The cache of a layer. It must not move.
   virtual Kv kv(std::uint32_t layer) = 0;
   // The KV cell of a row's token.
   virtual std::uint32_t cell(const Row &row) const = 0;

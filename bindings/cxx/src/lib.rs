@@ -57,7 +57,7 @@ mod bridge {
     impl UniquePtr<Model> {}
 }
 
-/// Why something did not work.
+/// Why a call failed.
 #[derive(Debug)]
 pub enum Error {
     /// A call of drex failed: `DREX_ERROR_*` and its text.
@@ -106,7 +106,7 @@ macro_rules! sized {
 pub struct Token {
     pub request: u64,
     pub token: i32,
-    /// The ramp where it left; none: it ran through all layers.
+    /// The ramp where the token left. None: it ran through all layers.
     pub ramp: Option<u32>,
 }
 
@@ -121,7 +121,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// `max_batch` requests at once, `policy` as in drex.h (`DREX_POLICY_*`).
+    /// A host for `max_batch` requests at once; `policy` is one of `DREX_POLICY_*`.
     ///
     /// # Panics
     /// Where `model` is null.
@@ -204,7 +204,7 @@ impl Host {
         ok(unsafe { drex_request_remove(self.engine, id) })
     }
 
-    /// One step; what it emitted is appended. `false`: there was nothing to run.
+    /// Runs one step and appends what it emitted. `false`: there was nothing to run.
     /// After an error the step's rows are back where they were.
     pub fn step(
         &mut self,

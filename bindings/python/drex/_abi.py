@@ -124,7 +124,7 @@ class drex_step(Struct):
 class drex_logits(Struct):
     _fields_ = [
         ("size", u32), ("dtype", u32), ("data", void), ("row_stride_bytes", u64), ("n_rows", u32), ("n_vocab", u32),
-        ("stream", void), ("n_top", u32), ("enqueued", u32),
+        ("stream", void), ("n_top", u32), ("enqueued", u32), ("confirm", void), ("confirm_data", void),
     ]  # fmt: skip
 
 

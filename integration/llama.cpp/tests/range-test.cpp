@@ -36,6 +36,60 @@ struct chunk {
 
 static const int max_chunk = 70;
 
+// One logit of each row is read and written where the logits are, and nothing else changes.
+static bool edits_logits(llama_context * ctx, int n_rows, int n_vocab) {
+    const llama_token token = 7;
+
+    std::vector<std::vector<float>> before(n_rows);
+    bool ok = llama_layer_range_fetch_logits(ctx, 0, n_rows);
+    for (int i = 0; ok && i < n_rows; ++i) {
+        const float * logits = llama_get_logits_ith(ctx, i);
+        before[i].assign(logits, logits + n_vocab);
+    }
+
+    std::vector<float> was(n_rows), now(n_rows);
+    for (int i = 0; i < n_rows; ++i) {
+        now[i] = 1000.0f + i;
+    }
+    ok = ok && llama_layer_range_edit_logits(ctx, token, 0, n_rows, was.data(), false);
+    ok = ok && llama_layer_range_edit_logits(ctx, token, 0, n_rows, now.data(), true);
+    ok = ok && llama_layer_range_fetch_logits(ctx, 0, n_rows);
+    llama_synchronize(ctx);
+    for (int i = 0; ok && i < n_rows; ++i) {
+        ok = was[i] == before[i][token];
+        before[i][token] = now[i];
+        ok = ok && memcmp(llama_get_logits_ith(ctx, i), before[i].data(), n_vocab*sizeof(float)) == 0;
+    }
+
+    return ok && !llama_layer_range_edit_logits(ctx, n_vocab, 0, 1, was.data(), false) &&
+        !llama_layer_range_edit_logits(ctx, token, n_rows, 1, was.data(), false);
+}
+
+// A row whose cell is gone, or whose position does not follow, is named, and the others run without it.
+static bool names_misfits(llama_context * ctx, llama_batch_ext * batch, int il, int n_layer, int pos, int n_vocab) {
+    const std::vector<int32_t>      slots = { 0, 1 };
+    const std::vector<llama_seq_id> first = { 0 };
+
+    fill(batch, { { 1, pos, 0 }, { 1, pos, 1 } });
+    bool ok = llama_layer_range_decode(ctx, batch, 0, il, slots.data()) == 0 && edits_logits(ctx, 2, n_vocab);
+
+    ok = ok && llama_memory_seq_rm(llama_get_memory(ctx), 0, pos, -1);
+    ok = ok && llama_layer_range_decode(ctx, batch, il, n_layer, slots.data()) == -1;
+    ok = ok && llama_layer_range_misfits(ctx, batch, il, slots.data()) == first;
+    fill(batch, { { 1, pos, 1 } });
+    ok = ok && llama_layer_range_decode(ctx, batch, il, n_layer, slots.data() + 1) == 0;
+
+    // position pos of sequence 0 is missing now
+    fill(batch, { { 1, pos + 1, 0 }, { 1, pos + 1, 1 } });
+    ok = ok && llama_layer_range_decode(ctx, batch, 0, il, slots.data()) == -1;
+    ok = ok && llama_layer_range_misfits(ctx, batch, 0, slots.data()) == first;
+    fill(batch, { { 1, pos + 1, 1 } });
+    ok = ok && llama_layer_range_decode(ctx, batch, 0, il, slots.data() + 1) == 0;
+    ok = ok && llama_layer_range_misfits(ctx, batch, il, slots.data() + 1).empty();
+
+    return ok;
+}
+
 int main(int argc, char ** argv) {
     if (argc < 2) {
         fprintf(stderr, "usage: %s MODEL [--regroup]\n", argv[0]);
@@ -239,6 +293,7 @@ int main(int argc, char ** argv) {
             bad[0] = 0;
             ok = ok && llama_layer_range_decode(ctx, batch, 0, n_layer + 1, bad) == -1;
             ok = ok && !llama_layer_range_fetch_logits(ctx, 1000, 1);
+            ok = ok && (tc.n_seq < 2 || names_misfits(ctx, batch, bounds[1], n_layer, n_prompt + n_gen, n_vocab));
         }
 
         printf("%s: %2d sequences, %s cache, kv %-4s, flash %d, %zu ranges, %s: %lld rows, %lld prompt rows, max |difference| %g, "

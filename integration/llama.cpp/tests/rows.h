@@ -16,18 +16,20 @@ struct row {
 };
 
 inline llama_context * make_context(
-        llama_model * model, int n_ctx, int n_seq, ggml_type type_kv, llama_flash_attn_type flash_attn, bool unified) {
+        llama_model * model, int n_ctx, int n_seq, ggml_type type_kv, llama_flash_attn_type flash_attn, bool unified,
+        int n_ubatch = 512) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = n_ctx;
     params.n_seq_max       = n_seq;
-    params.n_batch         = 512;
-    params.n_ubatch        = 512;
+    params.n_batch         = n_ubatch;
+    params.n_ubatch        = n_ubatch;
     params.kv_unified      = unified;
     params.n_threads       = 2;
     params.n_threads_batch = 2;
     params.type_k          = type_kv;
     params.type_v          = type_kv;
     params.flash_attn_type = flash_attn;
+    params.swa_full        = false;
     return llama_init_from_model(model, params);
 }
 

@@ -148,6 +148,8 @@ extern "C" {
 
 uint32_t drex_llama_version(void) { return DREX_LLAMA_VERSION; }
 
+int32_t drex_llama_has_gpu(void) { return llama_supports_gpu_offload(); }
+
 drex_llama * drex_llama_open(const drex_llama_params * p, char * error, size_t n_error) {
     static std::once_flag once;
     drex_llama * l = nullptr;
@@ -170,10 +172,6 @@ drex_llama * drex_llama_open(const drex_llama_params * p, char * error, size_t n
         llama_model_params mp = llama_model_default_params();
         ggml_backend_dev_t no_devices[] = { nullptr };
         if (p->n_gpu_layers > 0) {
-            if (!llama_supports_gpu_offload()) {
-                throw "gpu_layers is " + std::to_string(p->n_gpu_layers) +
-                    ", must be 0: this llama.cpp was built without a GPU backend, or finds no GPU";
-            }
             // one GPU: drex works where the layers are
             mp.n_gpu_layers = p->n_gpu_layers;
             mp.split_mode   = LLAMA_SPLIT_MODE_NONE;
@@ -233,7 +231,9 @@ const char * drex_llama_exit_head(const drex_llama * l) { return l->meta.head.c_
 
 const char * drex_llama_windows(drex_llama * l, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph) {
     try {
-        return llama_layer_range_init(l->ctx, { n_rows, n_graphs, n_rows_graph, 0 });
+        const char * why = llama_layer_range_init(l->ctx, { n_rows, n_graphs, n_rows_graph, 0, 0 });
+        // any request may ask for fill copy
+        return why ? why : llama_layer_range_kv_unlike(l->ctx);
     } catch (...) {
         return "no memory for the hidden arena";
     }
@@ -431,10 +431,9 @@ int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, con
     });
 }
 
-void drex_llama_perf(const drex_llama * l, uint64_t * built, uint64_t * reused) {
+void drex_llama_perf(const drex_llama * l, drex_llama_graphs * out) {
     const auto perf = llama_layer_range_perf(l->ctx);
-    *built  = perf.n_built;
-    *reused = perf.n_reused;
+    *out = { perf.n_built, perf.n_reused, perf.n_evicted, perf.n_kept };
 }
 
 } // extern "C"

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 /* Changes with anything below. */
-#define DREX_LLAMA_VERSION 3
+#define DREX_LLAMA_VERSION 4
 
 typedef struct drex_llama drex_llama;
 typedef struct drex_llama_sampler drex_llama_sampler;
@@ -41,6 +41,11 @@ typedef struct drex_llama_kv {
   uint32_t reserved;
 } drex_llama_kv;
 
+/* Graphs that were built, windows that used one again, graphs that were dropped for want of room, graphs kept. */
+typedef struct drex_llama_graphs {
+  uint64_t built, reused, evicted, kept;
+} drex_llama_graphs;
+
 typedef struct drex_llama_sampling {
   float temperature; /* 0: the most likely token */
   int32_t top_k;     /* 0: all */
@@ -51,6 +56,8 @@ typedef struct drex_llama_sampling {
 
 uint32_t drex_llama_version(void);
 
+/* 0: this llama.cpp was built without a GPU backend, or finds no GPU. */
+int32_t drex_llama_has_gpu(void);
 /* NULL on failure, with the reason in error[0, n_error). */
 drex_llama *drex_llama_open(const drex_llama_params *params, char *error, size_t n_error);
 void drex_llama_close(drex_llama *llama);
@@ -112,7 +119,7 @@ void drex_llama_sampler_free(drex_llama_sampler *sampler);
  * such logits; -2: one of them is NaN; -3: it failed. */
 int32_t drex_llama_sample(drex_llama *llama, drex_llama_sampler *sampler, int32_t i, const int32_t *banned, int32_t n_banned);
 
-void drex_llama_perf(const drex_llama *llama, uint64_t *graphs_built, uint64_t *graphs_reused);
+void drex_llama_perf(const drex_llama *llama, drex_llama_graphs *out);
 
 #ifdef __cplusplus
 }

@@ -5,14 +5,14 @@ use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::ptr::{null, null_mut};
+use std::sync::Arc;
 
-use crate::clock::now_ns;
 use crate::instance::Instance;
 use crate::model::Model;
 use crate::triton::error::{Failure, check};
-use crate::triton::reply::{Reply, Times};
+use crate::triton::reply::Reply;
 use crate::triton::{abi, log, version};
-use crate::{llama, metrics, request};
+use crate::{llama, registry, request};
 
 fn entry(f: impl FnOnce() -> Result<(), Failure>) -> *mut abi::Error {
     let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
@@ -31,6 +31,11 @@ fn entry(f: impl FnOnce() -> Result<(), Failure>) -> *mut abi::Error {
 /// Called by Triton, when it loads the backend.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn TRITONBACKEND_Initialize(backend: *mut abi::Backend) -> *mut abi::Error {
+    if let Err(name) = abi::load_first() {
+        // There is nothing that an error could be made with.
+        eprintln!("drex: this process has no {name}: it is no server of Triton's");
+        std::process::abort();
+    }
     entry(|| {
         version::require()?;
         abi::load()?;
@@ -50,7 +55,7 @@ pub unsafe extern "C" fn TRITONBACKEND_Initialize(backend: *mut abi::Backend) ->
             PathBuf::from(CStr::from_ptr(location).to_string_lossy().into_owned())
         };
         llama::load(&folder)?;
-        metrics::register();
+        registry::register();
         Ok(())
     })
 }
@@ -83,7 +88,7 @@ pub unsafe extern "C" fn TRITONBACKEND_GetBackendAttribute(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn TRITONBACKEND_Finalize(_: *mut abi::Backend) -> *mut abi::Error {
     entry(|| {
-        metrics::unregister();
+        registry::unregister();
         Ok(())
     })
 }
@@ -94,9 +99,9 @@ pub unsafe extern "C" fn TRITONBACKEND_Finalize(_: *mut abi::Backend) -> *mut ab
 pub unsafe extern "C" fn TRITONBACKEND_ModelInitialize(model: *mut abi::Model) -> *mut abi::Error {
     // SAFETY: Triton's model is live; the state is taken back in ModelFinalize.
     entry(|| unsafe {
-        let state = Box::into_raw(Box::new(Model::new(model)?));
+        let state = Arc::into_raw(Arc::new(Model::new(model)?)).cast_mut();
         check(abi::TRITONBACKEND_ModelSetState(model, state.cast())).inspect_err(|_| {
-            drop(Box::from_raw(state));
+            drop(Arc::from_raw(state));
         })
     })
 }
@@ -111,7 +116,7 @@ pub unsafe extern "C" fn TRITONBACKEND_ModelFinalize(model: *mut abi::Model) -> 
         check(abi::TRITONBACKEND_ModelState(model, &mut state))?;
         check(abi::TRITONBACKEND_ModelSetState(model, null_mut()))?;
         if !state.is_null() {
-            drop(Box::from_raw(state.cast::<Model>()));
+            drop(Arc::from_raw(state.cast::<Model>()));
         }
         Ok(())
     })
@@ -141,7 +146,10 @@ pub unsafe extern "C" fn TRITONBACKEND_ModelInstanceInitialize(
             &mut device,
         ))?;
         let gpu = (kind == abi::KIND_GPU).then_some(device);
-        let started = Instance::start(&*state.cast::<Model>(), instance, &name, gpu)?;
+        let model = state.cast::<Model>().cast_const();
+        Arc::increment_strong_count(model);
+        let model = Arc::from_raw(model);
+        let started = Instance::start(&model, instance, &name, gpu)?;
         let state = Box::into_raw(Box::new(started));
         check(abi::TRITONBACKEND_ModelInstanceSetState(
             instance,
@@ -195,15 +203,13 @@ pub unsafe extern "C" fn TRITONBACKEND_ModelInstanceExecute(
         // SAFETY: Triton gives `count` live requests, which are ours now.
         let taken = catch_unwind(AssertUnwindSafe(|| unsafe {
             let request = *requests.add(i);
-            let Some(mut reply) = Reply::new(instance, request) else {
+            let Some(reply) = Reply::new(instance, request) else {
                 return;
             };
+            let instance = &*state.cast::<Instance>();
             match request::read(request) {
-                Ok(asked) => (*state.cast::<Instance>()).submit(reply, asked),
-                Err(failure) => {
-                    reply.set_times(Times::at(now_ns()));
-                    reply.fail(failure);
-                }
+                Ok(asked) => instance.submit(reply, asked),
+                Err(failure) => instance.refuse(reply, failure),
             }
         }));
         // The panic has dropped the reply, which ended the request.

@@ -3,16 +3,27 @@
 
 use drex::ffi::types::{DREX_FLUSH_REASONS, DREX_MISS_REASONS, drex_stats};
 
-use crate::triton::abi::{METRIC_COUNTER as COUNTER, METRIC_GAUGE as GAUGE};
+use crate::triton::abi::{
+    METRIC_COUNTER as COUNTER, METRIC_GAUGE as GAUGE, METRIC_HISTOGRAM as HISTOGRAM,
+};
 
 /// What the metrics of an instance are made from.
 pub struct Snapshot {
     pub stats: drex_stats,
     pub window_ns: u64,
-    pub waiting: usize,
     pub running: usize,
-    /// Graphs that were built, and windows that used one again.
-    pub graphs: (u64, u64),
+    pub graphs: Graphs,
+}
+
+/// Compute graphs of layer windows.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Graphs {
+    pub built: u64,
+    /// Windows that used one again.
+    pub reused: u64,
+    pub evicted: u64,
+    pub kept: u64,
 }
 
 /// What a family has one metric for.
@@ -78,8 +89,6 @@ families! {
         |s, _| s.stats.steps as f64;
     COUNTER "drex_step_rows_total" One "Rows of all layer windows run",
         |s, _| s.stats.step_rows as f64;
-    COUNTER "drex_window_seconds_total" One "Time spent in layer windows",
-        |s, _| s.window_ns as f64 / 1e9;
     COUNTER "drex_filled_cells_total" One "KV cells whose skipped layers were filled by state-copy",
         |s, _| s.stats.cells_filled as f64;
     COUNTER "drex_filled_bytes_total" One "Bytes written by state-copy",
@@ -123,17 +132,88 @@ families! {
     GAUGE "drex_predicted_tokens_per_second" Rules "Policy auto: speed that the last search predicted",
         |s, i| searched(s, [s.stats.predicted_tokens_per_s, s.stats.predicted_off_tokens_per_s][i]);
     COUNTER "drex_graphs_built_total" One "Compute graphs built for layer windows",
-        |s, _| s.graphs.0 as f64;
+        |s, _| s.graphs.built as f64;
     COUNTER "drex_graphs_reused_total" One "Layer windows that reused a graph",
-        |s, _| s.graphs.1 as f64;
+        |s, _| s.graphs.reused as f64;
+    COUNTER "drex_graphs_evicted_total" One "Kept graphs that were dropped for want of room",
+        |s, _| s.graphs.evicted as f64;
+    GAUGE "drex_graphs" One "Graphs kept",
+        |s, _| s.graphs.kept as f64;
     GAUGE "drex_requests_running" One "Requests that run",
         |s, _| s.running as f64;
-    GAUGE "drex_requests_waiting" One "Requests that wait for a slot",
-        |s, _| s.waiting as f64;
 }
 
-/// The one histogram; its buckets are drex's.
-pub const WAITS: (&str, &str) = (
-    "drex_wait_seconds",
+/// A family with one metric for each label's value, or with one.
+pub type About = (u32, &'static str, &'static str);
+
+/// Of an instance, the buckets are drex's.
+pub const HELD: About = (
+    HISTOGRAM,
+    "drex_held_seconds",
     "Time that rows spent in the rebatching buffer",
 );
+pub const WINDOW: About = (
+    HISTOGRAM,
+    "drex_window_seconds",
+    "Time of each layer window",
+);
+
+/// Of a model, whatever the instance.
+pub const ENDED: About = (
+    COUNTER,
+    "drex_requests_ended_total",
+    "Requests that ended, by why",
+);
+pub const PROMPT_TOKENS: About = (
+    COUNTER,
+    "drex_prompt_tokens_total",
+    "Tokens of the prompts of requests that got a slot",
+);
+pub const WAITING: About = (
+    GAUGE,
+    "drex_requests_waiting",
+    "Requests that wait for a slot",
+);
+pub const QUEUE: About = (
+    HISTOGRAM,
+    "drex_request_queue_time_seconds",
+    "Time from a request's arrival to its slot",
+);
+pub const FIRST: About = (
+    HISTOGRAM,
+    "drex_time_to_first_token_seconds",
+    "Time from a request's arrival to its first token",
+);
+pub const BETWEEN: About = (
+    HISTOGRAM,
+    "drex_inter_token_latency_seconds",
+    "Time between two tokens of a request",
+);
+pub const WHOLE: About = (
+    HISTOGRAM,
+    "drex_e2e_request_latency_seconds",
+    "Time from a request's arrival to its last token, of requests that came to their end",
+);
+pub const BUILD: About = (
+    GAUGE,
+    "drex_build_info",
+    "1; the labels say what this backend was built from",
+);
+pub const OTHERS: [About; 10] = [
+    HELD,
+    WINDOW,
+    ENDED,
+    PROMPT_TOKENS,
+    WAITING,
+    QUEUE,
+    FIRST,
+    BETWEEN,
+    WHOLE,
+    BUILD,
+];
+
+/// Upper bounds in seconds of the buckets of requests' times and of windows.
+pub const BOUNDS: [f64; 17] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    60.0, 120.0,
+];

@@ -2,17 +2,21 @@
 //! One instance of a model: a thread that runs the engine, and one that sends.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::clock::now_ns;
-use crate::engine::{Engine, Job};
-use crate::exit::{self, Stop};
+use crate::engine::Engine;
+use crate::engine::answer::{Answer, GONE};
+use crate::engine::pool::{Seat, UNLOADED};
+use crate::engine::queue::Job;
+use crate::exit;
 use crate::families::Snapshot;
-use crate::llama::{Llama, Vocab};
+use crate::intake::Read;
+use crate::llama::{self, Llama, Vocab};
 use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::request::Asked;
@@ -22,42 +26,18 @@ use crate::triton::reply::Reply;
 use crate::triton::statistics::Executions;
 use crate::triton::{abi, log};
 
-const UNLOADED: &str = "the model is being unloaded";
 /// How often the counters at /metrics get new values while requests run.
 const METRICS_EVERY: Duration = Duration::from_millis(250);
 
-struct Queue<J> {
-    jobs: Vec<J>,
-    /// Why the engine is to stop.
-    stop: Option<&'static str>,
-    /// It has stopped, and every request is answered.
-    ended: bool,
-}
-
-struct Shared<J> {
-    queue: Mutex<Queue<J>>,
-    wake: Condvar,
-    /// The process ends: nothing more is sent but refusals.
-    exiting: AtomicBool,
-}
-
 /// What the engine's thread runs; in tests it is not an engine.
 trait Work {
-    type Job;
-    fn push(&mut self, job: Self::Job);
     fn is_idle(&self) -> bool;
     fn step(&mut self) -> Result<(), Failure>;
     fn fail_all(&mut self, failure: &Failure);
     fn snapshot(&self) -> Snapshot;
 }
 
-impl Work for Engine {
-    type Job = Job;
-
-    fn push(&mut self, job: Job) {
-        self.push(job);
-    }
-
+impl Work for Engine<Llama> {
     fn is_idle(&self) -> bool {
         self.is_idle()
     }
@@ -71,78 +51,27 @@ impl Work for Engine {
     }
 
     fn snapshot(&self) -> Snapshot {
-        let (waiting, running) = self.load();
         Snapshot {
             stats: self.stats(),
             window_ns: self.window_ns,
-            waiting,
-            running,
+            running: self.running(),
             graphs: self.graphs(),
         }
     }
 }
 
-impl<J> Shared<J> {
-    fn new() -> Arc<Self> {
-        Arc::new(Self {
-            queue: Mutex::new(Queue {
-                jobs: Vec::new(),
-                stop: None,
-                ended: false,
-            }),
-            wake: Condvar::new(),
-            exiting: AtomicBool::new(false),
-        })
-    }
-
-    fn change(&self, f: impl FnOnce(&mut Queue<J>)) {
-        f(&mut self.queue.lock().unwrap_or_else(PoisonError::into_inner));
-        // The engine's thread, and at the server's end the one that waits for it.
-        self.wake.notify_all();
-    }
-
-    fn stop_because(&self, why: &'static str) {
-        self.change(|queue| {
-            queue.stop.get_or_insert(why);
-        });
-    }
-}
-
-impl<J: Send> Stop for Shared<J> {
-    fn stop(&self) {
-        self.exiting.store(true, Ordering::Relaxed);
-        self.stop_because(exit::EXITING);
-    }
-
-    fn wait(&self, until: Instant) -> bool {
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = until.saturating_duration_since(Instant::now());
-        let (queue, _) = self
-            .wake
-            .wait_timeout_while(queue, left, |queue| !queue.ended)
-            .unwrap_or_else(PoisonError::into_inner);
-        queue.ended
-    }
-}
-
-/// Dropped when every request is answered.
-struct Ended<J>(Arc<Shared<J>>);
-
-impl<J> Drop for Ended<J> {
-    fn drop(&mut self) {
-        self.0.change(|queue| queue.ended = true);
-    }
-}
-
-/// Where requests come in: the engine gets the job, the sender all the rest.
-struct Inbox<J> {
-    shared: Arc<Shared<J>>,
+/// Where requests come in: the pool gets the job, the sender all the rest.
+struct Inbox {
+    seat: Seat,
     sender: Sender<Message>,
 }
 
-impl<J> Inbox<J> {
+impl Inbox {
     /// `message` adds the job's request to the sender.
-    fn put(&self, message: Message, job: J) {
+    fn put(&self, message: Message, job: impl FnOnce(Answer) -> Job) {
+        let Message::Add { id, .. } = message else {
+            return;
+        };
         if let Err(mpsc::SendError(message)) = self.sender.send(message) {
             if let Message::Add { reply, .. } = message {
                 reply.fail(Failure::unavailable(
@@ -151,23 +80,25 @@ impl<J> Inbox<J> {
             }
             return;
         }
-        self.shared.change(|queue| {
-            // After that nobody takes jobs, and the sender refuses the request.
-            if queue.stop.is_none() {
-                queue.jobs.push(job);
-            }
-        });
+        let sender = self.sender.clone();
+        self.seat
+            .pool
+            .submit(job(Answer::new(Box::new(move |event| {
+                // A sender that is gone has answered all requests and cancelled them.
+                let at = now_ns();
+                let _ = sender.send(Message::Event { id, event, at });
+            }))));
     }
 }
 
 pub struct Instance {
     /// None: the model is being unloaded.
-    inbox: Option<Inbox<Job>>,
-    threads: Vec<JoinHandle<()>>,
-    next_id: AtomicU64,
+    inbox: Option<Inbox>,
+    engine: Option<JoinHandle<()>>,
+    sender: Option<JoinHandle<()>>,
+    model: Arc<Model>,
     vocab: Vocab,
     context: u32,
-    decoupled: bool,
 }
 
 impl Instance {
@@ -176,22 +107,35 @@ impl Instance {
     /// # Safety
     /// Triton's instance outlives this.
     pub unsafe fn start(
-        model: &Model,
+        model: &Arc<Model>,
         instance: *mut abi::Instance,
         name: &str,
         gpu: Option<i32>,
     ) -> Result<Self, Failure> {
         let mut settings = model.settings.clone();
-        if let Some(device) = gpu {
-            settings.on_gpu(device);
+        settings.share_threads(
+            model.instances,
+            model.started.fetch_add(1, Ordering::Relaxed),
+        );
+        let asked = match gpu {
+            Some(device) => {
+                settings.on_gpu(device);
+                format!("instance_group: {name} is KIND_GPU, on GPU {device}, which cannot be")
+            }
+            None => format!(
+                "parameters: gpu_layers is {}, must be 0",
+                settings.gpu_layers_said()
+            ),
+        };
+        if settings.gpu_layers > 0 && !llama::has_gpu()? {
+            return Err(Failure::invalid(format!(
+                "{asked}: this llama.cpp was built without a GPU backend, or finds no GPU"
+            )));
         }
         let file = model.file()?;
         let llama = Llama::open(&file, &settings).map_err(|failure| match gpu {
-            Some(device) => Failure {
-                text: format!(
-                    "instance_group: {name} is KIND_GPU, on GPU {device}: {}",
-                    failure.text
-                ),
+            Some(_) => Failure {
+                text: format!("{asked}: {}", failure.text),
                 ..failure
             },
             None => failure,
@@ -212,54 +156,35 @@ impl Instance {
             }
         );
         let (sender, messages) = mpsc::channel();
-        let (events, last) = (sender.clone(), sender.clone());
-        let engine = Engine::new(
-            llama,
-            settings,
-            Box::new(move |id, event| {
-                // A sender that is gone has answered all requests and cancelled them.
-                let at = now_ns();
-                let _ = events.send(Message::Event { id, event, at });
-            }),
-        )?;
+        let seat = model.pool.join();
+        let engine = Engine::new(llama, settings, seat.clone())?;
         exit::register();
         let ramps = engine.ramps.clone();
         let mut metrics = Metrics::new(&model.name, model.version, name, &ramps);
         // SAFETY: by the caller; the thread is joined before this is gone.
         let executions = unsafe { Executions::of(instance) };
-        let shared = Shared::new();
-        exit::add(Arc::downgrade(&shared) as Weak<dyn Stop>);
-        let (for_engine, for_sender) = (shared.clone(), shared.clone());
+        let mut this = Self {
+            inbox: Some(Inbox {
+                seat: seat.clone(),
+                sender,
+            }),
+            engine: None,
+            sender: None,
+            model: model.clone(),
+            vocab,
+            context: engine.context(),
+        };
         let spawn = |name: &str, f: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
                 .name(name.into())
                 .spawn(f)
                 .map_err(|error| Failure::internal(format!("cannot start a thread: {error}")))
         };
-        let mut this = Self {
-            inbox: Some(Inbox { shared, sender }),
-            threads: Vec::new(),
-            next_id: AtomicU64::new(1),
-            vocab,
-            context: engine.context(),
-            decoupled: model.decoupled,
-        };
-        this.threads.push(spawn(
-            "drex-engine",
-            Box::new(move || {
-                let publish = move |now: &Snapshot, all| match all {
-                    true => metrics.update(now),
-                    false => metrics.update_gauges(now),
-                };
-                engine_thread(engine, publish, &executions, &for_engine, &last);
-            }),
-        )?);
-        this.threads.push(spawn(
+        let (pool, load) = (model.pool.clone(), model.load.clone());
+        this.sender = Some(spawn(
             "drex-sender",
             Box::new(move || {
-                let wake = || for_sender.change(|_| ());
-                let exiting = || for_sender.exiting.load(Ordering::Relaxed);
-                let run = || sender::run(&messages, wake, exiting);
+                let run = || sender::run(&messages, &load, || pool.notify(), || pool.is_exiting());
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
                     log::error(&format!(
                         "the thread that sends has ended by a panic: {}",
@@ -268,85 +193,97 @@ impl Instance {
                 }
             }),
         )?);
+        engine.begin();
+        this.engine = Some(spawn(
+            "drex-engine",
+            Box::new(move || {
+                let publish = move |now: &Snapshot, all| match all {
+                    true => metrics.update(now),
+                    false => metrics.update_gauges(now),
+                };
+                engine_thread(engine, publish, &executions, &seat);
+            }),
+        )?);
         log::info(&format!("{loaded}; exit layers {ramps:?}"));
         Ok(this)
     }
 
     /// From here on the request is answered, whatever happens.
-    pub fn submit(&self, reply: Reply, asked: Asked) {
-        if asked.stream && !self.decoupled {
-            return reply.fail(Failure::invalid(
-                "stream is true, must be false: the model has one response for a request (decoupled: false)",
-            ));
-        }
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let cancelled = Arc::new(AtomicBool::new(false));
+    pub fn submit(&self, mut reply: Reply, asked: Asked) {
+        reply.set_leading(self.model.leading);
         let Some(inbox) = &self.inbox else {
-            return reply.fail(Failure::unavailable(UNLOADED));
+            return self.refuse(reply, Failure::unavailable(UNLOADED));
         };
+        if asked.stream && !self.model.decoupled {
+            return self.refuse(
+                reply,
+                Failure::invalid(
+                    "stream is true, must be false: the model has one response for a request (decoupled: false)",
+                ),
+            );
+        }
         // Here and not on the engine's thread, which others wait for.
-        let job = match Job::new(
-            &self.vocab,
-            self.context,
-            id,
-            &asked.prompt,
-            asked.sampling,
-            cancelled.clone(),
-        ) {
-            Ok(job) => job,
-            Err(failure) => return reply.fail(failure),
+        let read = match Read::new(&self.vocab, self.context, &asked.prompt, asked.sampling) {
+            Ok(read) => read,
+            Err(failure) => return self.refuse(reply, failure),
         };
+        let id = self.model.next_id.fetch_add(1, Ordering::Relaxed);
+        let cancelled = Arc::new(AtomicBool::new(false));
         let message = Message::Add {
             id,
             reply: Box::new(reply),
             stream: asked.stream,
             want: asked.want,
-            cancelled,
+            cancelled: cancelled.clone(),
+            arrived: read.arrived_ns,
+            open: Some(inbox.seat.open()),
         };
-        inbox.put(message, job);
+        inbox.put(message, |answer| read.job(id, cancelled, answer));
+    }
+
+    /// Answers a request that does not run.
+    pub fn refuse(&self, reply: Reply, failure: Failure) {
+        self.model.load.ended_by(&failure);
+        reply.fail(failure);
     }
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
+        let join = |thread: Option<JoinHandle<()>>| {
+            // Neither thread ends with a panic.
+            let _ = thread.map(JoinHandle::join);
+        };
+        if let Some(inbox) = &self.inbox {
+            inbox.seat.leave();
+        }
+        join(self.engine.take());
         if let Some(inbox) = self.inbox.take() {
-            inbox.shared.stop_because(UNLOADED);
+            // Others may run what came in here, and the replies name this instance.
+            inbox.seat.answered();
         }
-        for thread in self.threads.drain(..) {
-            // Neither ends with a panic.
-            let _ = thread.join();
-        }
+        join(self.sender.take());
     }
 }
 
-/// Runs the engine until the instance stops or the engine panics where it must not. Then the sender is told: whatever
-/// happened, nobody waits for an answer that cannot come.
+/// Runs the engine until the instance stops or the engine panics where it must not. What it had is answered by then, and
+/// what comes later is for others, or refused.
 fn engine_thread<W: Work>(
     engine: W,
     publish: impl FnMut(&Snapshot, bool),
     executions: &Executions,
-    shared: &Arc<Shared<W::Job>>,
-    sender: &Sender<Message>,
-) where
-    W::Job: Send + 'static,
-{
-    let run = || run(engine, publish, executions, shared);
-    let failure = match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(why) => Failure::unavailable(why),
+    seat: &Seat,
+) {
+    let run = || run(engine, publish, executions, seat);
+    let why = match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(why) => why,
         Err(panic) => {
             let text = log::panic_text(&*panic);
             log::error(&format!("the engine has ended by a panic: {text}"));
-            Failure::unavailable("the model's engine has ended by a panic; load the model again")
+            GONE
         }
     };
-    shared.change(|queue| {
-        queue.stop.get_or_insert(UNLOADED);
-        queue.jobs.clear();
-    });
-    let _ = sender.send(Message::EngineGone(
-        failure,
-        Box::new(Ended(shared.clone())),
-    ));
+    seat.ended(why);
 }
 
 /// `publish` is told whether counters are due too. Returns why it was to stop.
@@ -354,26 +291,14 @@ fn run<W: Work>(
     mut engine: W,
     mut publish: impl FnMut(&Snapshot, bool),
     executions: &Executions,
-    shared: &Shared<W::Job>,
+    seat: &Seat,
 ) -> &'static str {
     let (mut published, mut has_run) = (Instant::now(), false);
     let mut before = engine.snapshot();
     publish(&before, true);
     let why = loop {
-        {
-            let mut queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
-            while engine.is_idle() && queue.jobs.is_empty() && queue.stop.is_none() {
-                queue = shared
-                    .wake
-                    .wait(queue)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            for job in queue.jobs.drain(..) {
-                engine.push(job);
-            }
-            if let Some(why) = queue.stop {
-                break why;
-            }
+        if let Some(why) = seat.stopped(engine.is_idle()) {
+            break why;
         }
         let failure = match catch_unwind(AssertUnwindSafe(|| engine.step())) {
             Ok(Ok(())) => None,
@@ -417,44 +342,52 @@ fn run<W: Work>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{Event, Out};
+    use crate::engine::pool::Pool;
+    use crate::exit::Stop;
+    use crate::load::Load;
     use crate::request::Want;
+    use crate::sampling::Sampling;
     use crate::triton::fake_host as host;
 
-    /// Answers each job in its second step, "forever" never; "push" and "step" in a prompt are where it panics.
+    /// Ends each job in its second step with what its stop text says, "forever" never; "step" is where it panics.
     struct Fake {
-        jobs: Vec<(u64, String)>,
+        seat: Seat,
+        jobs: Vec<Job>,
         steps: u64,
-        out: Out,
+        /// Ends, after which the model is unloaded.
+        ends: usize,
+    }
+
+    fn word(job: &Job) -> &str {
+        &job.sampling.stop[0]
     }
 
     impl Work for Fake {
-        type Job = (u64, String);
-        fn push(&mut self, job: (u64, String)) {
-            assert!(!job.1.contains("push"), "injected");
-            self.jobs.push(job);
-        }
         fn is_idle(&self) -> bool {
-            self.jobs.is_empty()
+            self.jobs.is_empty() && !self.seat.has()
         }
         fn step(&mut self) -> Result<(), Failure> {
-            assert!(
-                !self.jobs.iter().any(|job| job.1.contains("step")),
-                "injected"
-            );
+            self.jobs.extend(self.seat.take());
+            assert!(!self.jobs.iter().any(|job| word(job) == "step"), "injected");
             self.steps += 1;
             if self.steps.is_multiple_of(2) {
-                let done = |job: &mut (u64, String)| !job.1.contains("forever");
-                for (id, prompt) in self.jobs.extract_if(.., done) {
-                    (self.out)(id, Event::Failed(Failure::invalid(prompt)));
+                let done = |job: &mut Job| word(job) != "forever";
+                for mut job in self.jobs.extract_if(.., done) {
+                    let text = word(&job).to_owned();
+                    job.answer.fail(Failure::invalid(text));
+                    self.ends -= 1;
                 }
+            }
+            if self.ends == 0 {
+                self.seat.leave();
             }
             Ok(())
         }
         fn fail_all(&mut self, failure: &Failure) {
-            for (id, _) in self.jobs.drain(..) {
-                (self.out)(id, Event::Failed(failure.clone()));
+            for mut job in self.jobs.drain(..) {
+                job.answer.fail(failure.clone());
             }
+            self.seat.leave();
         }
         fn snapshot(&self) -> Snapshot {
             // SAFETY: plain numbers.
@@ -463,91 +396,118 @@ mod tests {
             Snapshot {
                 stats,
                 window_ns: self.steps * 10,
-                waiting: 0,
                 running: self.jobs.len(),
-                graphs: (0, 0),
+                graphs: Default::default(),
             }
         }
     }
 
-    fn submit(inbox: &Inbox<(u64, String)>, id: u64, prompt: &str) {
-        let message = Message::Add {
-            id,
-            reply: Box::new(host::reply()),
-            stream: true,
-            want: Want::default(),
-            cancelled: Arc::new(AtomicBool::new(false)),
-        };
-        inbox.put(message, (id, prompt.to_owned()));
+    struct Bench {
+        inbox: Inbox,
+        messages: mpsc::Receiver<Message>,
+        engine: Fake,
     }
 
-    /// What the clients of these prompts are told, all of which are there before the engine starts, and `late` after.
-    fn serve(prompts: &[&str], late: &str, publish: impl FnMut(&Snapshot, bool)) -> Vec<String> {
+    fn bench(ends: usize) -> Bench {
         let (sender, messages) = mpsc::channel();
-        let shared = Shared::new();
-        let inbox = Inbox {
-            shared: shared.clone(),
-            sender: sender.clone(),
-        };
-        for (id, prompt) in prompts.iter().enumerate() {
-            submit(&inbox, id as u64, prompt);
+        let seat = Pool::new(16, Box::new(|_| ())).join();
+        seat.begin(8);
+        Bench {
+            engine: Fake {
+                seat: seat.clone(),
+                jobs: Vec::new(),
+                steps: 0,
+                ends,
+            },
+            inbox: Inbox { seat, sender },
+            messages,
         }
-        let stop = shared.clone();
-        let events = sender.clone();
-        let engine = Fake {
+    }
+
+    impl Bench {
+        fn submit(&self, id: u64, text: &str) {
+            let cancelled = Arc::new(AtomicBool::new(false));
+            let message = Message::Add {
+                id,
+                reply: Box::new(host::reply()),
+                stream: true,
+                want: Want::default(),
+                cancelled: cancelled.clone(),
+                arrived: 1,
+                open: Some(self.inbox.seat.open()),
+            };
+            let sampling = Sampling {
+                stop: vec![text.to_owned()],
+                ..Sampling::default()
+            };
+            self.inbox.put(message, |answer| Job {
+                id,
+                prompt: vec![1],
+                bad: Vec::new(),
+                sampling,
+                arrived_ns: id,
+                cancelled,
+                answer,
+            });
+        }
+
+        /// Runs the sender to its end; what each client was told.
+        fn told(self) -> Vec<String> {
+            drop((self.inbox, self.engine));
+            let load = Arc::new(Load::new("m", 1));
+            sender::run(&self.messages, &load, || (), || false);
+            host::take_responses();
+            assert_eq!(host::live(), 0);
+            let log = host::take_log();
+            let sent = log.iter().filter_map(|line| line.strip_prefix("send 1 "));
+            sent.map(str::to_owned).collect()
+        }
+    }
+
+    /// The fake host does not look at it.
+    fn executions() -> Executions {
+        // SAFETY: as above.
+        unsafe { Executions::of(std::ptr::null_mut()) }
+    }
+
+    /// What the clients of these texts are told, all of which are there before the engine starts, and `late` after.
+    fn serve(texts: &[&str], late: &str, publish: impl FnMut(&Snapshot, bool)) -> Vec<String> {
+        let mut bench = bench(texts.len());
+        for (id, text) in texts.iter().enumerate() {
+            bench.submit(id as u64, text);
+        }
+        let other = Fake {
+            seat: bench.inbox.seat.clone(),
             jobs: Vec::new(),
             steps: 0,
-            out: Box::new(move |id, event| {
-                let _ = events.send(Message::Event { id, event, at: 1 });
-                stop.stop_because(UNLOADED);
-            }),
+            ends: 0,
         };
-        // SAFETY: the fake host does not look at it.
-        let executions = unsafe { Executions::of(std::ptr::null_mut()) };
-        engine_thread(engine, publish, &executions, &shared, &sender);
-        submit(&inbox, 100, late);
-        drop((sender, inbox));
-        sender::run(&messages, || (), || false);
-        host::take_responses();
-        assert_eq!(host::live(), 0);
-        let log = host::take_log();
-        let sent = log.iter().filter_map(|line| line.strip_prefix("send 1 "));
-        sent.map(str::to_owned).collect()
+        let engine = std::mem::replace(&mut bench.engine, other);
+        engine_thread(engine, publish, &executions(), &bench.inbox.seat);
+        bench.submit(100, late);
+        bench.told()
     }
 
     #[test]
     fn at_exit_who_runs_is_told_and_waited_for() {
-        let (sender, messages) = mpsc::channel();
-        let shared = Shared::new();
-        let inbox = Inbox {
-            shared: shared.clone(),
-            sender: sender.clone(),
-        };
-        (0..2).for_each(|id| submit(&inbox, id, "forever"));
-        let engine = Fake {
-            jobs: Vec::new(),
-            steps: 0,
-            out: {
-                let events = sender.clone();
-                Box::new(move |id, event| {
-                    let _ = events.send(Message::Event { id, event, at: 1 });
-                })
-            },
-        };
-        // SAFETY: the fake host does not look at it.
-        let executions = unsafe { Executions::of(std::ptr::null_mut()) };
-        let at_exit = {
-            let shared = shared.clone();
-            std::thread::spawn(move || {
-                let in_vain = shared.wait(Instant::now() + Duration::from_millis(20));
-                shared.stop();
-                let stopped = shared.wait(Instant::now() + Duration::from_secs(60));
-                (in_vain, stopped)
-            })
-        };
-        engine_thread(engine, |_, _| (), &executions, &shared, &sender);
-        drop((sender, inbox));
-        sender::run(&messages, || (), || false);
+        let bench = bench(2);
+        (0..2).for_each(|id| bench.submit(id, "forever"));
+        let Bench {
+            inbox,
+            messages,
+            engine,
+        } = bench;
+        let pool = inbox.seat.pool.clone();
+        let at_exit = std::thread::spawn(move || {
+            let in_vain = pool.wait(Instant::now() + Duration::from_millis(20));
+            pool.stop();
+            let stopped = pool.wait(Instant::now() + Duration::from_secs(60));
+            (in_vain, stopped)
+        });
+        engine_thread(engine, |_, _| (), &executions(), &inbox.seat);
+        drop(inbox);
+        let load = Arc::new(Load::new("m", 1));
+        sender::run(&messages, &load, || (), || false);
         assert_eq!(at_exit.join().unwrap(), (false, true));
         let log = host::take_log();
         let sent: Vec<_> = log.iter().filter(|line| line.starts_with("send")).collect();
@@ -558,8 +518,6 @@ mod tests {
         host::take_responses();
         assert_eq!(host::live(), 0);
     }
-
-    const GONE: &str = "error the model's engine has ended by a panic; load the model again";
 
     #[test]
     fn each_window_is_an_execution_of_its_rows() {
@@ -581,14 +539,16 @@ mod tests {
 
     #[test]
     fn a_panic_outside_of_a_step_leaves_no_request_unanswered() {
-        assert_eq!(serve(&["a", "push", "b"], "c", |_, _| ()), [GONE; 4]);
+        let gone = format!("error {GONE}");
         let mut published = 0;
-        let told = serve(&["a", "b"], "c", |_, all| {
-            published += u32::from(all);
-            assert_eq!(published, 1, "injected too");
+        let told = serve(&["a", "b", "forever"], "c", |_, _| {
+            published += 1;
+            assert!(published < 4, "injected");
         });
         // Those who ended before the panic have their own answers.
-        assert_eq!(told, ["error a", "error b", GONE]);
+        assert_eq!(told, ["error a", "error b", &gone, &gone]);
+        let told = serve(&["a", "b"], "c", |_, _| panic!("injected too"));
+        assert_eq!(told, [&*gone; 3]);
         let messages = host::take_messages();
         assert_eq!(messages.len(), 2);
         assert!(

@@ -5,12 +5,14 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use crate::engine::decoder::{Decoder, Device, Windows};
+use crate::engine::decoder::{Decoder, Device, LayerKv, Row, SamplerParams, Windows};
+use crate::families::Graphs;
+use crate::loader;
 use crate::settings::Settings;
 use crate::triton::error::Failure;
 
 /// `DREX_LLAMA_VERSION` of the header that is declared here.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const LIBRARY: &str = "libdrex_llama.so";
 
 #[repr(C)]
@@ -24,33 +26,6 @@ pub struct Params {
     n_threads: i32,
     n_gpu_layers: i32,
     main_gpu: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct LayerKv {
-    pub k: *mut c_void,
-    pub v: *mut c_void,
-    pub k_row_bytes: u64,
-    pub k_cell_stride: u64,
-    pub v_row_bytes: u64,
-    pub v_cell_stride: u64,
-    pub v_elem_bytes: u64,
-    pub v_elem_stride: u64,
-    pub n_cells: u32,
-    reserved: u32,
-}
-
-#[repr(C)]
-pub struct SamplerParams {
-    pub temperature: f32,
-    pub top_k: i32,
-    pub top_p: f32,
-    pub min_p: f32,
-    pub repetition_penalty: f32,
-    pub frequency_penalty: f32,
-    pub presence_penalty: f32,
-    pub seed: u32,
 }
 
 type Handle = *mut c_void;
@@ -74,6 +49,7 @@ macro_rules! functions {
 
 functions! {
     version: fn() -> u32;
+    has_gpu: fn() -> i32;
     open: fn(*const Params, *mut c_char, usize) -> Handle;
     close: fn(Handle);
     n_layer: fn(Handle) -> i32;
@@ -99,7 +75,7 @@ functions! {
     sampler_new: fn(Handle, *const SamplerParams, *const i32, i32) -> Handle;
     sampler_free: fn(Handle);
     sample: fn(Handle, Handle, i32, *const i32, i32) -> i32;
-    perf: fn(Handle, *mut u64, *mut u64);
+    perf: fn(Handle, *mut Graphs);
 }
 
 static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
@@ -113,9 +89,9 @@ pub fn load(folder: &Path) -> Result<(), Failure> {
     let failure = |error: String| Failure::internal(format!("{}: {error}", path.display()));
     // SAFETY: the library is ours and its version is compared before anything else is called.
     let functions = unsafe {
-        let library = libloading::Library::new(&path).map_err(|e| failure(e.to_string()))?;
+        let library = libloading::Library::new(&path).map_err(|e| failure(loader::reason(&e)))?;
         let library = std::mem::ManuallyDrop::new(library);
-        Functions::load(&library).map_err(|e| failure(e.to_string()))?
+        Functions::load(&library).map_err(|e| failure(loader::reason(&e)))?
     };
     // SAFETY: takes nothing.
     let version = unsafe { (functions.version)() };
@@ -128,12 +104,17 @@ pub fn load(folder: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// One row of a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Row {
-    pub token: i32,
-    pub position: i32,
-    pub sequence: i32,
+/// Whether layers can be put on a GPU.
+pub fn has_gpu() -> Result<bool, Failure> {
+    let f = functions()?;
+    // SAFETY: takes nothing.
+    Ok(unsafe { (f.has_gpu)() } != 0)
+}
+
+fn functions() -> Result<&'static Functions, Failure> {
+    FUNCTIONS
+        .get()
+        .ok_or_else(|| Failure::internal("llama.cpp is not loaded"))
 }
 
 /// The model in the library, closed when the last one lets go of it.
@@ -232,9 +213,7 @@ impl Vocab {
 impl Llama {
     /// On the GPU `main_gpu` if the settings want layers there.
     pub fn open(model: &Path, settings: &Settings) -> Result<Self, Failure> {
-        let f = FUNCTIONS
-            .get()
-            .ok_or_else(|| Failure::internal("llama.cpp is not loaded"))?;
+        let f = functions()?;
         let text = |s: &str| CString::new(s).map_err(|_| Failure::invalid("a name with a 0 byte"));
         let (path, kv) = (
             text(&model.to_string_lossy())?,
@@ -247,7 +226,7 @@ impl Llama {
             n_seq: settings.slots,
             n_batch: settings.batch,
             n_outputs: settings.outputs(),
-            n_threads: settings.threads,
+            n_threads: settings.threads as i32,
             n_gpu_layers: settings.gpu_layers as i32,
             main_gpu: settings.main_gpu as i32,
         };
@@ -486,11 +465,11 @@ impl Decoder for Llama {
         }
     }
 
-    fn perf(&self) -> (u64, u64) {
-        let (mut built, mut reused) = (0, 0);
-        // SAFETY: two places to write to.
-        unsafe { (self.f.perf)(self.handle, &mut built, &mut reused) };
-        (built, reused)
+    fn perf(&self) -> Graphs {
+        let mut graphs = Graphs::default();
+        // SAFETY: a struct that is as the header has it.
+        unsafe { (self.f.perf)(self.handle, &mut graphs) };
+        graphs
     }
 }
 

@@ -1,88 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The drex_* families at /metrics. A server without metrics is no error: then there are none.
+//! The drex_* families of an instance at /metrics.
 //!
-//! Triton gives metrics of equal labels the same value, and while a model is loaded anew its old instance and its new one
-//! have equal labels. So nothing is ever set: each instance adds its changes, and at its end takes its gauges back.
-
-use std::ffi::{CString, c_char};
-use std::ptr::{null, null_mut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+//! While a model is loaded anew its old instance and its new one have equal labels, and so the same metrics. So nothing is
+//! ever set: each instance adds its changes, and at its end takes its gauges back.
 
 use drex::ffi::types::DREX_WAIT_BUCKETS;
 
-use crate::families::{FAMILIES, FLUSHES, MISSES, Over, RULES, Snapshot, WAITS};
+use crate::families::{BOUNDS, FAMILIES, FLUSHES, HELD, MISSES, Over, RULES, Snapshot, WINDOW};
+use crate::registry::{Label, Metric};
 use crate::triton::abi;
-use crate::triton::error::check;
 
-/// In the order of `FAMILIES`, the histogram behind them; NULL: the server refused it.
-struct Families(Vec<*mut abi::MetricFamily>);
-// SAFETY: Triton's metrics may be used from any thread.
-unsafe impl Send for Families {}
+type Labels = Vec<Label>;
 
-/// One for the process: two families of one name would be an error.
-static MADE: Mutex<Families> = Mutex::new(Families(Vec::new()));
-
-fn made() -> MutexGuard<'static, Families> {
-    MADE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Makes the families, when the backend is loaded.
-pub fn register() {
-    let histogram =
-        abi::TRITONSERVER_MetricObserve().map(|_| (abi::METRIC_HISTOGRAM, WAITS.0, WAITS.1));
-    let all = FAMILIES.iter().map(|f| (f.kind, f.name, f.help));
-    made().0 = all
-        .chain(histogram)
-        .map(|(kind, name, help)| {
-            let (name, help) = (text(name), text(help));
-            let mut family = null_mut();
-            // SAFETY: Triton copies the texts.
-            let new = unsafe {
-                check(abi::TRITONSERVER_MetricFamilyNew(
-                    &mut family,
-                    kind,
-                    name.as_ptr(),
-                    help.as_ptr(),
-                ))
-            };
-            new.map_or(null_mut(), |()| family)
-        })
-        .collect();
-}
-
-/// When the backend is unloaded; every metric is gone by then.
-pub fn unregister() {
-    for family in made().0.drain(..).filter(|family| !family.is_null()) {
-        // SAFETY: made above, deleted once.
-        let _ = unsafe { check(abi::TRITONSERVER_MetricFamilyDelete(family)) };
-    }
-}
-
-fn text(text: &str) -> CString {
-    CString::new(text).unwrap_or_default()
-}
-
-type Labels = Vec<(&'static str, String)>;
-
-/// NULL until the value is known.
-struct Metric {
+struct One {
     family: usize,
     index: usize,
     labels: Labels,
-    metric: *mut abi::Metric,
+    /// None until the value is known.
+    metric: Option<Metric>,
     refused: bool,
     last: f64,
 }
 
 /// The metrics of one instance.
 pub struct Metrics {
-    all: Vec<Metric>,
-    waits: *mut abi::Metric,
-    last_waits: [u64; DREX_WAIT_BUCKETS],
-    last_wait_us: u64,
+    all: Vec<One>,
+    held: Option<Metric>,
+    last_held: [u64; DREX_WAIT_BUCKETS],
+    last_held_us: u64,
+    windows: Option<Metric>,
+    last_window_ns: u64,
 }
-// SAFETY: as above.
-unsafe impl Send for Metrics {}
 
 impl Metrics {
     pub fn new(model: &str, version: u64, instance: &str, ramps: &[u32]) -> Self {
@@ -111,11 +59,11 @@ impl Metrics {
             // The first reason of a flush is that there was none.
             let skip = usize::from(matches!(about.over, Over::Flushes));
             for (index, own) in each.into_iter().enumerate().skip(skip) {
-                all.push(Metric {
+                all.push(One {
                     family,
                     index,
                     labels: [base.clone(), own].concat(),
-                    metric: null_mut(),
+                    metric: None,
                     refused: false,
                     last: 0.0,
                 });
@@ -123,30 +71,42 @@ impl Metrics {
         }
         Self {
             all,
-            waits: histogram(&base).unwrap_or(null_mut()),
-            last_waits: [0; DREX_WAIT_BUCKETS],
-            last_wait_us: 0,
+            held: Metric::histogram(HELD, &base, &bounds()),
+            last_held: [0; DREX_WAIT_BUCKETS],
+            last_held_us: 0,
+            windows: Metric::histogram(WINDOW, &base, &BOUNDS),
+            last_window_ns: 0,
         }
     }
 
     /// What counts, and what `update_gauges` brings.
     pub fn update(&mut self, now: &Snapshot) {
+        self.observe_window(now);
         self.update_where(now, |_| true);
-        if let (false, Some(observe)) = (self.waits.is_null(), abi::TRITONSERVER_MetricObserve()) {
-            let us = now.stats.wait_us_sum - self.last_wait_us;
-            for seconds in observations(&self.last_waits, &now.stats.wait_us_buckets, us) {
-                // SAFETY: the metric lives as long as this.
-                let _ = unsafe { check(observe(self.waits, seconds)) };
+        if let Some(held) = &self.held {
+            let us = now.stats.wait_us_sum - self.last_held_us;
+            for seconds in observations(&self.last_held, &now.stats.wait_us_buckets, us) {
+                held.observe(seconds);
             }
         }
-        self.last_waits = now.stats.wait_us_buckets;
-        self.last_wait_us = now.stats.wait_us_sum;
+        self.last_held = now.stats.wait_us_buckets;
+        self.last_held_us = now.stats.wait_us_sum;
     }
 
     /// What goes up and down. After every step, so that whoever looks finds each value as often as it holds: taken once in
     /// a while, after a step, it would be the one after the long steps, which are those that leave no row held.
     pub fn update_gauges(&mut self, now: &Snapshot) {
+        self.observe_window(now);
         self.update_where(now, |kind| kind == abi::METRIC_GAUGE);
+    }
+
+    /// There is one window at most between two calls.
+    fn observe_window(&mut self, now: &Snapshot) {
+        let ns = now.window_ns - self.last_window_ns;
+        self.last_window_ns = now.window_ns;
+        if let (Some(windows), true) = (&self.windows, ns > 0) {
+            windows.observe(ns as f64 / 1e9);
+        }
     }
 
     fn update_where(&mut self, now: &Snapshot, which: impl Fn(u32) -> bool) {
@@ -156,24 +116,21 @@ impl Metrics {
                 continue;
             }
             let value = (about.value)(now, m.index);
-            if !value.is_finite() || (value == m.last && !m.metric.is_null()) {
+            if !value.is_finite() || (value == m.last && m.metric.is_some()) {
                 continue;
             }
-            if m.metric.is_null() {
-                match make(m.family, &m.labels, null()) {
-                    Some(metric) => m.metric = metric,
-                    None => {
-                        m.refused = true;
-                        continue;
-                    }
-                }
+            if m.metric.is_none() {
+                m.metric = Metric::of(about.name, &m.labels);
             }
+            let Some(metric) = &m.metric else {
+                m.refused = true;
+                continue;
+            };
             let mut change = value - m.last;
             if about.kind == abi::METRIC_COUNTER {
                 change = change.max(0.0);
             }
-            // SAFETY: the metric lives as long as this.
-            if unsafe { check(abi::TRITONSERVER_MetricIncrement(m.metric, change)) }.is_ok() {
+            if metric.add(change) {
                 m.last = value;
             }
         }
@@ -182,18 +139,14 @@ impl Metrics {
 
 impl Drop for Metrics {
     fn drop(&mut self) {
-        for m in self.all.iter().filter(|m| !m.metric.is_null()) {
-            // SAFETY: made by MetricNew, deleted once.
-            unsafe {
-                if FAMILIES[m.family].kind == abi::METRIC_GAUGE {
-                    let _ = check(abi::TRITONSERVER_MetricIncrement(m.metric, -m.last));
-                }
-                let _ = check(abi::TRITONSERVER_MetricDelete(m.metric));
+        let gauges = self
+            .all
+            .iter()
+            .filter(|m| FAMILIES[m.family].kind == abi::METRIC_GAUGE);
+        for m in gauges {
+            if let Some(metric) = &m.metric {
+                metric.add(-m.last);
             }
-        }
-        if !self.waits.is_null() {
-            // SAFETY: as above.
-            let _ = unsafe { check(abi::TRITONSERVER_MetricDelete(self.waits)) };
         }
     }
 }
@@ -243,67 +196,11 @@ fn observations(
     out
 }
 
-fn histogram(labels: &Labels) -> Option<*mut abi::Metric> {
-    let new = abi::TRITONSERVER_MetricArgsNew()?;
-    let set = abi::TRITONSERVER_MetricArgsSetHistogram()?;
-    let delete = abi::TRITONSERVER_MetricArgsDelete()?;
-    let bounds = bounds();
-    let mut args = null_mut();
-    // SAFETY: Triton copies the bounds; the arguments are deleted after the metric is made.
-    unsafe {
-        check(new(&mut args)).ok()?;
-        let metric = check(set(args, bounds.as_ptr(), bounds.len() as u64))
-            .ok()
-            .and_then(|()| make(FAMILIES.len(), labels, args));
-        let _ = check(delete(args));
-        metric
-    }
-}
-
-/// `args` NULL: none.
-fn make(family: usize, labels: &Labels, args: *const abi::MetricArgs) -> Option<*mut abi::Metric> {
-    let family = *made().0.get(family)?;
-    if family.is_null() {
-        return None;
-    }
-    let mut metric = null_mut();
-    // SAFETY: Triton copies the texts; labels are deleted after the metric is made.
-    unsafe {
-        let labels: Vec<*const abi::Parameter> = labels
-            .iter()
-            .map(|(name, value)| {
-                let (name, value) = (text(name), text(value));
-                abi::TRITONSERVER_ParameterNew(
-                    name.as_ptr(),
-                    abi::PARAMETER_STRING,
-                    value.as_ptr().cast::<c_char>().cast(),
-                )
-                .cast_const()
-            })
-            .collect();
-        let (list, count) = (labels.as_ptr(), labels.len() as u64);
-        let made = if args.is_null() {
-            check(abi::TRITONSERVER_MetricNew(
-                &mut metric,
-                family,
-                list,
-                count,
-            ))
-            .ok()
-        } else {
-            abi::TRITONSERVER_MetricNewWithArgs()
-                .and_then(|new| check(new(&mut metric, family, list, count, args)).ok())
-        };
-        for label in labels {
-            abi::TRITONSERVER_ParameterDelete(label.cast_mut());
-        }
-        made.map(|()| metric)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::families::Graphs;
+    use crate::registry::{register, unregister};
     use crate::triton::fake_host as host;
 
     fn snapshot() -> Snapshot {
@@ -311,9 +208,8 @@ mod tests {
             // SAFETY: plain numbers.
             stats: unsafe { std::mem::zeroed() },
             window_ns: 0,
-            waiting: 0,
             running: 0,
-            graphs: (0, 0),
+            graphs: Graphs::default(),
         }
     }
 
@@ -371,8 +267,18 @@ mod tests {
             get("drex_predicted_tokens_per_second", ",rule=off"),
             Some(7.5)
         );
+        // Each window is one observation.
+        host::take_observed();
+        other.window_ns = 1_500_000_000;
+        new.update_gauges(&other);
+        new.update(&other);
+        assert_eq!(host::take_observed(), [1.5]);
         drop(new);
-        assert!(host::metrics().is_empty());
+        let left: Vec<_> = host::metrics().into_iter().collect();
+        assert!(
+            left.len() == 1 && left[0].0.starts_with("drex_build_info{version="),
+            "{left:?}"
+        );
         unregister();
         assert_eq!(host::live(), 0);
     }

@@ -2,11 +2,17 @@
 //! A model of the repository: its configuration and its file.
 
 use std::ffi::CStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr::{null, null_mut};
+
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Arc, Weak};
 
 use serde_json::Value;
 
+use crate::engine::pool::Pool;
+use crate::exit::{self, Stop};
+use crate::load::Load;
 use crate::settings::{self, Settings};
 use crate::triton::abi;
 use crate::triton::error::{Failure, check};
@@ -17,7 +23,16 @@ pub struct Model {
     pub folder: PathBuf,
     /// Several responses for a request are allowed.
     pub decoupled: bool,
+    /// Tensors have a leading dimension of 1, as with a `max_batch_size` above 0.
+    pub leading: bool,
+    /// Instances that `instance_group` asks for.
+    pub instances: u32,
     pub settings: Settings,
+    pub pool: Arc<Pool>,
+    pub load: Arc<Load>,
+    /// Instances that began to load.
+    pub started: AtomicU32,
+    pub next_id: AtomicU64,
 }
 
 impl Model {
@@ -54,8 +69,19 @@ impl Model {
                 write(model, &config)?;
             }
             settings::check(&config)?;
+            let settings = Settings::parse(&config)?;
+            let load = Arc::new(Load::new(&name, version));
+            let told = load.clone();
+            let pool = Pool::new(settings.max_queue, Box::new(move |n| told.waiting(n)));
+            exit::add(Arc::downgrade(&pool) as Weak<dyn Stop>);
             Ok(Self {
-                settings: Settings::parse(&config)?,
+                settings,
+                pool,
+                load,
+                started: AtomicU32::new(0),
+                next_id: AtomicU64::new(1),
+                leading: config["max_batch_size"].as_i64().unwrap_or(0) > 0,
+                instances: instances(&config),
                 decoupled: config["model_transaction_policy"]["decoupled"] == true,
                 folder: PathBuf::from(location).join(version.to_string()),
                 name,
@@ -64,18 +90,17 @@ impl Model {
         }
     }
 
-    /// The GGUF file in the version folder.
+    /// The GGUF file in the version folder, which can be read.
     pub fn file(&self) -> Result<PathBuf, Failure> {
-        if let Some(name) = &self.settings.model_file {
-            let path = self.folder.join(name);
-            if !path.is_file() {
-                return Err(Failure::invalid(format!(
-                    "parameters: model_file is \"{name}\", there is no file {}",
-                    path.display()
-                )));
-            }
-            return Ok(path);
-        }
+        let path = match &self.settings.model_file {
+            Some(name) => self.folder.join(name),
+            None => self.only_file()?,
+        };
+        readable(&path)?;
+        Ok(path)
+    }
+
+    fn only_file(&self) -> Result<PathBuf, Failure> {
         let entries = std::fs::read_dir(&self.folder)
             .map_err(|error| Failure::invalid(format!("{}: {error}", self.folder.display())))?;
         let mut found: Vec<PathBuf> = entries
@@ -90,6 +115,35 @@ impl Model {
             ))),
         }
     }
+}
+
+/// Tells what is wrong with a path before llama.cpp calls it no GGUF file.
+fn readable(path: &Path) -> Result<(), Failure> {
+    let failure = |what: String| Err(Failure::invalid(format!("{}: {what}", path.display())));
+    match std::fs::metadata(path) {
+        Ok(about) if !about.is_file() => return failure("is not a file".into()),
+        Ok(_) => {}
+        Err(error) => {
+            return match std::fs::read_link(path) {
+                Ok(target) => failure(format!("is a link to {}: {error}", target.display())),
+                Err(_) => failure(error.to_string()),
+            };
+        }
+    }
+    match std::fs::File::open(path) {
+        Ok(_) => Ok(()),
+        Err(error) => failure(error.to_string()),
+    }
+}
+
+fn instances(config: &Value) -> u32 {
+    let groups = config["instance_group"].as_array();
+    let each = groups.into_iter().flatten().map(|group| {
+        // Triton puts the count on each of the GPUs.
+        let gpus = group["gpus"].as_array().map_or(0, Vec::len).max(1) as u64;
+        group["count"].as_u64().unwrap_or(1).max(1) * gpus
+    });
+    each.sum::<u64>().clamp(1, 1024) as u32
 }
 
 /// # Safety
@@ -136,5 +190,45 @@ unsafe fn write(model: *mut abi::Model, config: &Value) -> Result<(), Failure> {
         ));
         let _ = check(abi::TRITONSERVER_MessageDelete(message));
         set
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn instances_are_counted_over_groups_and_gpus() {
+        let count = |groups: Value| instances(&json!({ "instance_group": groups }));
+        assert_eq!(count(json!(null)), 1);
+        assert_eq!(count(json!([{"count": 2, "kind": "KIND_CPU"}])), 2);
+        assert_eq!(count(json!([{"count": 2, "gpus": [0, 1]}, {}])), 5);
+    }
+
+    #[test]
+    fn a_path_that_is_no_file_is_told_from_a_file_that_is_no_model() {
+        let dir = std::env::temp_dir().join(format!("drex-model-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let link = dir.join("link.gguf");
+        std::os::unix::fs::symlink("nowhere.gguf", &link).unwrap();
+        let file = dir.join("file.gguf");
+        std::fs::write(&file, "x").unwrap();
+        let said = |path: &Path| readable(path).map_err(|failure| failure.text);
+        assert_eq!(said(&file), Ok(()));
+        assert_eq!(
+            said(&link),
+            Err(format!(
+                "{}: is a link to nowhere.gguf: No such file or directory (os error 2)",
+                link.display()
+            ))
+        );
+        assert!(said(&dir).unwrap_err().ends_with("is not a file"));
+        assert!(
+            said(&dir.join("no.gguf"))
+                .unwrap_err()
+                .contains("No such file")
+        );
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

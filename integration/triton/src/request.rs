@@ -4,10 +4,10 @@
 use std::ffi::{CStr, c_void};
 use std::ptr::{null, null_mut};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use crate::sampling::Sampling;
-use crate::settings::INPUTS;
+use crate::sampling::{Said, Sampling, Source};
+use crate::settings::{INPUTS, OUTPUTS};
 use crate::triton::error::{Failure, check};
 use crate::triton::{abi, memory, tensor};
 
@@ -42,14 +42,14 @@ struct Input {
 pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
     let mut prompt = None;
     let mut stream = false;
-    let (mut fields, mut json) = (Map::new(), Map::new());
+    let mut said = Said::default();
+    let (mut tensors, mut json) = (Vec::new(), Vec::new());
     let mut exclude = None;
-    let (mut reason, mut n_in, mut n_out, mut ids) = (false, false, false, false);
+    let (mut reason, mut n_in, mut n_out, mut ids) = (None, None, None, None);
     // SAFETY: by the caller.
     unsafe {
-        // Request parameters first, which tensors overrule: the JSON of sampling_parameters says it more clearly, and wins.
         for (name, value) in parameters(request)? {
-            fields.insert(name, value);
+            said.add(Source::Parameter, &name, value)?;
         }
         let mut count = 0;
         check(abi::TRITONBACKEND_RequestInputCount(request, &mut count))?;
@@ -70,20 +70,24 @@ pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
                 }
                 "stream" => stream = flag(&input)?,
                 "exclude_input_in_output" => exclude = Some(flag(&input)?),
-                "return_finish_reason" => reason = flag(&input)?,
-                "return_num_input_tokens" => n_in = flag(&input)?,
-                "return_num_output_tokens" => n_out = flag(&input)?,
-                "return_token_ids" => ids = flag(&input)?,
+                "return_finish_reason" => reason = Some(flag(&input)?),
+                "return_num_input_tokens" => n_in = Some(flag(&input)?),
+                "return_num_output_tokens" => n_out = Some(flag(&input)?),
+                "return_token_ids" => ids = Some(flag(&input)?),
                 name if INPUTS.iter().any(|(known, ..)| *known == name) => {
                     let value = tensor::value(name, input.datatype, &input.shape, &input.bytes)?;
-                    fields.insert(name.to_owned(), value);
+                    tensors.push((name.to_owned(), value));
                 }
                 name => return Err(Failure::invalid(format!("unknown input {name}"))),
             }
         }
-        fields.extend(json);
+        for (source, names) in [(Source::Input, tensors), (Source::Json, json)] {
+            for (name, value) in names {
+                said.add(source, &name, value)?;
+            }
+        }
         let prompt = prompt.ok_or_else(|| Failure::invalid("text_input is missing"))?;
-        let mut sampling = Sampling::from_value(&Value::Object(fields))?;
+        let mut sampling = said.sampling()?;
         if let Some(microseconds) = timeout(request)
             && sampling.timeout_us == 0
         {
@@ -97,12 +101,15 @@ pub unsafe fn read(request: *mut abi::Request) -> Result<Asked, Failure> {
         }
         let wanted = outputs(request)?;
         let has = |name: &str| wanted.iter().any(|w| w == name);
+        // A client that names no output wants all of them, as Triton tells it: then the flags decide.
+        let named = wanted.len() < OUTPUTS.len();
+        let wants = |name: &str, flag: Option<bool>| has(name) && flag.unwrap_or(named);
         let want = Want {
             text: has("text_output"),
-            finish_reason: reason && has("finish_reason"),
-            num_input_tokens: n_in && has("num_input_tokens"),
-            num_output_tokens: n_out && has("num_output_tokens"),
-            token_ids: ids && has("token_ids"),
+            finish_reason: wants("finish_reason", reason),
+            num_input_tokens: wants("num_input_tokens", n_in),
+            num_output_tokens: wants("num_output_tokens", n_out),
+            token_ids: wants("token_ids", ids),
             prepend: prepend.then(|| prompt.clone()),
         };
         Ok(Asked {
@@ -233,8 +240,9 @@ unsafe fn parameters(request: *mut abi::Request) -> Result<Vec<(String, Value)>,
                 request, index, &mut name, &mut kind, &mut value,
             ))?;
             let name = CStr::from_ptr(name).to_string_lossy().into_owned();
-            if name.starts_with("triton_") {
-                continue; // for the server
+            // The server has its own parameters. The identifier of a request in /generate is for whoever reads a trace.
+            if name.starts_with("triton_") || name == "id" {
+                continue;
             }
             let kind = CStr::from_ptr(abi::TRITONSERVER_ParameterTypeString(kind));
             let value = match kind.to_bytes() {

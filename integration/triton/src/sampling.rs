@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The input `sampling_parameters`: JSON with the names that Triton's vLLM backend uses, those of the TensorRT-LLM backend,
-//! and drex's own.
+//! What a request says of its answer, by the names that Triton's vLLM backend uses, those of the TensorRT-LLM backend, and
+//! drex's own.
+
+use std::collections::BTreeMap;
 
 use drex::ffi::types::{DREX_METRIC_ENTROPY, DREX_METRIC_GAP, DREX_METRIC_MAXPROB};
 use serde_json::Value;
@@ -18,6 +20,8 @@ pub struct Sampling {
     /// None: a new one each time
     pub seed: Option<u32>,
     pub max_tokens: u32,
+    /// The request names `max_tokens`.
+    pub max_tokens_said: bool,
     /// No end before so many tokens
     pub min_tokens: u32,
     pub stop: Vec<String>,
@@ -57,7 +61,7 @@ const METRICS: [(&str, u32); 3] = [
 
 /// What asks for nothing that is done here, and the one number that it may have then. Any of them may also be null, false,
 /// "", [] or {}.
-const NEUTRAL: [(&str, Option<f64>); 18] = [
+const NEUTRAL: [(&str, Option<f64>); 19] = [
     ("n", Some(1.0)),
     ("best_of", Some(1.0)),
     ("beam_width", Some(1.0)),
@@ -75,6 +79,7 @@ const NEUTRAL: [(&str, Option<f64>); 18] = [
     ("return_cumulative_logprob", None),
     ("return_context_logits", None),
     ("return_generation_logits", None),
+    ("return_perf_metrics", None),
     ("allowed_token_ids", None),
 ];
 
@@ -87,6 +92,7 @@ impl Default for Sampling {
             min_p: 0.0,
             seed: None,
             max_tokens: 16,
+            max_tokens_said: false,
             min_tokens: 0,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
@@ -108,45 +114,78 @@ impl Default for Sampling {
     }
 }
 
-impl Sampling {
-    /// Reads the text of the input. An unknown name is an error: what it asks for would not happen.
-    pub fn parse(text: &str) -> Result<Self, Failure> {
-        let value: Value = serde_json::from_str(text)
-            .map_err(|error| Failure::invalid(format!("sampling_parameters: not JSON: {error}")))?;
-        Self::from_value(&value)
+/// Where a request says something. A later one goes before an earlier one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A parameter of the request: what /generate has in its body beside the inputs.
+    Parameter,
+    /// An input tensor.
+    Input,
+    /// The JSON of the input `sampling_parameters`.
+    Json,
+}
+
+impl Source {
+    /// Puts the source before a text about one of its names.
+    fn blame(self, failure: Failure) -> Failure {
+        let text = match self {
+            Self::Parameter => format!("parameter {}", failure.text),
+            Self::Input => format!("input {}", failure.text),
+            Self::Json => format!("sampling_parameters: {}", failure.text),
+        };
+        Failure { text, ..failure }
+    }
+}
+
+/// All that a request says of its answer. Each name stands once, with the last source that gave it.
+#[derive(Default)]
+pub struct Said(BTreeMap<String, (Source, String, Value)>);
+
+/// Names for one thing, and the one that it is kept by.
+const SAME: [(&str, &str); 4] = [
+    ("random_seed", "seed"),
+    ("min_length", "min_tokens"),
+    ("stop_words", "stop"),
+    ("priority", "drex_priority"),
+];
+
+impl Said {
+    /// Sources are added in their order. An unknown name is an error: what it asks for would not happen. `null` says nothing.
+    pub fn add(&mut self, source: Source, name: &str, value: Value) -> Result<(), Failure> {
+        let same = SAME.iter().find(|(other, _)| *other == name);
+        let kept = same.map_or(name, |(_, kept)| *kept);
+        // A name that is known may refuse the value.
+        let mut other = Sampling::default();
+        if !other.set(kept, &Value::Bool(false)).unwrap_or(true) {
+            return Err(source.blame(Failure::invalid(format!("{name} is an unknown name"))));
+        }
+        if !value.is_null() {
+            self.0
+                .insert(kept.to_owned(), (source, name.to_owned(), value));
+        }
+        Ok(())
     }
 
-    pub fn from_value(value: &Value) -> Result<Self, Failure> {
-        let Value::Object(fields) = value else {
-            return Err(Failure::invalid(format!(
-                "sampling_parameters: not a JSON object: {value}"
-            )));
+    pub fn sampling(self) -> Result<Sampling, Failure> {
+        let mut out = Sampling {
+            max_tokens_said: self.0.contains_key("max_tokens"),
+            ..Sampling::default()
         };
-        let mut out = Self::default();
-        for (name, value) in fields {
-            let known = if value.is_null() {
-                // As if it were not there, but for a name that nobody knows.
-                Self::default()
-                    .set(name, &Value::Bool(false))
-                    .unwrap_or(true)
-            } else {
-                out.set(name, value)?
-            };
-            if !known {
-                return Err(Failure::invalid(format!(
-                    "sampling_parameters: unknown name {name}"
-                )));
-            }
+        for (source, name, value) in self.0.into_values() {
+            out.set(&name, &value)
+                .map_err(|failure| source.blame(failure))?;
         }
         if out.min_tokens > out.max_tokens {
             return Err(Failure::invalid(format!(
-                "sampling_parameters: min_tokens is {}, above max_tokens, which is {}",
+                "min_tokens is {}, above max_tokens, which is {}",
                 out.min_tokens, out.max_tokens
             )));
         }
         Ok(out)
     }
+}
 
+impl Sampling {
     /// Whether the name is known.
     fn set(&mut self, name: &str, value: &Value) -> Result<bool, Failure> {
         let int = i64::from(i32::MAX);
@@ -250,9 +289,7 @@ fn refuse(name: &str, value: &Value, neutral: Option<f64>) -> Result<(), Failure
 }
 
 fn wrong(name: &str, value: &Value, wanted: &str) -> Failure {
-    Failure::invalid(format!(
-        "sampling_parameters: {name} is {value}, must be {wanted}"
-    ))
+    Failure::invalid(format!("{name} is {value}, must be {wanted}"))
 }
 
 /// A number, also as a string: request parameters of /generate may come as either.
@@ -315,7 +352,7 @@ fn at_most(name: &str, what: &str, is: usize, most: usize) -> Result<(), Failure
         return Ok(());
     }
     Err(Failure::invalid(format!(
-        "sampling_parameters: {name} has {is} {what}, the most is {most}"
+        "{name} has {is} {what}, the most is {most}"
     )))
 }
 
@@ -336,33 +373,49 @@ fn strings(name: &str, value: &Value) -> Result<Vec<String>, Failure> {
 mod tests {
     use super::*;
 
+    /// What one source says.
+    fn said(source: Source, text: &str) -> Result<Sampling, Failure> {
+        let Value::Object(fields) = serde_json::from_str(text).unwrap() else {
+            panic!("{text}")
+        };
+        let mut said = Said::default();
+        for (name, value) in fields {
+            said.add(source, &name, value)?;
+        }
+        said.sampling()
+    }
+
+    fn parse(text: &str) -> Result<Sampling, Failure> {
+        said(Source::Json, text)
+    }
+
     #[test]
     fn what_every_token_is_held_against_is_bounded() {
-        let parse = |name: &str, value: Value| {
-            Sampling::from_value(&serde_json::json!({ name: value })).map_err(|f| f.text)
+        let of = |name: &str, value: Value| {
+            parse(&serde_json::json!({ name: value }).to_string()).map_err(|f| f.text)
         };
         let many: Vec<i32> = (0..5000).map(|i| i % 4096).collect();
-        let tokens = parse("stop_token_ids", many.into()).unwrap();
+        let tokens = of("stop_token_ids", many.into()).unwrap();
         assert_eq!(tokens.stop_token_ids.len(), 4096);
         let more: Vec<i32> = (0..4097).collect();
         assert_eq!(
-            parse("stop_token_ids", more.into()).unwrap_err(),
+            of("stop_token_ids", more.into()).unwrap_err(),
             "sampling_parameters: stop_token_ids has 4097 different tokens, the most is 4096"
         );
         assert_eq!(
-            parse("stop", vec!["x"; 257].into()).unwrap_err(),
+            of("stop", vec!["x"; 257].into()).unwrap_err(),
             "sampling_parameters: stop has 257 texts, the most is 256"
         );
         assert_eq!(
-            parse("bad_words", "x".repeat(65_537).into()).unwrap_err(),
+            of("bad_words", "x".repeat(65_537).into()).unwrap_err(),
             "sampling_parameters: bad_words has 65537 bytes, the most is 65536"
         );
-        assert!(parse("stop", vec!["x"; 256].into()).is_ok());
+        assert!(of("stop", vec!["x"; 256].into()).is_ok());
     }
 
     #[test]
     fn names_of_the_vllm_backend() {
-        let got = Sampling::parse(
+        let got = parse(
             r#"{"temperature":"0.5","top_k":-1,"top_p":0.9,"min_p":0.1,"seed":7,"max_tokens":"64","stop":"x","ignore_eos":true,"drex_threshold":1.5}"#,
         );
         let want = Sampling {
@@ -372,23 +425,25 @@ mod tests {
             min_p: 0.1,
             seed: Some(7),
             max_tokens: 64,
+            max_tokens_said: true,
             stop: vec!["x".into()],
             ignore_eos: true,
             drex_threshold: Some(1.5),
             ..Sampling::default()
         };
         assert_eq!(got.unwrap(), want);
-        assert_eq!(Sampling::parse("{}").unwrap(), Sampling::default());
+        assert_eq!(parse("{}").unwrap(), Sampling::default());
     }
 
     #[test]
     fn names_of_the_tensorrt_llm_backend() {
-        let got = Sampling::parse(
+        let got = parse(
             r#"{"max_tokens":20,"bad_words":"","stop_words":"","end_id":2,"pad_id":2,"random_seed":7,"min_length":3,
             "top_k":1,"beam_width":1,"length_penalty":1.0,"return_log_probs":false}"#,
         );
         let want = Sampling {
             max_tokens: 20,
+            max_tokens_said: true,
             stop: vec![String::new()],
             stop_token_ids: vec![2],
             seed: Some(7),
@@ -401,20 +456,20 @@ mod tests {
 
     #[test]
     fn what_asks_for_nothing_is_taken() {
-        let got = Sampling::parse(
+        let got = parse(
             r#"{"n":1,"best_of":1,"use_beam_search":false,"logprobs":null,"prompt_logprobs":null,"logit_bias":{},
             "early_stopping":false,"temperature":null,"stop":null,"seed":null,"stop_token_ids":[],"drex_fill":null,
             "skip_special_tokens":true,"spaces_between_special_tokens":true,"detokenize":true,"max_tokens":null}"#,
         );
         assert_eq!(got.unwrap(), Sampling::default());
-        let got = Sampling::parse(r#"{"timeout":1000,"priority":2,"bad_words":["a",""]}"#).unwrap();
+        let got = parse(r#"{"timeout":1000,"priority":2,"bad_words":["a",""]}"#).unwrap();
         assert_eq!((got.timeout_us, got.drex_priority), (1000, -2));
         assert_eq!(got.bad_words, ["a"]);
     }
 
     #[test]
     fn seeds_keep_their_low_bits_and_are_never_the_one_that_means_any() {
-        let seed = |text: &str| Sampling::parse(text).unwrap().seed;
+        let seed = |text: &str| parse(text).unwrap().seed;
         assert_eq!(seed(r#"{"seed":4294967294}"#), Some(u32::MAX - 1));
         assert_eq!(seed(r#"{"seed":4294967295}"#), Some(u32::MAX - 1));
         assert_eq!(seed(r#"{"seed":4294967297}"#), Some(0));
@@ -424,9 +479,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         for (text, part) in [
-            ("{", "not JSON"),
-            ("[]", "not a JSON object"),
-            (r#"{"tempreature":1}"#, "tempreature"),
+            (r#"{"tempreature":1}"#, "tempreature is an unknown name"),
             (r#"{"temperature":-1}"#, "temperature is -1"),
             (r#"{"temperature":"nan"}"#, r#"temperature is "nan""#),
             (r#"{"temperature":1e39}"#, "temperature is 1e"),
@@ -451,9 +504,50 @@ mod tests {
             (r#"{"stop":[1]}"#, "stop is [1]"),
             (r#"{"ignore_eos":"yes"}"#, "ignore_eos"),
         ] {
-            let failure = Sampling::parse(text).unwrap_err();
+            let failure = parse(text).unwrap_err();
             assert!(failure.text.contains(part), "{text}: {}", failure.text);
             assert_eq!(failure.code, crate::triton::abi::ERROR_INVALID_ARG);
         }
+    }
+
+    #[test]
+    fn a_later_source_goes_before_an_earlier_one_and_null_says_nothing() {
+        let mut all = Said::default();
+        for (source, name, value) in [
+            (Source::Parameter, "max_tokens", 3.into()),
+            (Source::Parameter, "temperature", 0.into()),
+            (Source::Parameter, "random_seed", 5.into()),
+            (Source::Input, "stop_words", vec!["b"].into()),
+            (Source::Json, "max_tokens", Value::Null),
+            (Source::Json, "temperature", Value::Null),
+            (Source::Json, "seed", 7.into()),
+            (Source::Json, "stop", vec!["a"].into()),
+        ] {
+            all.add(source, name, value).unwrap();
+        }
+        let got = all.sampling().unwrap();
+        assert_eq!((got.max_tokens, got.temperature), (3, 0.0));
+        assert_eq!((got.seed, got.stop), (Some(7), vec!["a".into()]));
+    }
+
+    #[test]
+    fn the_source_of_a_wrong_value_is_named() {
+        for (source, text) in [
+            (Source::Parameter, "parameter min_length is -1, must be"),
+            (Source::Input, "input min_length is -1, must be"),
+            (
+                Source::Json,
+                "sampling_parameters: min_length is -1, must be",
+            ),
+        ] {
+            let failure = said(source, r#"{"min_length":-1}"#).unwrap_err();
+            assert!(failure.text.starts_with(text), "{}", failure.text);
+        }
+        let failure = said(Source::Parameter, r#"{"x":null}"#).unwrap_err();
+        assert!(
+            failure.text.starts_with("parameter x is an unknown name"),
+            "{}",
+            failure.text
+        );
     }
 }

@@ -9,8 +9,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use crate::clock::now_ns;
+use crate::engine::pool::Open;
 use crate::engine::{Event, Figures, Finish};
 use crate::exit::EXITING;
+use crate::load::Load;
 use crate::request::Want;
 use crate::triton::abi;
 use crate::triton::error::Failure;
@@ -27,12 +29,12 @@ pub enum Message {
         stream: bool,
         want: Want,
         cancelled: Arc<AtomicBool>,
+        arrived: u64,
+        /// Dropped when the request is answered.
+        open: Option<Open>,
     },
     /// What happened to a request, and when: the engine does not wait for the sender.
     Event { id: u64, event: Event, at: u64 },
-    /// The engine has ended: no request that is here or comes later will run. The second is dropped when those that are here
-    /// are answered.
-    EngineGone(Failure, Box<dyn Send>),
 }
 
 struct Entry {
@@ -48,8 +50,11 @@ struct Entry {
     /// Where the next response's time begins, where the last token was known.
     since: u64,
     known: u64,
+    arrived: u64,
+    load: Arc<Load>,
     /// Why a response could not be sent; the request is then cancelled, and this is what its client is told.
     failure: Option<Failure>,
+    _open: Option<Open>,
 }
 
 /// Set when the entry goes, whatever takes it: nobody waits for its tokens any more.
@@ -71,16 +76,23 @@ impl Drop for Cancelled {
     }
 }
 
-#[derive(Default)]
 struct Entries {
     all: HashMap<u64, Entry>,
-    gone: Option<Failure>,
+    load: Arc<Load>,
 }
 
 /// Until every sending end is gone. `wake` is called after a request was seen to be cancelled. Once the process is `exiting`,
 /// requests are refused and nothing else is sent: where it would be written may be gone.
-pub fn run(messages: &Receiver<Message>, wake: impl Fn(), exiting: impl Fn() -> bool) {
-    let mut entries = Entries::default();
+pub fn run(
+    messages: &Receiver<Message>,
+    load: &Arc<Load>,
+    wake: impl Fn(),
+    exiting: impl Fn() -> bool,
+) {
+    let mut entries = Entries {
+        all: HashMap::new(),
+        load: load.clone(),
+    };
     let mut polled = Instant::now();
     loop {
         let message = if entries.all.is_empty() {
@@ -118,10 +130,9 @@ impl Entries {
                 stream,
                 want,
                 cancelled,
+                arrived,
+                open,
             } => {
-                if let Some(failure) = &self.gone {
-                    return reply.fail(failure.clone());
-                }
                 let text = want.prepend.clone().unwrap_or_default();
                 self.all.insert(
                     id,
@@ -136,15 +147,12 @@ impl Entries {
                         output_tokens: 0,
                         since: 0,
                         known: 0,
+                        arrived,
+                        load: self.load.clone(),
                         failure: None,
+                        _open: open,
                     },
                 );
-            }
-            Message::EngineGone(failure, _answered) => {
-                for (_, entry) in self.all.drain() {
-                    entry.end(Err(failure.clone()), now_ns());
-                }
-                self.gone = Some(failure);
             }
             Message::Event { id, event, at } => {
                 let token = matches!(event, Event::Token { .. });
@@ -163,6 +171,8 @@ impl Entries {
                 if let Some(entry) = self.all.get_mut(&id) {
                     entry.prompt_tokens = prompt_tokens;
                     entry.since = at;
+                    let waited = at.saturating_sub(entry.arrived);
+                    entry.load.started(waited, prompt_tokens);
                     // What came before is the wait for a slot; inputs were read long ago.
                     let mut times = entry.reply.times();
                     (times.exec_start, times.compute_start) = (at, at);
@@ -179,11 +189,16 @@ impl Entries {
                     return;
                 };
                 entry.text += &text;
-                entry.known = at;
                 if let Some(token) = token {
+                    if entry.output_tokens == 0 {
+                        entry.load.first_token(at.saturating_sub(entry.arrived));
+                    } else {
+                        entry.load.next_token(at.saturating_sub(entry.known));
+                    }
                     entry.tokens.push(token);
                     entry.output_tokens += 1;
                 }
+                entry.known = at;
                 match end {
                     Some(end) => {
                         if let Some(entry) = self.all.remove(&id) {
@@ -220,14 +235,20 @@ impl Entry {
                 code: abi::ERROR_CANCELLED,
                 text: "the request was cancelled".into(),
             },
-            (None, Ok(end)) => match self.send(Some(end)) {
-                Ok(()) => {
-                    times.exec_end = now_ns();
-                    return self.reply.set_times(times);
+            (None, Ok(end)) => {
+                let how = end.0;
+                match self.send(Some(end)) {
+                    Ok(()) => {
+                        self.load.finished(how);
+                        self.load.whole(at.saturating_sub(self.arrived));
+                        times.exec_end = now_ns();
+                        return self.reply.set_times(times);
+                    }
+                    Err(failure) => failure,
                 }
-                Err(failure) => failure,
-            },
+            }
         };
+        self.load.ended_by(&failure);
         self.reply.fail(failure);
     }
 
@@ -267,13 +288,14 @@ impl Entry {
                 ("drex_output_tokens", u64::from(self.output_tokens)),
                 ("drex_involuntary_exits", figures.involuntary_exits),
                 ("drex_involuntary_stays", figures.involuntary_stays),
-                ("drex_held_us", figures.held_ns / 1000),
                 ("drex_deadline_misses", figures.deadline_misses),
                 ("drex_drafts", figures.drafts),
                 ("drex_drafts_accepted", figures.drafts_accepted),
             ] {
                 parameters.push((text(name), Parameter::Int(value as i64)));
             }
+            let held = figures.held_ns as f64 / 1e6;
+            parameters.push((text("drex_held_ms"), Parameter::Number(held)));
         }
         self.reply.set_span(Span {
             start: self.since,
@@ -307,9 +329,16 @@ mod tests {
             stream,
             want,
             cancelled: cancel,
+            arrived: 40,
+            open: None,
         };
         sender.send(message).unwrap();
         cancelled
+    }
+
+    /// Nothing is registered, so that nothing is counted.
+    fn load() -> Arc<Load> {
+        Arc::new(Load::new("m", 1))
     }
 
     fn event(sender: &Sender<Message>, id: u64, at: u64, event: Event) {
@@ -337,7 +366,7 @@ mod tests {
         event(&sender, 1, 120, token("a", None));
         event(&sender, 1, 150, token("b", Some(Finish::Length)));
         drop(sender);
-        run(&messages, || (), || false);
+        run(&messages, &load(), || (), || false);
         assert_eq!(sends(&host::take_log()), ["send 0 a", "send 1 b"]);
         let [exec_start, compute_start, compute_end, exec_end] = host::times();
         assert_eq!((exec_start, compute_start, compute_end), (100, 100, 150));
@@ -359,7 +388,7 @@ mod tests {
         event(&sender, 1, 150, token("", Some(Finish::Cancelled)));
         drop(sender);
         host::set_memory(7);
-        run(&messages, || (), || false);
+        run(&messages, &load(), || (), || false);
         host::set_memory(abi::MEMORY_CPU);
         let log = host::take_log();
         let [only] = sends(&log)[..] else {
@@ -375,30 +404,6 @@ mod tests {
     }
 
     #[test]
-    fn without_an_engine_every_request_is_refused() {
-        let (sender, messages) = channel();
-        add(&sender, 1, true);
-        event(&sender, 1, 100, Event::Started { prompt_tokens: 3 });
-        add(&sender, 2, false);
-        let failure = Failure::unavailable("it is gone");
-        sender
-            .send(Message::EngineGone(failure, Box::new(())))
-            .unwrap();
-        add(&sender, 3, false);
-        event(&sender, 1, 120, token("late", None));
-        drop(sender);
-        run(&messages, || (), || false);
-        assert_eq!(
-            sends(&host::take_log()),
-            ["send 1 error it is gone"; 3],
-            "one final response each"
-        );
-        let codes: Vec<_> = host::take_responses().iter().map(|r| r.error).collect();
-        assert_eq!(codes, [Some(abi::ERROR_UNAVAILABLE); 3]);
-        assert_eq!(host::live(), 0);
-    }
-
-    #[test]
     fn at_exit_nothing_is_written_any_more() {
         let (sender, messages) = channel();
         let cancelled = add(&sender, 1, true);
@@ -406,7 +411,7 @@ mod tests {
         event(&sender, 1, 120, token("a", None));
         event(&sender, 1, 150, token("b", Some(Finish::Length)));
         drop(sender);
-        run(&messages, || (), || true);
+        run(&messages, &load(), || (), || true);
         assert_eq!(
             sends(&host::take_log()),
             ["send 1 error the server is exiting"]
@@ -422,7 +427,7 @@ mod tests {
         let cancelled = add(&sender, 1, true);
         host::cancel(true);
         let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            run(&messages, || panic!("injected"), || false);
+            run(&messages, &load(), || panic!("injected"), || false);
         }));
         host::cancel(false);
         assert!(died.is_err());

@@ -15,7 +15,7 @@ const MAX_SLOTS: u32 = 256;
 /// Cells of a K/V cache, which are counted in 32 bits, the sign included.
 const MAX_CELLS: u32 = i32::MAX as u32;
 /// More than any model has.
-const ALL_LAYERS: u32 = 65536;
+pub const ALL_LAYERS: u32 = 65536;
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
@@ -35,7 +35,8 @@ pub struct Settings {
     pub context: u32,
     /// Most tokens of one pass.
     pub batch: u32,
-    pub threads: i32,
+    /// Of all instances of the model together.
+    pub threads: u32,
     pub kv_type: String,
     /// 0: on the CPU; else all of them must fit there
     pub gpu_layers: u32,
@@ -70,7 +71,7 @@ impl Default for Settings {
             slots: 16,
             context: 2048,
             batch: 512,
-            threads: threads as i32,
+            threads: threads as u32,
             kv_type: "f16".into(),
             gpu_layers: 0,
             main_gpu: 0,
@@ -117,7 +118,7 @@ impl Settings {
                 "slots" => out.slots = whole(name, text, 1, MAX_SLOTS)?,
                 "context" => out.context = whole(name, text, 8, 1 << 24)?,
                 "batch" => out.batch = whole(name, text, 1, 1 << 16)?,
-                "threads" => out.threads = whole(name, text, 1, 1024)? as i32,
+                "threads" => out.threads = whole(name, text, 1, 1024)?,
                 "kv_type" => {
                     if !KV_TYPES.contains(&text) {
                         return Err(wrong(name, text, &KV_TYPES.join(", ")));
@@ -125,7 +126,7 @@ impl Settings {
                     out.kv_type = text.to_owned();
                 }
                 "gpu_layers" if text == "all" => out.gpu_layers = ALL_LAYERS,
-                "gpu_layers" => out.gpu_layers = whole(name, text, 0, ALL_LAYERS)?,
+                "gpu_layers" => out.gpu_layers = whole(name, text, 0, ALL_LAYERS - 1)?,
                 "main_gpu" => out.main_gpu = whole(name, text, 0, 1023)?,
                 "max_queue" => out.max_queue = whole(name, text, 0, 1 << 20)?,
                 "profile" => out.profile = (!text.is_empty()).then(|| text.to_owned()),
@@ -158,6 +159,14 @@ impl Settings {
                 out.slots, out.context
             )));
         }
+        if let (None, Some(name)) = (
+            &out.model_file,
+            config["default_model_filename"]
+                .as_str()
+                .filter(|name| !name.is_empty()),
+        ) {
+            out.model_file = Some(name.to_owned());
+        }
         if out.max_batch > out.batch {
             return Err(Failure::invalid(format!(
                 "parameters: max_batch is {}, above batch, which is {}",
@@ -185,6 +194,20 @@ impl Settings {
     /// Most rows of a window that have logits: all decode rows, and the last row of each prompt.
     pub fn outputs(&self) -> u32 {
         self.batch.min(self.decode_rows() + self.slots)
+    }
+
+    /// `gpu_layers` as config.pbtxt has it.
+    pub fn gpu_layers_said(&self) -> String {
+        match self.gpu_layers {
+            ALL_LAYERS => "all".into(),
+            n => n.to_string(),
+        }
+    }
+
+    /// Threads of one of `instances`, the one that started `before` others: the shares differ by one at most.
+    pub fn share_threads(&mut self, instances: u32, before: u32) {
+        let (each, rest) = (self.threads / instances, self.threads % instances);
+        self.threads = (each + u32::from(before % instances < rest)).max(1);
     }
 
     /// For an instance that config.pbtxt wants on this GPU: all layers, if it does not say how many.
@@ -225,7 +248,7 @@ fn list<T: std::str::FromStr>(name: &str, text: &str, what: &str) -> Result<Vec<
 
 /// Name, type, and how many elements: -1 is any number. A request may leave all but the first out. Beside what steers an
 /// answer there are the names that clients of the TensorRT-LLM backend send.
-pub const INPUTS: [(&str, &str, i64); 32] = [
+pub const INPUTS: [(&str, &str, i64); 35] = [
     ("text_input", "TYPE_STRING", 1),
     ("stream", "TYPE_BOOL", 1),
     ("sampling_parameters", "TYPE_STRING", 1),
@@ -241,6 +264,7 @@ pub const INPUTS: [(&str, &str, i64); 32] = [
     ("top_k", "TYPE_INT32", 1),
     ("top_p", "TYPE_FP32", 1),
     ("random_seed", "TYPE_UINT64", 1),
+    ("seed", "TYPE_UINT64", 1),
     ("stop_words", "TYPE_STRING", -1),
     ("bad_words", "TYPE_STRING", -1),
     ("end_id", "TYPE_INT32", 1),
@@ -256,6 +280,8 @@ pub const INPUTS: [(&str, &str, i64); 32] = [
     ("return_cumulative_logprob", "TYPE_BOOL", 1),
     ("return_context_logits", "TYPE_BOOL", 1),
     ("return_generation_logits", "TYPE_BOOL", 1),
+    ("return_perf_metrics", "TYPE_BOOL", 1),
+    ("early_stopping", "TYPE_BOOL", 1),
     // as /generate may have them in its body
     ("stop", "TYPE_STRING", -1),
     ("stop_token_ids", "TYPE_INT32", -1),
@@ -316,13 +342,78 @@ pub fn complete(config: &Value) -> Value {
     out
 }
 
+/// What Triton can be asked for and would not happen: where it stands in the configuration, and why not.
+const WITHOUT_EFFECT: [(&str, &str); 12] = [
+    (
+        "/dynamic_batching",
+        "drex batches the rows of requests itself, by the parameters slots, batch and max_queue, and a request says its \
+         priority and timeout",
+    ),
+    ("/sequence_batching", "a request is a whole prompt"),
+    (
+        "/response_cache/enable",
+        "the cache's key leaves the parameters of a request out, so that other requests would get its answer",
+    ),
+    ("/batch_input", "inputs are read one by one"),
+    ("/batch_output", "outputs are written one by one"),
+    ("/model_operations", "no operations are loaded"),
+    ("/optimization/graph", "llama.cpp makes the graphs"),
+    ("/optimization/cuda", "llama.cpp makes the graphs"),
+    ("/optimization/execution_accelerators", "llama.cpp computes"),
+    ("/optimization/eager_batching", "drex batches the rows"),
+    (
+        "/optimization/gather_kernel_buffer_threshold",
+        "inputs are read one by one",
+    ),
+    (
+        "/cc_model_filenames",
+        "the parameter model_file names the file",
+    ),
+];
+
+/// Nothing is asked for.
+fn is_default(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty() || text == "0",
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+    }
+}
+
 /// Refuses what a model of this backend cannot have.
 pub fn check(config: &Value) -> Result<(), Failure> {
-    if config["max_batch_size"].as_i64().unwrap_or(0) != 0 {
+    for (at, why) in WITHOUT_EFFECT {
+        let value = config.pointer(at).unwrap_or(&Value::Null);
+        // An empty block of a scheduler asks for it.
+        let asked = match at {
+            "/dynamic_batching" | "/sequence_batching" => !value.is_null(),
+            _ => !is_default(value),
+        };
+        if asked {
+            let name = at[1..].replace('/', ": ");
+            return Err(Failure::invalid(format!(
+                "{name} is {value}, must be left out: {why}"
+            )));
+        }
+    }
+    let priority = &config["optimization"]["priority"];
+    if !matches!(priority.as_str(), None | Some("PRIORITY_DEFAULT")) {
         return Err(Failure::invalid(format!(
-            "max_batch_size is {}, must be 0: drex batches the rows of requests itself",
-            config["max_batch_size"]
+            "optimization: priority is {priority}, must be left out: drex has threads of its own"
         )));
+    }
+    for group in config["instance_group"].as_array().into_iter().flatten() {
+        let limiter = &group["rate_limiter"];
+        if !is_default(&limiter["resources"]) || !is_default(&limiter["priority"]) {
+            return Err(Failure::invalid(format!(
+                "instance_group {}: rate_limiter is {limiter}, must be left out: the model's own queue gives requests to the \
+                 instance with most room",
+                group["name"]
+            )));
+        }
     }
     for (list, known) in known() {
         for item in config[list].as_array().into_iter().flatten() {
@@ -441,11 +532,63 @@ mod tests {
         assert_eq!(done["model_transaction_policy"]["decoupled"], false);
         assert!(check(&done).unwrap_err().text.contains("unknown name x"));
         assert!(
-            check(&json!({"max_batch_size": 8}))
-                .unwrap_err()
-                .text
-                .contains("is 8")
+            check(&complete(&json!({"max_batch_size": 8}))).is_ok(),
+            "a leading dimension is taken"
         );
+    }
+
+    #[test]
+    fn what_would_have_no_effect_is_refused_by_name() {
+        for (config, part) in [
+            (
+                json!({"dynamic_batching": {"priority_levels": "2"}}),
+                "dynamic_batching is {\"priority_levels\":\"2\"}, must be left out",
+            ),
+            (json!({"dynamic_batching": {}}), "dynamic_batching is {}"),
+            (json!({"sequence_batching": {}}), "sequence_batching is {}"),
+            (
+                json!({"response_cache": {"enable": true}}),
+                "response_cache: enable is true",
+            ),
+            (
+                json!({"optimization": {"cuda": {"graphs": true}}}),
+                "optimization: cuda is",
+            ),
+            (
+                json!({"optimization": {"priority": "PRIORITY_MAX"}}),
+                "optimization: priority is \"PRIORITY_MAX\"",
+            ),
+            (
+                json!({"instance_group": [{"name": "g", "rate_limiter": {"resources": [{"name": "R", "count": 1}]}}]}),
+                "instance_group \"g\": rate_limiter is",
+            ),
+        ] {
+            let text = check(&config).unwrap_err().text;
+            assert!(text.starts_with(part), "{text}");
+        }
+        // What Triton itself puts into every configuration.
+        let written = json!({"response_cache": {"enable": false}, "optimization": {"priority": "PRIORITY_DEFAULT",
+            "input_pinned_memory": {"enable": true}, "gather_kernel_buffer_threshold": 0, "eager_batching": false},
+            "batch_input": [], "cc_model_filenames": {}, "instance_group": [{"rate_limiter": null}]});
+        assert_eq!(check(&written), Ok(()));
+    }
+
+    #[test]
+    fn threads_are_shared_out() {
+        let shares = |threads: u32, n: u32| -> Vec<u32> {
+            let share = |before| {
+                let mut settings = Settings {
+                    threads,
+                    ..Settings::default()
+                };
+                settings.share_threads(n, before);
+                settings.threads
+            };
+            (0..n).map(share).collect()
+        };
+        assert_eq!(shares(8, 1), [8]);
+        assert_eq!(shares(8, 3), [3, 3, 2]);
+        assert_eq!(shares(1, 2), [1, 1]);
     }
     #[test]
     fn a_list_in_part_is_completed_and_its_own_entries_are_kept_and_checked() {

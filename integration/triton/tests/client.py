@@ -48,7 +48,7 @@ def line():
 
 def empty():
     return {"text": "", "tokens": [], "responses": 0, "finals": 0, "errors": [], "parameters": {}, "reason": "",
-            "after_final": 0, "ended": False, "cancelled": False}
+            "after_final": 0, "ended": False, "cancelled": False, "counted": 0}
 
 
 def inputs_of(request):
@@ -116,6 +116,7 @@ def note(out, found, parameters, show=False):
     if show:
         print(piece, end="", flush=True, file=sys.stderr)
     out["tokens"] += found.get("token_ids", [])
+    out["counted"] += sum(found.get("num_output_tokens", []))
     out["reason"] = found.get("finish_reason") or out["reason"]
     out["parameters"].update((n, v) for n, v in parameters.items() if n.startswith("drex_"))
 

@@ -2,7 +2,7 @@
 
 //! What a ramp, or the full model, says of each row.
 
-use super::{Agrees, Engine, Step};
+use super::{Agrees, Engine, Step, StepRow};
 use crate::core::config::Fill;
 use crate::core::error::{Error, Result};
 use crate::core::metric::Score;
@@ -46,31 +46,48 @@ impl Engine {
         })
     }
 
+    /// How a row stands at a ramp before anything is decided.
+    fn ramp_row(&self, ramp: usize, row: &StepRow, score: &Score) -> RampRow {
+        let aside = row.gone || row.back > 0;
+        let only_meets = self.step.is_some_and(|s| s.only_meets);
+        let threshold = if aside || only_meets {
+            f32::INFINITY
+        } else {
+            let own = self.requests.get(row.request).threshold;
+            own.unwrap_or(self.config.thresholds[ramp])
+        };
+        RampRow {
+            confidence: score.confidence,
+            threshold,
+            gone: aside,
+            decision: Decision::Gone,
+            forced: false,
+        }
+    }
+
+    /// Lowers the confidence of rows that would exit with a token that `may`
+    /// refuses, to the greatest that is not sufficient.
+    pub fn confirm(&self, scores: &mut [Score], may: impl Fn(u32, i32) -> bool) -> Result<()> {
+        let ramp = self.expect_ramp()?;
+        for (i, (row, score)) in self.rows.iter().zip(scores).enumerate() {
+            let own = self.ramp_row(ramp, row, score);
+            if own.confident() && !may(i as u32, score.token) {
+                score.confidence = own.threshold.next_down();
+            }
+        }
+        Ok(())
+    }
+
     /// Decides every row of the planned step; the verdicts are in
     /// [`Engine::step_rows`].
     pub fn ramp(&mut self, scores: &[Score]) -> Result<()> {
         let ramp = self.expect_ramp()?;
         self.check_rows(scores.len(), "every planned row has one row of logits")?;
         self.ramp_rows.clear();
-        let (requests, config) = (&self.requests, &self.config);
-        let only_meets = self.step.is_some_and(|s| s.only_meets);
-        let rows = self.rows.iter().zip(scores).map(|(row, score)| {
-            let aside = row.gone || row.back > 0;
-            let threshold = if aside || only_meets {
-                f32::INFINITY
-            } else {
-                let own = requests.get(row.request).threshold;
-                own.unwrap_or(config.thresholds[ramp])
-            };
-            RampRow {
-                confidence: score.confidence,
-                threshold,
-                gone: aside,
-                decision: Decision::Gone,
-                forced: false,
-            }
-        });
-        self.ramp_rows.extend(rows);
+        for (row, score) in self.rows.iter().zip(scores) {
+            let own = self.ramp_row(ramp, row, score);
+            self.ramp_rows.push(own);
+        }
         let ratio = self.ratio_at(ramp).unwrap_or(0.0);
         policy::decide(
             self.config.policy,

@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::http::{Events, Parser, event_data, request};
+use crate::{
+    http::{Events, Parser, event_data, request},
+    metrics::Metrics,
+};
 
 /// How long the server may stay silent. Generous: under load on two cores a test must not fail for slowness.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
@@ -165,86 +168,5 @@ impl Iterator for Stream {
 
     fn next(&mut self) -> Option<Result<Value>> {
         self.next_event().transpose()
-    }
-}
-
-/// Prometheus' text format, as far as plain samples go.
-#[derive(Clone, Default)]
-pub struct Metrics(Vec<(String, f64)>);
-
-impl Metrics {
-    pub fn parse(text: &str) -> Metrics {
-        let samples = text
-            .lines()
-            .filter(|line| !line.starts_with('#'))
-            .filter_map(|line| {
-                let (name, value) = line.trim().rsplit_once(' ')?;
-                Some((name.trim().to_owned(), value.parse().ok()?))
-            });
-        Metrics(samples.collect())
-    }
-
-    /// The value of a metric, summed over its labels; none where the server has no such metric. A prefix that ends in a
-    /// colon (llama-server's own) may be left out.
-    pub fn get(&self, name: &str) -> Option<f64> {
-        let mut found = None;
-        for (full, value) in &self.0 {
-            let base = full.split('{').next().unwrap_or(full);
-            if base == name || base.rsplit(':').next() == Some(name) {
-                *found.get_or_insert(0.0) += value;
-            }
-        }
-        found
-    }
-
-    /// The samples of a metric by one of their labels.
-    pub fn by_label(&self, name: &str, label: &str) -> Vec<(String, f64)> {
-        let pick = |(full, value): &(String, f64)| Some((label_of(full, name, label)?, *value));
-        self.0.iter().filter_map(pick).collect()
-    }
-
-    /// Which values some labels of a metric have together.
-    pub fn labels<const N: usize>(&self, name: &str, labels: [&str; N]) -> Vec<[String; N]> {
-        let pick = |(full, _): &(String, f64)| {
-            let found = labels.map(|label| label_of(full, name, label));
-            found
-                .iter()
-                .all(Option::is_some)
-                .then(|| found.map(Option::unwrap_or_default))
-        };
-        self.0.iter().filter_map(pick).collect()
-    }
-}
-
-fn label_of(full: &str, name: &str, label: &str) -> Option<String> {
-    let (base, labels) = full.split_once('{')?;
-    if base.rsplit(':').next() != Some(name) {
-        return None;
-    }
-    let mark = format!("{label}=\"");
-    let rest = &labels[labels.find(&mark)? + mark.len()..];
-    Some(rest.split('"').next().unwrap_or_default().to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reads_metrics() {
-        let text = "# HELP x y\ndrex_exits_total{ramp=\"0\",layer=\"4\"} 3\ndrex_exits_total{ramp=\"1\",layer=\"8\"} 4\n\
-                    llamacpp:n_decode_total 6\n";
-        let metrics = Metrics::parse(text);
-        assert_eq!(metrics.get("drex_exits_total"), Some(7.0));
-        assert_eq!(metrics.get("n_decode_total"), Some(6.0));
-        assert_eq!(metrics.get("none"), None);
-        assert_eq!(
-            metrics.labels("drex_exits_total", ["ramp", "layer"])[1],
-            ["1", "8"]
-        );
-        assert_eq!(
-            metrics.by_label("drex_exits_total", "layer"),
-            [("4".into(), 3.0), ("8".into(), 4.0)]
-        );
     }
 }

@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Programs as children, an HTTP client, load of many kinds, and a fair comparison of servers under it.
 
+use drex_build::process;
+
 pub mod client;
+pub mod generate;
+pub mod gguf;
 pub mod http;
 pub mod load;
-pub mod process;
+pub mod machine;
+pub mod metrics;
+pub mod prompts;
 pub mod race;
+pub mod score;
 pub mod server;
 pub mod stats;
+pub mod suite;
 pub mod traffic;

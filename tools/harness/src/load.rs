@@ -98,6 +98,8 @@ pub enum Next {
 pub trait Source {
     /// Asked until it has nothing to send now. `now` is the time since the start.
     fn next(&mut self, now: Duration) -> Result<Next>;
+    /// Told of each answer when its first event has come.
+    fn began(&mut self, _job: usize) {}
     /// Told of each answer as soon as it is whole.
     fn answered(&mut self, finished: &Finished) -> Result<()>;
 }
@@ -233,8 +235,12 @@ pub fn drive(
                 Ok(n) => {
                     let now = Instant::now();
                     connection.parser.feed(&buffer[..n])?;
+                    let silent = connection.events.is_empty();
                     while let Some(range) = connection.scanner.next(&connection.parser.body) {
                         connection.events.push((now, range));
+                    }
+                    if silent && !connection.events.is_empty() {
+                        source.began(connection.job);
                     }
                 }
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}

@@ -13,12 +13,18 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use drex_build::{cache, llama::Runtime};
 
 use crate::{client::Client, process};
 
 /// What can name the program that a server is.
 pub trait Program {
     fn program(&self) -> PathBuf;
+
+    /// What else its environment has.
+    fn env(&self) -> &[(&'static str, &'static str)] {
+        &[]
+    }
 }
 
 impl Program for PathBuf {
@@ -27,9 +33,19 @@ impl Program for PathBuf {
     }
 }
 
+impl Program for Runtime {
+    fn program(&self) -> PathBuf {
+        self.server()
+    }
+
+    fn env(&self) -> &[(&'static str, &'static str)] {
+        Runtime::env(self)
+    }
+}
+
 /// Where servers' logs go: the target folder of the clone that this was built in.
 fn logs() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/xtask-servers")
+    cache::repo().join("target/xtask-servers")
 }
 
 /// Killed when it is dropped, and by the kernel when xtask ends in whatever way.
@@ -48,20 +64,24 @@ impl Server {
         I: IntoIterator<Item = S>,
         S: AsRef<OsStr>,
     {
-        let program = program.program();
+        let (env, program) = (program.env(), program.program());
         let args: Vec<OsString> = args.into_iter().map(|a| a.as_ref().to_owned()).collect();
         // Somebody else may take the port between our looking for it and the server's opening it.
         let mut attempt = 0;
         loop {
             attempt += 1;
-            match Server::try_start(&program, &args) {
+            match Server::try_start(&program, env, &args) {
                 Err(error) if attempt < 3 && format!("{error:#}").contains("couldn't bind") => {}
                 other => return other,
             }
         }
     }
 
-    fn try_start(program: &Path, args: &[OsString]) -> Result<Server> {
+    fn try_start(
+        program: &Path,
+        env: &[(&'static str, &'static str)],
+        args: &[OsString],
+    ) -> Result<Server> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let logs = logs();
         fs::create_dir_all(&logs)?;
@@ -74,9 +94,12 @@ impl Server {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
 
         let mut command = Command::new(program);
-        command
-            .args(args)
-            .args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+        command.envs(env.iter().copied()).args(args).args([
+            "--host",
+            "127.0.0.1",
+            "--port",
+            &port.to_string(),
+        ]);
         process::spin_briefly(&mut command);
         // Settings of somebody's shell must not change what is measured or tested.
         for (name, _) in std::env::vars_os() {

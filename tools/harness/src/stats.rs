@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Medians, quantiles and intervals, and the random numbers that draw the same sequence everywhere.
+//! Medians, quantiles and intervals, and random numbers by name.
+
+use fastrand::Rng;
 
 /// The value below which a share `q` of the values lies (nearest rank); 0 of none.
 pub fn quantile(values: &mut [f64], q: f64) -> f64 {
@@ -54,42 +56,12 @@ pub fn ratio_interval(ratios: &[f64]) -> Option<(f64, f64)> {
     Some(((centre - half).exp(), (centre + half).exp()))
 }
 
-/// SplitMix64: small, and the same on every machine and in every version.
-#[derive(Clone)]
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Random {
-        Random(seed)
-    }
-
-    /// From texts and numbers, each of which changes everything that follows.
-    pub fn of(name: &str, numbers: &[u64]) -> Random {
-        let mut random = Random(0x5eed);
-        for word in name.bytes().map(u64::from).chain(numbers.iter().copied()) {
-            random.0 ^= word;
-            random.0 = random.word();
-        }
-        random
-    }
-
-    pub fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    /// In `[0, 1)`.
-    pub fn unit(&mut self) -> f64 {
-        (self.word() >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
-    /// Below `n`, which is not 0.
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.unit() * n as f64) as usize
-    }
+/// A generator of its own for each use, from texts and numbers, each of which changes everything that follows.
+pub fn random(name: &str, numbers: &[u64]) -> Rng {
+    let words = name.bytes().map(u64::from).chain(numbers.iter().copied());
+    words.fold(Rng::with_seed(0x5eed), |mut random, word| {
+        Rng::with_seed(random.u64(..) ^ word)
+    })
 }
 
 /// 95 % interval of the ratio of two quantiles of pooled rounds: rounds are drawn again with replacement, the same ones for
@@ -100,10 +72,10 @@ pub fn quantile_ratio_interval(ours: &[&[f64]], theirs: &[&[f64]], q: f64) -> Op
     if rounds < 2 {
         return None;
     }
-    let mut random = Random::of("bootstrap", &[rounds as u64]);
+    let mut random = random("bootstrap", &[rounds as u64]);
     let mut ratios: Vec<f64> = (0..DRAWS)
         .filter_map(|_| {
-            let draw: Vec<usize> = (0..rounds).map(|_| random.below(rounds)).collect();
+            let draw: Vec<usize> = (0..rounds).map(|_| random.usize(..rounds)).collect();
             let pooled = |from: &[&[f64]]| {
                 let mut all: Vec<f64> = draw.iter().flat_map(|i| from[*i]).copied().collect();
                 quantile(&mut all, q)
@@ -167,9 +139,9 @@ mod tests {
     /// Of many made-up experiments with a known ratio, about 95 % of the intervals hold it.
     #[test]
     fn intervals_cover_the_truth() {
-        let mut random = Random::new(1);
+        let mut random = Rng::with_seed(1);
         // A sum of twelve uniform numbers is close to normal.
-        let mut noise = move || (0..12).map(|_| random.unit()).sum::<f64>() - 6.0;
+        let mut noise = move || (0..12).map(|_| random.f64()).sum::<f64>() - 6.0;
         let runs = 4000;
         let mut held = 0;
         for _ in 0..runs {
@@ -209,21 +181,18 @@ mod tests {
     }
 
     #[test]
-    fn random_numbers_are_those_of_splitmix64() {
-        // The reference implementation's first words for seed 1234567.
-        let mut random = Random::new(1_234_567);
-        let words: Vec<u64> = (0..3).map(|_| random.word()).collect();
-        assert_eq!(
-            words,
-            [
-                6_457_827_717_110_365_317,
-                3_203_168_211_198_807_973,
-                9_817_491_932_198_370_423
-            ]
-        );
-        let of = |name, numbers: &[u64]| Random::of(name, numbers).word();
+    fn random_numbers_depend_on_each_part_of_their_name_and_on_nothing_else() {
+        let of = |name, numbers: &[u64]| random(name, numbers).u64(..);
         assert_eq!(of("a", &[1]), of("a", &[1]));
-        assert_ne!(of("a", &[1]), of("a", &[2]));
-        assert_ne!(of("a", &[1]), of("b", &[1]));
+        let all = [
+            of("a", &[1]),
+            of("a", &[2]),
+            of("b", &[1]),
+            of("a", &[1, 0]),
+            of("", &[]),
+        ];
+        for (i, word) in all.iter().enumerate() {
+            assert!(!all[..i].contains(word), "{all:?}");
+        }
     }
 }

@@ -5,12 +5,13 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use anyhow::{Context, Result, bail};
+use fastrand::Rng;
 use serde_json::json;
 
 use crate::{
     client::Client,
     load::{Finished, Next, Source},
-    stats::Random,
+    stats::random,
 };
 
 /// Tokens that a sequence has room for: what the bundled model was trained with.
@@ -113,14 +114,14 @@ impl Lengths {
 
     fn request(self, text: &Text, round: u64, job: usize) -> (Vec<i64>, usize) {
         let name = Traffic::Closed(self).to_string();
-        let mut random = Random::of(&name, &[round, job as u64]);
+        let mut random = random(&name, &[round, job as u64]);
         let Lengths { prompt, answer } = self.draw(&mut random);
         (text.prompt(&mut random, prompt), answer)
     }
 
-    fn draw(self, random: &mut Random) -> Lengths {
+    fn draw(self, random: &mut Rng) -> Lengths {
         let mut one = |mean: usize| {
-            let factor = 1.0 - SPREAD + 2.0 * SPREAD * random.unit();
+            let factor = 1.0 - SPREAD + 2.0 * SPREAD * random.f64();
             ((mean as f64 * factor).round() as usize).max(1)
         };
         Lengths {
@@ -167,12 +168,12 @@ impl Text {
     }
 
     /// So many tokens from the begin of a paragraph on. What is longer than the rest goes on at the text's begin.
-    fn part(&self, random: &mut Random, tokens: usize) -> impl Iterator<Item = i64> + '_ {
-        let start = self.starts[random.below(self.starts.len())];
+    fn part(&self, random: &mut Rng, tokens: usize) -> impl Iterator<Item = i64> + '_ {
+        let start = self.starts[random.usize(..self.starts.len())];
         self.ids.iter().copied().cycle().skip(start).take(tokens)
     }
 
-    fn prompt(&self, random: &mut Random, tokens: usize) -> Vec<i64> {
+    fn prompt(&self, random: &mut Rng, tokens: usize) -> Vec<i64> {
         let mut prompt = self.first.clone();
         let rest = tokens.saturating_sub(prompt.len());
         prompt.extend(self.part(random, rest));
@@ -207,17 +208,67 @@ pub trait Counted: Source {
     }
 }
 
-/// So many requests in flight. One more for each place comes first, of which the i-th of n has i/n of its tokens: they end one
-/// after the other, as those of a server that has run for long do.
+/// Where the numbers of requests begin that are sent before the load is steady and belong to no place's first wave.
+const FILLER: usize = 1 << 32;
+
+/// The begin of a closed load. The first request of each place comes first, then requests that replace those that ended, until
+/// each place's first request has a token: from there on no server has prompts left that came all at once. What is sent next
+/// counts. Requests that count have the same numbers whatever came before, so that each server gets the same ones.
+struct Ramp {
+    places: usize,
+    counted: usize,
+    /// Of the first wave, requests with a token.
+    began: usize,
+    sent: usize,
+    fillers: usize,
+    begin: Option<Duration>,
+}
+
+impl Ramp {
+    fn new(places: usize, counted: usize) -> Ramp {
+        Ramp {
+            places,
+            counted,
+            began: 0,
+            sent: 0,
+            fillers: 0,
+            begin: None,
+        }
+    }
+
+    /// The number of the next request; none when all that count were sent.
+    fn next(&mut self, now: Duration) -> Option<usize> {
+        if self.sent >= self.places {
+            if self.began < self.places {
+                self.fillers += 1;
+                return Some(FILLER + self.fillers - 1);
+            }
+            self.begin.get_or_insert(now);
+        }
+        if self.sent == self.places + self.counted {
+            return None;
+        }
+        self.sent += 1;
+        Some(self.sent - 1)
+    }
+
+    fn began(&mut self, number: usize) {
+        self.began += usize::from(number < self.places);
+    }
+
+    fn counts(&self, number: usize) -> bool {
+        (self.places..FILLER).contains(&number)
+    }
+}
+
+/// So many requests in flight. Of the first wave, the i-th of n has i/n of its tokens: they end one after the other, as those of a
+/// server that has run for long do.
 pub struct Steady<'a> {
     text: &'a Text,
     lengths: Lengths,
     round: u64,
-    in_flight: usize,
-    counted: usize,
-    sent: usize,
+    ramp: Ramp,
     open: usize,
-    begin: Option<Duration>,
 }
 
 impl<'a> Steady<'a> {
@@ -232,18 +283,16 @@ impl<'a> Steady<'a> {
             text,
             lengths,
             round,
-            in_flight,
-            counted,
-            sent: 0,
+            ramp: Ramp::new(in_flight, counted),
             open: 0,
-            begin: None,
         }
     }
 
     fn request(&self, job: usize) -> (Vec<i64>, usize) {
         let (prompt, answer) = self.lengths.request(self.text, self.round, job);
-        let answer = if job < self.in_flight {
-            (answer * (job + 1)).div_ceil(self.in_flight)
+        let places = self.ramp.places;
+        let answer = if job < places {
+            (answer * (job + 1)).div_ceil(places)
         } else {
             answer
         };
@@ -253,20 +302,19 @@ impl<'a> Steady<'a> {
 
 impl Source for Steady<'_> {
     fn next(&mut self, now: Duration) -> Result<Next> {
-        if self.open >= self.in_flight {
+        if self.open >= self.ramp.places {
             return Ok(Next::Busy);
         }
-        let job = self.sent;
-        if job >= self.in_flight + self.counted {
+        let Some(job) = self.ramp.next(now) else {
             return Ok(Next::End);
-        }
-        if job == self.in_flight {
-            self.begin = Some(now);
-        }
+        };
         let (prompt, answer) = self.request(job);
-        self.sent += 1;
         self.open += 1;
         Ok(Next::Send(job, body(&prompt, answer, false)))
+    }
+
+    fn began(&mut self, job: usize) {
+        self.ramp.began(job);
     }
 
     fn answered(&mut self, _: &Finished) -> Result<()> {
@@ -277,11 +325,11 @@ impl Source for Steady<'_> {
 
 impl Counted for Steady<'_> {
     fn counts(&self, job: usize) -> bool {
-        job >= self.in_flight
+        self.ramp.counts(job)
     }
 
     fn window_begin(&self) -> Duration {
-        self.begin.unwrap_or_default()
+        self.ramp.begin.unwrap_or_default()
     }
 }
 
@@ -298,12 +346,12 @@ impl<'a> Arrivals<'a> {
     /// `rate` in requests a second.
     pub fn new(text: &'a Text, share: f64, rate: f64, round: u64, count: usize) -> Arrivals<'a> {
         let name = Traffic::Poisson(share).to_string();
-        let mut random = Random::of(&name, &[round]);
+        let mut random = random(&name, &[round]);
         let mut at = 0.0;
         let times = (0..count)
             .map(|i| {
                 if i > 0 {
-                    at -= (1.0 - random.unit()).ln() / rate;
+                    at -= (1.0 - random.f64()).ln() / rate;
                 }
                 Duration::from_secs_f64(at)
             })
@@ -327,7 +375,7 @@ impl Source for Arrivals<'_> {
         if *time > now {
             return Ok(Next::At(*time));
         }
-        let mut random = Random::of(&self.name, &[self.round, 1, job as u64]);
+        let mut random = random(&self.name, &[self.round, 1, job as u64]);
         let Lengths { prompt, answer } = POISSON.draw(&mut random);
         let prompt = self.text.prompt(&mut random, prompt);
         self.sent += 1;
@@ -366,11 +414,8 @@ struct Conversation {
 pub struct Chats<'a> {
     text: &'a Text,
     round: u64,
-    in_flight: usize,
-    counted: usize,
-    started: usize,
+    ramp: Ramp,
     open: Vec<Conversation>,
-    begin: Option<Duration>,
 }
 
 impl<'a> Chats<'a> {
@@ -378,16 +423,13 @@ impl<'a> Chats<'a> {
         Chats {
             text,
             round,
-            in_flight,
-            counted,
-            started: 0,
+            ramp: Ramp::new(in_flight, counted),
             open: Vec::new(),
-            begin: None,
         }
     }
 
     fn turns(&self, number: usize) -> usize {
-        if number < self.in_flight {
+        if number < self.ramp.places {
             number % TURNS + 1
         } else {
             TURNS
@@ -400,7 +442,7 @@ impl<'a> Chats<'a> {
             conversation.number as u64,
             conversation.turn as u64,
         ];
-        let mut random = Random::of("chat", &seed);
+        let mut random = random("chat", &seed);
         let Lengths { prompt, answer } = CHAT_TURN.draw(&mut random);
         (self.text.part(&mut random, prompt).collect(), answer)
     }
@@ -408,23 +450,19 @@ impl<'a> Chats<'a> {
 
 impl Source for Chats<'_> {
     fn next(&mut self, now: Duration) -> Result<Next> {
-        if self.open.len() < self.in_flight && self.started < self.in_flight + self.counted {
-            let number = self.started;
-            if number == self.in_flight {
-                self.begin = Some(now);
-            }
-            self.started += 1;
+        let missing = self.open.len() < self.ramp.places;
+        if let Some(number) = missing.then(|| self.ramp.next(now)).flatten() {
             self.open.push(Conversation {
                 number,
                 turn: 0,
                 said: self
                     .text
-                    .prompt(&mut Random::of("chat prefix", &[]), CHAT_PREFIX),
+                    .prompt(&mut random("chat prefix", &[]), CHAT_PREFIX),
                 waits: false,
             });
         }
         let Some(at) = self.open.iter().position(|c| !c.waits) else {
-            let ends = self.open.len() < self.in_flight;
+            let ends = self.open.len() < self.ramp.places;
             return Ok(if ends { Next::End } else { Next::Busy });
         };
         let (asked, tokens) = self.turn(&self.open[at]);
@@ -433,6 +471,12 @@ impl Source for Chats<'_> {
         conversation.waits = true;
         let job = conversation.number * TURNS + conversation.turn;
         Ok(Next::Send(job, body(&conversation.said, tokens, true)))
+    }
+
+    fn began(&mut self, job: usize) {
+        if job.is_multiple_of(TURNS) {
+            self.ramp.began(job / TURNS);
+        }
     }
 
     fn answered(&mut self, finished: &Finished) -> Result<()> {
@@ -456,11 +500,11 @@ impl Source for Chats<'_> {
 
 impl Counted for Chats<'_> {
     fn counts(&self, job: usize) -> bool {
-        job >= self.in_flight * TURNS
+        self.ramp.counts(job / TURNS)
     }
 
     fn window_begin(&self) -> Duration {
-        self.begin.unwrap_or_default()
+        self.ramp.begin.unwrap_or_default()
     }
 }
 
@@ -525,14 +569,20 @@ mod tests {
             let mut source = Steady::new(&text, lengths, round, 4, 8);
             let mut got = Vec::new();
             loop {
-                while let Some(one) = sent(&mut source, Duration::ZERO) {
-                    got.push(one);
+                while let Some((job, body)) = sent(&mut source, Duration::ZERO) {
+                    got.push((job, body));
                     if answers_between {
+                        source.began(job);
                         break;
                     }
                 }
                 if source.open == 0 {
+                    got.retain(|(job, _)| *job < FILLER);
                     return got;
+                }
+                // A first token that comes late lets requests in that do not count.
+                if !answers_between && got.len() == 7 {
+                    (0..4).for_each(|job| source.began(job));
                 }
                 // Which answer comes first makes no difference.
                 source.open -= 1;
@@ -545,6 +595,45 @@ mod tests {
     }
 
     #[test]
+    fn nothing_counts_before_each_place_has_had_a_token() {
+        let text = text();
+        let lengths = Lengths {
+            prompt: 300,
+            answer: 64,
+        };
+        let mut source = Steady::new(&text, lengths, 0, 2, 3);
+        let send = |at: u64, source: &mut Steady| {
+            let next = sent(source, Duration::from_secs(at)).map(|(job, _)| job);
+            (next, source.window_begin().as_secs())
+        };
+        assert_eq!(send(1, &mut source).0, Some(0));
+        assert_eq!(send(1, &mut source).0, Some(1));
+        assert_eq!(send(1, &mut source).0, None);
+        source.began(0);
+        source.open -= 1;
+        // The other place has no token yet: what replaces the first request does not count, and neither does its first token.
+        let (filler, begin) = send(2, &mut source);
+        assert!(!source.counts(filler.unwrap()) && begin == 0);
+        source.began(filler.unwrap());
+        source.open -= 1;
+        let (filler, begin) = send(3, &mut source);
+        assert!(!source.counts(filler.unwrap()) && begin == 0);
+        source.began(1);
+        source.open -= 1;
+        assert_eq!(send(4, &mut source), (Some(2), 4));
+        assert!(source.counts(2));
+        source.open -= 1;
+        assert_eq!(send(5, &mut source), (Some(3), 4));
+        source.open -= 1;
+        assert_eq!(send(6, &mut source), (Some(4), 4));
+        source.open -= 1;
+        assert!(matches!(
+            source.next(Duration::from_secs(7)).unwrap(),
+            Next::End
+        ));
+    }
+
+    #[test]
     fn lengths_lie_around_their_mean() {
         let text = text();
         let lengths = Lengths {
@@ -554,7 +643,8 @@ mod tests {
         let mut source = Steady::new(&text, lengths, 0, 1, 2000);
         let (mut prompts, mut answers) = (0, 0);
         for _ in 0..2001 {
-            let (_, body) = sent(&mut source, Duration::ZERO).unwrap();
+            let (job, body) = sent(&mut source, Duration::ZERO).unwrap();
+            source.began(job);
             source.open = 0;
             let (prompt, answer) = tokens(&body);
             assert!(
@@ -584,6 +674,7 @@ mod tests {
         let mut answers = Vec::new();
         while let Some((job, body)) = sent(&mut source, Duration::from_secs(3)) {
             assert!(!source.counts(job));
+            source.began(job);
             answers.push(tokens(&body).1);
         }
         assert_eq!(answers.len(), 4);

@@ -19,7 +19,7 @@ enum Kind {
     Closed,
     /// Requests come at random
     Poisson,
-    /// The same, in bursts
+    /// Requests come at random, in bursts
     Bursty,
 }
 
@@ -27,30 +27,31 @@ enum Kind {
 enum Holes {
     /// State-copy
     Copy,
-    /// Exited rows go deep later on
+    /// Rows that exited go deep later on
     Postfill,
-    /// The same, and their tokens are drafts until then
+    /// Rows that exited go deep later on; their tokens are drafts until then
     Verify,
 }
 
-/// Simulates drex's scheduler: the engine's own code under a cost profile and a workload.
+/// Simulates drex's scheduler: the engine's own code under a cost profile and a workload
 #[derive(Parser)]
 #[command(
     name = "drex-sim",
+    bin_name = "cargo xtask sim",
     version,
-    after_help = "Examples:\n  drex-sim --profile mixed --requests 64 --batch 64 --p 0.8\n  drex-sim --workload poisson \
-                  --load 0.9 --length 50,150 --policies off,auto\n  drex-sim --replay server.jsonl --threshold 0.5 \
-                  --policies off,auto,art\n  drex-sim --grid --plot grid.svg\n\nExit status: 0 success, 1 something failed, 2 \
-                  wrong usage."
+    after_help = "Examples:\n  cargo xtask sim --profile mixed --requests 64 --batch 64 --p 0.8\n  cargo xtask sim --workload \
+                  poisson --load 0.9 --length 50,150 --policies off,auto\n  cargo xtask sim --replay traffic.jsonl --threshold \
+                  0.5 --policies off,auto,art\n  cargo xtask sim --grid --plot grid.svg\n\nExit status: 0 success, 1 something \
+                  failed, 2 wrong usage.\n\nThe options are explained in docs/simulator.md, the words in docs/concepts.md."
 )]
 struct Cli {
-    /// Every policy over regimes, sizes, depths and exit chances, against the best fixed rule and the limit
+    /// Run every policy over regimes, sizes, depths and exit chances, against the best fixed rule and the limit
     #[arg(long, conflicts_with_all = ["scale", "replay"])]
     grid: bool,
-    /// What a decision costs in real time, from 16 to 10,000 requests
+    /// Measure what a decision costs in real time, from 16 to 10,000 requests
     #[arg(long, conflicts_with = "replay")]
     scale: bool,
-    /// A file of llama-server --drex-record: its costs, its confidences, its arrivals (or --workload closed)
+    /// Replay a file of llama-server --drex-record: its costs, confidences and arrivals
     #[arg(long, value_name = "FILE")]
     replay: Option<String>,
     /// Policies to compare: off, auto, hold[:THETA[:PHI]], latency, art, lazy, eager, median, mean
@@ -69,36 +70,37 @@ struct Cli {
     /// Layers after which a row may exit; with --replay, which of the recorded ones
     #[arg(long, value_delimiter = ',')]
     ramps: Vec<u32>,
-    /// Chance to exit at each ramp, for rows that have not before; one value serves for all
+    /// Chance to exit at each ramp, of the rows that come there; one value serves for all ramps
     #[arg(long, value_delimiter = ',', default_value = "0.5")]
     p: Vec<f64>,
-    /// Requests differ in their chance: 0 not at all, 1 all or nothing
+    /// How much requests differ in their chance to exit: 0 not at all, 1 all or nothing
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     p_spread: f64,
-    /// The chance swings by this share of it
+    /// Share of itself by which the chance to exit swings
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     p_drift: f64,
     /// Period of --p-drift in seconds
     #[arg(long, default_value_t = 10.0)]
     p_period: f64,
-    /// Confidence from which a row exits, one value or one for each ramp; with --replay
+    /// With --replay: confidence from which a row exits, one value or one for each ramp
     #[arg(long, value_delimiter = ',')]
     threshold: Vec<f32>,
+    /// When requests come [default: closed; with --replay, as recorded]
     #[arg(long, value_enum)]
     workload: Option<Kind>,
-    /// Requests at all times (closed), or decoding at most (others)
+    /// Requests at all times (closed), or the most that decode at once (others)
     #[arg(long, default_value_t = 32)]
     requests: u32,
-    /// Rows in one pass at most [default: 32; with pending rows, enough for all]
+    /// Most rows in one pass [default: 32; with pending rows, enough for all]
     #[arg(long)]
     batch: Option<u32>,
-    /// How the K/V of exited rows is completed
+    /// How the K/V of exited rows is filled in the layers that they skipped
     #[arg(long, value_enum, default_value = "copy")]
     fill: Holes,
-    /// Pending rows of a request at most (postfill, verify)
+    /// Most pending rows of a request (postfill, verify)
     #[arg(long, default_value_t = 8)]
     max_pending: u32,
-    /// Chance that a draft is what the full model says (verify) [default: as recorded, else 0.95]
+    /// Chance that the full model confirms a draft (verify) [default: as recorded, else 0.95]
     #[arg(long)]
     accept: Option<f64>,
     /// Requests per second (poisson, bursty)
@@ -116,25 +118,25 @@ struct Cli {
     /// Rows of a prompt, or a range FROM,TO
     #[arg(long, value_delimiter = ',', conflicts_with = "prompt_share")]
     prompt_rows: Vec<u64>,
-    /// Share of the work that prompts are, where no row exits: their rows are chosen accordingly
+    /// Share of the work that prompts take when no row exits; sets the rows of a prompt
     #[arg(long, value_name = "SHARE")]
     prompt_share: Option<f64>,
-    /// Rows of one window at most, those of prompts included
+    /// Most rows in one window, those of prompts included
     #[arg(long, value_name = "ROWS", default_value_t = PASS_ROWS)]
     pass_rows: u32,
     /// Longest wait of a held row, in ms [default: 8 times the predicted time of its remaining layers]
     #[arg(long, default_value_t = 0.0, hide_default_value = true)]
     max_hold_ms: f64,
-    /// Time between tokens that flushes keep, in ms; 0: none
+    /// Time between tokens that flushes keep where they can, in ms; 0: none
     #[arg(long, default_value_t = 0.0)]
     deadline_ms: f64,
-    /// Time from prompt to last token, in ms; 0: none
+    /// Time from prompt to last token that flushes keep where they can, in ms; 0: none
     #[arg(long, default_value_t = 0.0)]
     request_deadline_ms: f64,
     /// Priorities and their shares, such as 0:0.8,5:0.2
     #[arg(long, value_delimiter = ',')]
     priorities: Vec<String>,
-    /// Spread of times, as a share of them
+    /// Spread of the times of windows, as a share of them
     #[arg(long, default_value_t = 0.0)]
     noise: f64,
     /// Share of windows that take ten times as long
@@ -143,15 +145,16 @@ struct Cli {
     /// The host's own time per window, in us
     #[arg(long, default_value_t = 0.0)]
     gap_us: f64,
-    /// auto starts from a profile whose cost per row is wrong by this factor (1: from nothing)
+    /// Factor by which the cost per row is wrong in the profile that auto starts from (1: no profile)
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     wrong_profile: f64,
     /// Tokens per run
     #[arg(long, default_value_t = 20_000)]
     tokens: u64,
+    /// Seed of all random draws
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// One line of JSON
+    /// Print one line of JSON
     #[arg(long)]
     json: bool,
     /// Also write a CSV file

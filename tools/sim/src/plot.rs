@@ -2,15 +2,15 @@
 
 //! Plots as SVG: throughput and p99 time between tokens, with the limit.
 
-use std::fmt::Write;
+use drex_svg::{Anchor, Axis, Picture};
 
 use crate::grid::Cell;
 use crate::run::Report;
 
-const STYLE: &str = "<style>text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.axis{stroke:#bbb}.limit{stroke:#888;\
+const STYLE: &str = "text{font:11px sans-serif;fill:#333}.t{font-weight:bold}.axis{stroke:#bbb}.limit{stroke:#888;\
 stroke-dasharray:4 3;fill:none}.off{stroke:#999;fill:#999}.art{stroke:#c77700;fill:#c77700}.latency{stroke:#2a7fb8;fill:#2a7fb8}\
 .eager{stroke:#b03a5b;fill:#b03a5b}.best{stroke:#555;fill:#555}.auto{stroke:#1a8f4a;fill:#1a8f4a}line,polyline{stroke-width:1.6;\
-fill:none!important}text.l{stroke:none}@media(prefers-color-scheme:dark){text{fill:#ddd}.axis{stroke:#555}.best{stroke:#ccc;fill:#ccc}}</style>";
+fill:none!important}text.l{stroke:none}@media(prefers-color-scheme:dark){text{fill:#ddd}.axis{stroke:#555}.best{stroke:#ccc;fill:#ccc}}";
 
 type Series = (&'static str, fn(&Cell) -> f64);
 
@@ -38,7 +38,8 @@ pub fn grid(cells: &[Cell]) -> String {
     let columns = 6;
     let rows = panels.len().div_ceil(columns);
     let half = rows as f64 * (h + 34.0) + 40.0;
-    let mut out = head(columns as f64 * (w + 24.0) + 30.0, 2.0 * half + 30.0);
+    let width = columns as f64 * (w + 24.0) + 30.0;
+    let mut out = Picture::file(width, 2.0 * half + 30.0, STYLE);
     for (part, (title, series)) in [
         ("Throughput relative to no early exit, over p", &RATES[..]),
         (
@@ -50,16 +51,11 @@ pub fn grid(cells: &[Cell]) -> String {
     .enumerate()
     {
         let top = part as f64 * half + 18.0;
-        let _ = write!(out, "<text class=\"t\" x=\"20\" y=\"{top}\">{title}</text>");
+        out.text("t", (20.0, top), Anchor::Start, title);
         for (k, (name, _)) in series.iter().enumerate() {
-            let x = 460.0 + 75.0 * k as f64;
-            let _ = write!(
-                out,
-                "<line class=\"{name}\" x1=\"{x}\" x2=\"{}\" y1=\"{y}\" y2=\"{y}\"/><text x=\"{}\" y=\"{top}\">{name}</text>",
-                x + 16.0,
-                x + 20.0,
-                y = top - 4.0
-            );
+            let (x, y) = (460.0 + 75.0 * k as f64, top - 4.0);
+            out.line(name, (x, y), (x + 16.0, y));
+            out.text("", (x + 20.0, top), Anchor::Start, name);
         }
         for (i, panel) in panels.iter().enumerate() {
             let x0 = 24.0 + (i % columns) as f64 * (w + 24.0);
@@ -67,108 +63,73 @@ pub fn grid(cells: &[Cell]) -> String {
             self::panel(&mut out, panel, series, part == 1, (x0, y0, w, h));
         }
     }
-    out + "</svg>\n"
+    out.finish() + "\n"
 }
 
 fn panel(
-    out: &mut String,
+    out: &mut Picture,
     cells: &[Cell],
     series: &[Series],
-    log: bool,
+    logarithmic: bool,
     (x0, y0, w, h): (f64, f64, f64, f64),
 ) {
     let c = &cells[0];
-    let _ = write!(
-        out,
-        "<text x=\"{x0}\" y=\"{}\">{} {}/{} a={}</text><line class=\"axis\" x1=\"{x0}\" x2=\"{}\" y1=\"{}\" y2=\"{}\"/>",
-        y0 - 4.0,
-        c.class.name,
-        c.n,
-        c.batch,
-        c.a,
-        x0 + w,
-        y0 + h,
-        y0 + h
-    );
-    let scale = |v: f64| if log { v.max(1e-3).ln() } else { v };
+    let title = format!("{} {}/{} a={}", c.class.name, c.n, c.batch, c.a);
+    out.text("", (x0, y0 - 4.0), Anchor::Start, title);
+    out.line("axis", (x0, y0 + h), (x0 + w, y0 + h));
     let all = || {
         cells
             .iter()
-            .flat_map(|c| series.iter().map(move |s| scale((s.1)(c))))
+            .flat_map(|c| series.iter().map(move |s| (s.1)(c)))
     };
-    let high = all().fold(scale(1.1), f64::max);
-    let low = all().fold(scale(0.9), f64::min);
-    let y = |v: f64| y0 + (high - scale(v)) / (high - low) * h;
-    let _ = write!(
-        out,
-        "<line class=\"axis\" x1=\"{x0}\" x2=\"{}\" y1=\"{one}\" y2=\"{one}\"/><text x=\"{}\" y=\"{}\">1</text>",
-        x0 + w,
-        x0 - 10.0,
-        y(1.0) + 4.0,
-        one = y(1.0)
-    );
+    let high = all().fold(1.1, f64::max);
+    let low = all().fold(0.9, f64::min);
+    let y = if logarithmic {
+        Axis::logarithmic((low.max(1e-3), high), (y0 + h, y0))
+    } else {
+        Axis::linear((low, high), (y0 + h, y0))
+    };
+    let x = Axis::linear((0.0, 1.0), (x0, x0 + w));
+    let one = y.at(1.0);
+    out.line("axis", (x0, one), (x0 + w, one));
+    out.text("", (x0 - 10.0, one + 4.0), Anchor::Start, 1);
     for (name, value) in series {
-        let points: Vec<String> = cells
-            .iter()
-            .map(|c| format!("{:.1},{:.1}", x0 + c.p * w, y(value(c))))
-            .collect();
-        let _ = write!(
-            out,
-            "<polyline class=\"{name}\" points=\"{}\"/>",
-            points.join(" ")
-        );
+        out.trace(name, cells.iter().map(|c| (x.at(c.p), y.at(value(c)))));
     }
 }
 
 /// Bars of throughput and p99 time between tokens, one per policy.
 pub fn runs(runs: &[Report], limit: Option<f64>) -> String {
-    let (width, row) = (760.0, 26.0);
-    let mut out = head(width, 70.0 + row * runs.len() as f64);
+    let row = 26.0;
+    let mut out = Picture::file(760.0, 70.0 + row * runs.len() as f64, STYLE);
     let most = runs
         .iter()
         .map(|r| r.tokens_per_s)
         .chain(limit)
-        .fold(0.0, f64::max);
-    let slow = runs.iter().map(|r| r.tbt_p99_ms).fold(0.0, f64::max);
-    let _ = write!(
-        out,
-        "<text class=\"t\" x=\"110\" y=\"20\">tokens/s</text><text class=\"t\" x=\"470\" y=\"20\">p99 time between tokens, ms</text>"
-    );
+        .fold(1e-9, f64::max);
+    let slow = runs.iter().map(|r| r.tbt_p99_ms).fold(1e-9, f64::max);
+    let rates = Axis::linear((0.0, most), (110.0, 390.0));
+    let waits = Axis::linear((0.0, slow), (470.0, 670.0));
+    out.text("t", (110.0, 20.0), Anchor::Start, "tokens/s");
+    let title = "p99 time between tokens, ms";
+    out.text("t", (470.0, 20.0), Anchor::Start, title);
     for (i, r) in runs.iter().enumerate() {
         let y = 34.0 + row * i as f64;
         let class = r.name.split(':').next().unwrap_or("");
-        let (a, b) = (
-            r.tokens_per_s / most * 280.0,
-            r.tbt_p99_ms / slow.max(1e-9) * 200.0,
-        );
-        let _ = write!(
-            out,
-            "<text x=\"10\" y=\"{t}\">{name}</text><rect class=\"{class}\" x=\"110\" y=\"{y}\" width=\"{a:.1}\" height=\"16\"/>\
-             <text class=\"l\" x=\"{ax:.1}\" y=\"{t}\">{rate:.0}</text><rect class=\"{class}\" x=\"470\" y=\"{y}\" width=\"{b:.1}\" \
-             height=\"16\"/><text class=\"l\" x=\"{bx:.1}\" y=\"{t}\">{p99:.1}</text>",
-            t = y + 12.0,
-            name = r.name,
-            ax = 116.0 + a,
-            bx = 476.0 + b,
-            rate = r.tokens_per_s,
-            p99 = r.tbt_p99_ms
-        );
+        out.text("", (10.0, y + 12.0), Anchor::Start, &r.name);
+        for (axis, value, text) in [
+            (rates, r.tokens_per_s, format!("{:.0}", r.tokens_per_s)),
+            (waits, r.tbt_p99_ms, format!("{:.1}", r.tbt_p99_ms)),
+        ] {
+            let (from, to) = (axis.at(0.0), axis.at(value));
+            out.bar(class, (from, y), (to - from, 16.0), 0.0);
+            out.text("l", (to + 6.0, y + 12.0), Anchor::Start, text);
+        }
     }
     if let Some(limit) = limit {
-        let x = 110.0 + limit / most * 280.0;
-        let bottom = 34.0 + row * runs.len() as f64;
-        let _ = write!(
-            out,
-            "<line class=\"limit\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"28\" y2=\"{bottom}\"/><text x=\"{:.1}\" y=\"{}\">limit</text>",
-            x - 12.0,
-            bottom + 14.0
-        );
+        let (x, bottom) = (rates.at(limit), 34.0 + row * runs.len() as f64);
+        out.line("limit", (x, 28.0), (x, bottom));
+        out.text("", (x - 12.0, bottom + 14.0), Anchor::Start, "limit");
     }
-    out + "</svg>\n"
-}
-
-fn head(width: f64, height: f64) -> String {
-    format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\">{STYLE}"
-    )
+    out.finish() + "\n"
 }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::cache;
+use drex_build::cache;
 
 pub struct Checked {
     pub pages: usize,

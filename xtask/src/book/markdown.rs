@@ -11,15 +11,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use pulldown_cmark::{Event, LinkType, Options, Parser, Tag, TagEnd};
 
 use super::links::{Checked, external};
-use crate::cache;
+use drex_build::cache;
 
 /// Made from the header; only the book has it.
 const REFERENCE: &str = "docs/reference";
 
 /// Where to look for Markdown, besides the checkout's own folder.
-const FOLDERS: [&str; 9] = [
+const FOLDERS: [&str; 10] = [
     "benches",
     "bindings",
     "demo",
@@ -28,6 +29,7 @@ const FOLDERS: [&str; 9] = [
     "integration",
     "kernels",
     "models",
+    "tests",
     "tools",
 ];
 
@@ -38,79 +40,93 @@ struct Link {
     target: Range<usize>,
 }
 
-fn links(text: &str) -> Vec<Link> {
+/// The links and pictures of a text that lead to files or anchors here.
+fn links(text: &str) -> Result<Vec<Link>> {
     let mut found = Vec::new();
-    let (mut at, mut fenced) = (0, false);
-    for line in text.split_inclusive('\n') {
-        if line.trim_start().starts_with("```") {
-            fenced = !fenced;
-        } else if !fenced {
-            let mut code = false;
-            for (i, character) in line.char_indices() {
-                code ^= character == '`';
-                if code || !line[i..].starts_with("](") {
+    // Those that are open: kind, target, all of it, its text.
+    let mut open = Vec::new();
+    for (event, range) in Parser::new_ext(text, OPTIONS).into_offset_iter() {
+        match event {
+            Event::Start(Tag::Link {
+                link_type,
+                dest_url,
+                ..
+            }) => {
+                let begin = range.start + 1;
+                open.push((link_type, dest_url, range, begin..begin));
+            }
+            Event::Start(Tag::Image {
+                link_type,
+                dest_url,
+                ..
+            }) => {
+                let begin = range.start + 2;
+                open.push((link_type, dest_url, range, begin..begin));
+            }
+            Event::End(TagEnd::Link | TagEnd::Image) => {
+                let (kind, target, whole, words) = open.pop().context("a link ends twice")?;
+                if let Some((_, _, _, words)) = open.last_mut() {
+                    words.end = whole.end;
+                }
+                if external(&target) {
                     continue;
                 }
-                let Some(end) = line[i..].find(')').map(|n| i + n) else {
-                    continue;
-                };
-                // Brackets of a formula: a target has no blanks.
-                if line[i..end].contains(' ') {
-                    continue;
-                }
-                let open = text_begin(line.as_bytes(), i);
-                let (Some(open), from) = (open, i + 2) else {
-                    continue;
-                };
-                let image = usize::from(open > 0 && line.as_bytes()[open - 1] == b'!');
+                // `](`
+                let begin = words.end + 2;
+                let at = begin..begin + target.len();
+                let plain = text.get(at.clone()) == Some(&*target);
+                ensure!(
+                    kind == LinkType::Inline && plain,
+                    "{}: links to files are written [text](target)",
+                    &text[whole]
+                );
                 found.push(Link {
-                    whole: at + open - image..at + end + 1,
-                    text: at + open + 1..at + i,
-                    target: at + from..at + end,
+                    whole,
+                    text: words,
+                    target: at,
                 });
             }
+            _ => {
+                if let Some((_, _, _, words)) = open.last_mut() {
+                    words.end = words.end.max(range.end);
+                }
+            }
         }
-        at += line.len();
     }
-    found
+    Ok(found)
 }
 
-/// The bracket that opens what `close` closes.
-fn text_begin(line: &[u8], close: usize) -> Option<usize> {
-    let mut depth = 0;
-    (0..=close).rev().find(|&i| {
-        match line[i] {
-            b']' => depth += 1,
-            b'[' => depth -= 1,
+const OPTIONS: Options = Options::ENABLE_TABLES;
+
+/// The anchors of a page's headings, as the book and the hosts of Markdown make them.
+fn anchors(text: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut title: Option<String> = None;
+    for event in Parser::new_ext(text, OPTIONS) {
+        match event {
+            Event::Start(Tag::Heading { .. }) => title = Some(String::new()),
+            Event::Text(words) | Event::Code(words) => {
+                if let Some(title) = &mut title {
+                    title.push_str(&words);
+                }
+            }
+            Event::End(TagEnd::Heading(_)) => {
+                let slug: String = title
+                    .take()
+                    .unwrap_or_default()
+                    .to_lowercase()
+                    .chars()
+                    .filter(|c| c.is_alphanumeric() || " -_".contains(*c))
+                    .map(|c| if c == ' ' { '-' } else { c })
+                    .collect();
+                // The same title again gets a number.
+                let numbered = (1..).map(|n| format!("{slug}-{n}"));
+                let mut names = std::iter::once(slug.clone()).chain(numbered);
+                let free = names.find(|name| !found.contains(name));
+                found.extend(free);
+            }
             _ => {}
         }
-        depth == 0
-    })
-}
-
-/// The anchors of a page's headings.
-fn anchors(text: &str) -> BTreeSet<String> {
-    let mut fenced = false;
-    let mut found = BTreeSet::new();
-    for line in text.lines() {
-        fenced ^= line.trim_start().starts_with("```");
-        let title = line.trim_start_matches('#');
-        if fenced || title.len() == line.len() || !title.starts_with(' ') {
-            continue;
-        }
-        let slug: String = title
-            .trim()
-            .chars()
-            .filter(|c| c.is_alphanumeric() || " -_".contains(*c))
-            .map(|c| {
-                if c == ' ' {
-                    '-'
-                } else {
-                    c.to_ascii_lowercase()
-                }
-            })
-            .collect();
-        found.insert(slug);
     }
     found
 }
@@ -145,11 +161,8 @@ pub fn check(repo: &Path) -> Result<Checked> {
     let (mut links_seen, mut dead) = (0, Vec::new());
     for name in &names {
         let text = fs::read_to_string(repo.join(name))?;
-        for link in links(&text) {
+        for link in links(&text).with_context(|| name.display().to_string())? {
             let link = &text[link.target];
-            if external(link) {
-                continue;
-            }
             links_seen += 1;
             let (path, anchor) = link.split_once('#').unwrap_or((link, ""));
             let target = if path.is_empty() {
@@ -214,11 +227,12 @@ fn rewritten(
     repo: &Path,
 ) -> Result<String> {
     let (mut out, mut done) = (String::new(), 0);
-    for link in links(text) {
+    for link in links(text)? {
         let target = &text[link.target.clone()];
-        if external(target) || target.starts_with('#') {
+        if target.starts_with('#') {
             continue;
         }
+        ensure!(done <= link.whole.start, "a link within a link: {target}");
         let (path, anchor) = target.split_once('#').unwrap_or((target, ""));
         let at = resolve(file, path).with_context(|| target.to_owned())?;
         let known = pages.get(&at).cloned();
@@ -263,6 +277,7 @@ mod tests {
     #[test]
     fn finds_links_and_anchors() {
         let found: Vec<_> = links(TEXT)
+            .unwrap()
             .into_iter()
             .map(|l| (&TEXT[l.text], &TEXT[l.target]))
             .collect();
@@ -273,10 +288,21 @@ mod tests {
                 ("p", "p.svg"),
                 ("`two` [3]", "../src/lib.rs"),
                 ("four", "#a-b-c"),
-                ("five", "https://example.com/x"),
             ]
         );
         assert_eq!(anchors(TEXT), BTreeSet::from(["a-b-c".to_owned()]));
+        let twice = "Title\n=====\n\n## `Code` Ünd *so*\n\n# Title\n";
+        let names = ["code-ünd-so", "title", "title-1"].map(str::to_owned);
+        assert_eq!(anchors(twice), BTreeSet::from(names));
+    }
+
+    #[test]
+    fn a_link_that_cannot_be_rewritten_is_refused() {
+        for text in ["[a][b]\n\n[b]: x.md\n", "[a](<x y.md>)\n"] {
+            let error = links(text).err().expect(text).to_string();
+            assert!(error.contains("are written [text](target)"), "{error}");
+        }
+        assert!(links("[a][b] <https://x.org>\n\n[b]: https://example.com\n").is_ok());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{
+use drex_build::{
     cache::{self, Cache},
     cargo,
 };

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 //! The reference's pages, made from `include/drex.h`: its chapters, its types and constants, its functions. What the
 //! header says is what they say; names become links.
 
@@ -385,7 +387,7 @@ mod tests {
 
     #[test]
     fn the_header_is_understood() -> Result<()> {
-        let header = std::fs::read_to_string(crate::cache::repo().join("include/drex.h"))?;
+        let header = std::fs::read_to_string(drex_build::cache::repo().join("include/drex.h"))?;
         let pages: BTreeMap<_, _> = pages(&header)?.into_iter().collect();
         let chapters = &pages[CHAPTERS];
         assert!(chapters.contains("## 2. The host's loop"), "{chapters}");

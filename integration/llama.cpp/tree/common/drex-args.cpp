@@ -106,8 +106,11 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_METRIC"));
     add(common_arg(
         {"--drex-fill"}, "{copy,propagate,postfill,verify}",
-        string_format("how the K/V of skipped layers is filled: copied from the exit layer; projected from the hidden state at the "
-            "exit; computed later, exactly; computed, and the token checked by the full model, whose output it is then (default: %s)", drex.fill.c_str()),
+        string_format("how the K/V of skipped layers is filled (default: %s)\n"
+            "  copy:      copied from the exit layer\n"
+            "  propagate: projected from the hidden state at the exit\n"
+            "  postfill:  computed later, exactly\n"
+            "  verify:    computed later, and the full model checks the token: the output is the full model's", drex.fill.c_str()),
         [](common_params & params, const std::string & value) {
             params.drex.fill = parse_name(value, { "copy", "propagate", "postfill", "verify" });
         }
@@ -128,14 +131,14 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_SLOTS"));
     add(common_arg(
         {"--drex-max-pending"}, "N",
-        string_format("fill postfill and verify: exited tokens of a request before its next one goes through all layers (default: %d)", drex.max_pending),
+        string_format("fill postfill and verify: most exited tokens of a request whose K/V is not computed yet (default: %d)", drex.max_pending),
         [](common_params & params, const std::string & value) {
             params.drex.max_pending = parse_integer(value, 1, n_max);
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_MAX_PENDING"));
     add(common_arg(
         {"--drex-flush-rows"}, "N",
-        "held rows that force a flush (default: 0 = art: max batch, hold: 0.6 of the active requests)",
+        "number of held rows that starts a flush (default: 0 = art: a full batch, hold: 0.6 of the active requests)",
         [](common_params & params, const std::string & value) {
             params.drex.flush_rows = parse_integer(value, 0, n_max);
         }
@@ -149,7 +152,7 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_MIN_READY"));
     add(common_arg(
         {"--drex-max-hold-ms"}, "MS",
-        "flush rows that have been held for longer (default: 0 = a multiple of the predicted time of their remaining layers)",
+        "flush rows that have been held for this long (default: 0 = a multiple of the predicted time of their remaining layers)",
         [](common_params & params, const std::string & value) {
             params.drex.max_hold_ms = parse_number(value, 0.0, ms_max);
         }
@@ -184,22 +187,22 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_RECORD"));
     add(common_arg(
         {"--drex-art-ratio"}, "F",
-        "policy art: fraction of confident rows above which a batch is split (default: measured)",
+        "policy art: share of confident rows above which a batch is split (default: measured)",
         [](common_params & params, const std::string & value) {
             params.drex.art_ratio = parse_number(value, 0.0, 1e6);
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_ART_RATIO"));
     add(common_arg(
         {"--drex-graphs"}, "N",
-        string_format("most compute graphs kept for layer windows, one for each (window, number of rows, layout of their streams) "
-            "(default: %d)", drex.n_graphs),
+        "most compute graphs that are kept, one for each layer window, number of rows and layout of their streams "
+        "(default: 4 for each slot, at least 128)",
         [](common_params & params, const std::string & value) {
             params.drex.n_graphs = parse_integer(value, 1, n_max);
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_GRAPHS"));
     add(common_arg(
         {"--drex-graphs-mib"}, "N",
-        "most memory of these graphs in MiB; the least recently used ones go (default: 0 = a quarter of the model, 64 to 1024)",
+        "most memory of these graphs in MiB; the least recently used ones go (default: 0 = a quarter of the model, at least 64 and 2 for each slot, at most 1024)",
         [](common_params & params, const std::string & value) {
             params.drex.graphs_mib = parse_integer(value, 0, n_max);
         }

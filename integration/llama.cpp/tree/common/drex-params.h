@@ -16,7 +16,7 @@ struct common_params_drex {
 
     int32_t n_slots    = 0;   // rows of the hidden arena, 0 = n_parallel*(1 + max_pending)
     int32_t max_pending = 8;  // exited tokens of a request whose skipped layers are still to be computed
-    int32_t n_graphs   = 128; // compute graphs kept, one for each (window, number of rows, layout of their streams)
+    int32_t n_graphs   = 0; // compute graphs kept, one for each (window, number of rows, layout of their streams), 0 = by the number of slots
     int32_t graphs_mib = 0;   // most memory of these, 0 = by the size of the model
     int32_t max_batch  = 0;   // most rows in one window, 0 = as many as there can be
     int32_t flush_rows = 0;   // held rows that force a flush, 0 = the policy's own rule

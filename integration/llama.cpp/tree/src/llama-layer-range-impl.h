@@ -68,9 +68,9 @@ struct llama_layer_range {
     mutable ggml_tensor * out_ids      = nullptr; // I32 [n_outputs]
     mutable ggml_tensor * entered      = nullptr; // F32 [n_embd, n_tokens]
     mutable ggml_tensor * left         = nullptr;
-    mutable ggml_tensor * dead_embd    = nullptr;
     mutable ggml_tensor * row_of_place = nullptr; // I32 [n_places]
     mutable ggml_tensor * place_of_row = nullptr; // I32 [n_tokens]
+    mutable std::vector<ggml_tensor *> dead;        // what no layer of the range may read, the first one in place of the embeddings
     mutable bool          in_group     = false;   // attention of one group is being built
 };
 
@@ -104,7 +104,7 @@ ggml_tensor * llama_layer_range_build_attn(
 //
 
 // memory context of the current range's batch: one micro-batch, whose tokens have a cell or get one
-llama_memory_context_ptr llama_layer_range_init_batch(llama_layer_ranges & ranges, llama_memory_i & mem, llama_batch_allocr & balloc);
+llama_memory_context_ptr llama_layer_range_init_batch(llama_layer_ranges & ranges, llama_batch_allocr & balloc);
 
 // notes the cells of the micro-batch that has just been computed
 void llama_layer_range_record(llama_layer_ranges & ranges, const llama_memory_context_i & mctx);

@@ -5,11 +5,17 @@
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <array>
+#include <cstring>
+#include <limits>
+#include <map>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 //
 // llama_row_places
@@ -161,10 +167,11 @@ ggml_cgraph * llama_layer_range_begin(const llama_layer_range & range, ggml_cgra
     range.out_ids      = nullptr;
     range.entered      = nullptr;
     range.left         = nullptr;
-    range.dead_embd    = nullptr;
     range.row_of_place = nullptr;
     range.place_of_row = nullptr;
     range.in_group     = false;
+
+    range.dead.clear();
 
     ggml_graph_clear(range.gf_dead);
 
@@ -178,7 +185,7 @@ ggml_cgraph * llama_layer_range_gf_store(const llm_graph_context & gctx, int il)
 ggml_tensor * llama_layer_range_build_dead_embd(const llm_graph_context & gctx) {
     ggml_tensor * cur = ggml_new_tensor_2d(gctx.ctx0, GGML_TYPE_F32, gctx.n_embd, gctx.n_tokens);
     gctx.cb(cur, "range_dead_embd", -1);
-    gctx.range->dead_embd = cur;
+    gctx.range->dead.push_back(cur);
 
     return cur;
 }
@@ -213,8 +220,22 @@ static const llama_layer_range & with_inputs(const llm_graph_context & gctx) {
     return range;
 }
 
+// Inputs are set whether a layer reads them or not: positions are not read where no layer of the range has RoPE. So they get
+// memory. The large ones, which are the masks, are set only where they have some.
+static void keep_inputs(const llm_graph_context & gctx) {
+    for (auto * t = ggml_get_first_tensor(gctx.ctx0); t; t = ggml_get_next_tensor(gctx.ctx0, t)) {
+        if ((t->flags & GGML_TENSOR_FLAG_INPUT) && ggml_nelements(t) <= GGML_MROPE_SECTIONS*gctx.n_tokens) {
+            ggml_build_forward_expand(gctx.range->gf_live, t);
+        }
+    }
+}
+
 ggml_tensor * llama_layer_range_build_cut(const llm_graph_context & gctx, ggml_tensor * cur, int il) {
     const auto & range = with_inputs(gctx);
+
+    if (il + 1 == range.il_end) {
+        keep_inputs(gctx);
+    }
 
     if (il + 1 == range.il_begin) {
         if (!range.project) {
@@ -231,7 +252,9 @@ ggml_tensor * llama_layer_range_build_cut(const llm_graph_context & gctx, ggml_t
     }
 
     if (il + 1 == range.il_end && !range.is_last()) {
-        GGML_ASSERT(cur->ne[1] == gctx.n_tokens);
+        if (cur->ne[0] != gctx.n_embd || ggml_nrows(cur) != gctx.n_tokens) {
+            throw std::runtime_error("a layer ends in another shape than one row for each token");
+        }
 
         ggml_tensor * out = ggml_set_rows(gctx.ctx0, range.hidden, cur, range.arena_idx);
         gctx.cb(out, "range_leave", -1);
@@ -256,7 +279,8 @@ ggml_tensor * llama_layer_range_build_attn(
     if (gctx.gf == range.gf_dead && !v_mla) {
         // nobody computes it: only its shape counts
         const int64_t n_embd_head_v = v->nb[1] > v->nb[2] ? v->ne[2] : v->ne[0];
-        return ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_embd_head_v*q->ne[1], q->ne[2]);
+        range.dead.push_back(ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_embd_head_v*q->ne[1], q->ne[2]));
+        return range.dead.back();
     }
 
     const int64_t n_embd = q->ne[0]*q->ne[1];
@@ -300,7 +324,10 @@ ggml_tensor * llama_layer_range_build_attn(
 // memory
 //
 
-llama_kv_cache::slot_info llama_kv_cache::find_row_slots(const llama_ubatch & ubatch, const std::vector<uint32_t> & cells) {
+llama_kv_cache::slot_info llama_kv_cache::find_row_slots(
+        const llama_ubatch & ubatch,
+        const std::vector<uint32_t> & cells,
+        const std::vector<llama_pos> & pos_min) const {
     slot_info res;
 
     res.s0 = 0;
@@ -323,6 +350,17 @@ llama_kv_cache::slot_info llama_kv_cache::find_row_slots(const llama_ubatch & ub
         cursors[s].head = v_heads[s] > v_cells[s].get_used() + 2*cursors[s].n_new ? 0 : v_heads[s];
     }
 
+    auto is_free = [&](const llama_kv_cells & stream, uint32_t idx) {
+        if (stream.is_empty(idx)) {
+            return true;
+        }
+        if (stream.seq_count(idx) != 1) {
+            return false;
+        }
+        const llama_seq_id seq = stream.seq_get(idx);
+        return llama_hparams::is_masked_swa(n_swa, swa_type, stream.pos_get(idx), std::min(stream.seq_pos_max(seq) + 1, pos_min[seq]));
+    };
+
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         uint32_t idx = cells[i];
         if (idx == UINT32_MAX) {
@@ -330,7 +368,7 @@ llama_kv_cache::slot_info llama_kv_cache::find_row_slots(const llama_ubatch & ub
             auto       & c      = cursors[res.strm[i]];
             for (; c.n_tested < stream.size() && idx == UINT32_MAX; ++c.n_tested) {
                 c.head = c.head >= stream.size() ? 0 : c.head;
-                if (stream.is_empty(c.head)) {
+                if (is_free(stream, c.head)) {
                     idx = c.head;
                 }
                 c.head++;
@@ -345,39 +383,12 @@ llama_kv_cache::slot_info llama_kv_cache::find_row_slots(const llama_ubatch & ub
     return res;
 }
 
-llama_memory_context_ptr llama_kv_cache::init_batch_rows(
-        llama_batch_allocr & balloc,
-        uint32_t n_ubatch,
-        const std::vector<uint32_t> & cells,
-        bool placed,
-        const llama_row_places * places) {
-    balloc.split_reset();
-
-    std::vector<llama_ubatch> ubatches;
-    ubatches.push_back(balloc.split_simple(n_ubatch));
-
-    if (balloc.get_n_used() < balloc.get_n_tokens() || cells.size() != balloc.get_n_tokens()) {
-        return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
-    }
-
-    auto sinfo = find_row_slots(ubatches[0], cells);
-    if (sinfo.empty()) {
-        return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
-    }
-
-    sinfo.placed = placed;
-    sinfo.places = places;
-
-    if (!placed) {
-        // cells of tokens that these take the place of
-        for (uint32_t i = 0; i < cells.size(); ++i) {
-            if (cells[i] != UINT32_MAX) {
-                v_cells[sinfo.strm[i]].rm(cells[i]);
-            }
+void llama_kv_cache::free_row_slots(const slot_info & sinfo, const std::vector<uint32_t> & cells) {
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (cells[i] != UINT32_MAX) {
+            v_cells[sinfo.strm[i]].rm(cells[i]);
         }
     }
-
-    return std::make_unique<llama_kv_cache_context>(this, slot_info_vec_t { std::move(sinfo) }, std::move(ubatches));
 }
 
 int64_t llama_kv_cache_context::get_n_queries(int64_t n_tokens) const {
@@ -450,7 +461,7 @@ struct arena_row {
     llama_seq_id seq  = -1;
     llama_pos    pos  = -1;
     int32_t      il   = -1; // the layer this row enters next, -1: empty
-    uint32_t     cell = 0;  // within the sequence's stream
+    uint32_t     cell[2] = {}; // in each cache, within the sequence's stream
 };
 
 // what decode() keeps from call to call, so that its graph can be reused
@@ -490,13 +501,19 @@ struct llama_layer_ranges {
 
     llama_layer_range range; // the current one
 
+    // the KV cache, or that of the layers without a sliding window and that of those with one
+    std::vector<llama_kv_cache *> caches;
+
+    std::string kv_unlike; // empty: the K and V of each layer have the form of those of any other
+
     std::vector<arena_row> rows;  // [n_rows]
     std::vector<arena_row> spare; // cells that rolled back tokens have left, for the next tokens at their positions
 
-    std::vector<uint32_t> cells;      // of the current batch, within their streams; UINT32_MAX: none yet
-    std::vector<uint32_t> cells_all;  // of the last batch, over all streams
-    std::vector<uint32_t> streams;    // of the current batch
-    std::vector<uint64_t> row_used;   // [n_rows] number of the last call that had this row
+    std::vector<uint32_t>  cells[2];  // of the current batch in each cache, within their streams; UINT32_MAX: none yet
+    std::vector<uint32_t>  cells_all; // of the last batch in the first cache, over all streams
+    std::vector<uint32_t>  streams;   // of the current batch
+    std::vector<uint64_t>  row_used;  // [n_rows] number of the last call that had this row
+    std::vector<llama_pos> pos_min;   // [n_seq_max] lowest position of the rows in question
 
     std::vector<std::unique_ptr<kept_graph>> graphs;
     const kept_graph * current = nullptr; // in use by decode()
@@ -517,8 +534,47 @@ struct llama_layer_ranges {
         return ctx->ranges.get();
     }
 
+    // for what the caches have in common: streams and sequences
     llama_kv_cache & kv() const {
-        return *static_cast<llama_kv_cache *>(ctx.memory.get());
+        return *caches[0];
+    }
+
+    llama_kv_cache & kv_of_layer(int32_t il) const {
+        return *caches[caches.size() > 1 && ctx.model.hparams.is_swa(il) ? 1 : 0];
+    }
+
+    static const char * refuse(const llama_model & model, const std::string & reason) {
+        static thread_local std::string text;
+        text = std::string("the architecture ") + llm_arch_name(model.arch) + " cannot run layer ranges: " + reason;
+        return text.c_str();
+    }
+
+    // nullptr: the memory can be cut
+    static const char * check_memory(const llama_model & model, llama_memory_i * memory) {
+        const auto & hparams = model.hparams;
+
+        if (!memory) {
+            return refuse(model, "it has no KV cache");
+        }
+        if (llama_model_has_encoder(&model)) {
+            return refuse(model, "it has an encoder");
+        }
+        if (llama_model_is_recurrent(&model) || llama_model_is_hybrid(&model)) {
+            return refuse(model, "it has recurrent layers, whose state cannot be taken back to an earlier token");
+        }
+        if (hparams.is_mla()) {
+            return refuse(model, "its cache holds no V (multi-head latent attention, MLA)");
+        }
+        if (!dynamic_cast<llama_kv_cache *>(memory) && !dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+            return refuse(model, "its KV cache is neither a plain one nor one with sliding windows");
+        }
+        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+            if (!hparams.has_kv(il)) {
+                return refuse(model, "layer " + std::to_string(il) + " reads the K and V of an earlier layer");
+            }
+        }
+
+        return nullptr;
     }
 
     static const char * init(llama_context * ctx, llama_layer_range_params params) {
@@ -527,29 +583,36 @@ struct llama_layer_ranges {
         const auto & cparams = ctx->cparams;
 
         if (params.n_rows == 0 || params.n_graphs == 0) {
-            return "n_rows and n_graphs must be at least 1";
+            return params.n_rows == 0 ? "n_rows = 0, expected at least 1" : "n_graphs = 0, expected at least 1";
         }
-        if (!dynamic_cast<llama_kv_cache *>(ctx->memory.get()) || hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-            return "layer ranges need a plain KV cache (no recurrent, hybrid or sliding-window memory)";
+        if (const char * why = check_memory(model, ctx->memory.get())) {
+            return why;
         }
-        if (hparams.is_mla()) {
-            return "layer ranges do not support multi-head latent attention (MLA)";
-        }
-        if (llama_model_has_encoder(&model)) {
-            return "layer ranges do not support models with an encoder";
+        if (params.il_arena < 0 || params.il_arena >= (int32_t) hparams.n_layer()) {
+            return "il_arena is not a layer of the model";
         }
         if (cparams.embeddings || cparams.pooling_type != LLAMA_POOLING_TYPE_NONE || !cparams.causal_attn) {
             return "layer ranges need a causal context without embeddings and pooling";
         }
         if (cparams.pipeline_parallel) {
-            return "layer ranges do not support pipeline parallelism";
+            // micro-batches that overlap would share the arena
+            ctx->cparams.pipeline_parallel = false;
+            ctx->sched_need_reserve = true;
         }
 
         if (params.max_bytes == 0) {
-            params.max_bytes = std::min<size_t>(std::max<size_t>(model.size()/4, 64u << 20), 1u << 30);
+            // windows of each number of rows up to one for each sequence occur, at each cut
+            const size_t for_rows = size_t(cparams.n_seq_max)*(2u << 20);
+            params.max_bytes = std::min<size_t>(std::max<size_t>({ model.size()/4, 64u << 20, for_rows }), 1u << 30);
         }
 
         auto res = std::make_shared<llama_layer_ranges>(*ctx, params);
+
+        if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(ctx->memory.get())) {
+            res->caches = { iswa->get_base(), iswa->get_swa() };
+        } else {
+            res->caches = { static_cast<llama_kv_cache *>(ctx->memory.get()) };
+        }
 
         ggml_init_params iparams = { ggml_tensor_overhead(), nullptr, /*.no_alloc =*/ true };
         res->ctx_hidden.reset(ggml_init(iparams));
@@ -561,7 +624,7 @@ struct llama_layer_ranges {
         res->range.hidden  = ggml_new_tensor_2d(res->ctx_hidden.get(), GGML_TYPE_F32, hparams.n_embd, params.n_rows);
         ggml_set_name(res->range.hidden, "range_hidden");
 
-        auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(0));
+        auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(params.il_arena));
         res->buf_hidden.reset(ggml_backend_alloc_ctx_tensors_from_buft(res->ctx_hidden.get(), buft));
         if (!res->buf_hidden) {
             return "failed to allocate the arena";
@@ -591,60 +654,126 @@ struct llama_layer_ranges {
         return nullptr;
     }
 
-    // Builds the graphs of both sides of a cut, without memory for them.
+    // Builds the graphs of both sides of each cut, without memory for them.
     const char * check_model() {
         if (n_layer < 2) {
-            return "the model has less than two layers";
+            return refuse(ctx.model, "it has less than two layers");
         }
 
         llm_graph_result res(n_nodes);
 
         auto mctx = ctx.memory->init_full();
         if (!mctx) {
-            return "the memory of this model cannot be inspected";
+            return refuse(ctx.model, "its memory cannot be inspected");
         }
+        const uint32_t n_tokens = 2;
         llama_batch_allocr balloc(ctx.model.hparams.n_pos_per_embd());
-        const auto ubatch = balloc.ubatch_reserve(1, 1);
+        const auto ubatch = balloc.ubatch_reserve(n_tokens, 1);
 
-        range.arena_rows = { 0 };
-        range.places.assign({ 0 }, kv().get_n_stream());
+        range.arena_rows = { 0, 1 };
+        range.places.assign({ 0, 0 }, kv().get_n_stream());
 
         const auto n_outputs = ctx.n_outputs;
-        ctx.n_outputs = 1;
+        ctx.n_outputs = n_tokens;
 
-        const char * why = nullptr;
-        for (const bool deep : { false, true }) {
-            range.il_begin = deep ? n_layer/2 : 0;
-            range.il_end   = deep ? n_layer   : n_layer/2;
+        auto build = [&](int32_t il_begin, int32_t il_end) {
+            range.il_begin = il_begin;
+            range.il_end   = il_end;
 
             ctx.range_cur = &range;
             res.reset();
-            ggml_cgraph * gf = nullptr;
             try {
-                gf = ctx.model.build_graph(ctx.graph_params(&res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT));
-            } catch (const std::exception & e) {
-                LLAMA_LOG_ERROR("layer range: %s\n", e.what());
+                auto * gf = ctx.model.build_graph(ctx.graph_params(&res, ubatch, mctx.get(), LLM_GRAPH_TYPE_DEFAULT));
+                ctx.range_cur = nullptr;
+                return gf;
+            } catch (...) {
+                ctx.range_cur = nullptr;
+                throw;
             }
-            ctx.range_cur = nullptr;
+        };
 
-            bool cut = false;
-            for (int i = 0; gf && i < ggml_graph_n_nodes(gf); ++i) {
-                const auto * node = ggml_graph_node(gf, i);
-                cut = cut || node == (deep ? range.entered : range.left);
-                for (const auto * src : node->src) {
-                    if (src && src == range.dead_embd) {
-                        why = "later layers of this model read the token embeddings, so its layers cannot be cut";
-                    }
-                }
+        std::string why;
+        try {
+            // a graph that stops early may have other shapes than its builder expects, if there are inputs for each layer
+            for (int32_t il = 1; il < n_layer && why.empty(); ++il) {
+                auto * gf = build(il, n_layer);
+                why = check_graph(res, gf, range.entered);
             }
-            if (!gf || !cut) {
-                why = "the graph of this model does not name its layers' ends, so its layers cannot be cut";
+            for (int32_t il = 1; il < n_layer && why.empty(); ++il) {
+                auto * gf = build(0, il);
+                why = check_graph(res, gf, range.left);
             }
+            if (why.empty()) {
+                kv_unlike = compare_layers(build(0, n_layer));
+            }
+        } catch (const std::exception & e) {
+            why = e.what();
         }
 
         ctx.n_outputs = n_outputs;
 
-        return why;
+        return why.empty() ? nullptr : refuse(ctx.model, why);
+    }
+
+    // what is wrong with one side of a cut, whose graph must have the node where hidden rows leave or enter
+    std::string check_graph(const llm_graph_result & res, ggml_cgraph * gf, const ggml_tensor * end) const {
+        bool cut = false;
+
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            const auto * node = ggml_graph_node(gf, i);
+            cut = cut || node == end;
+            if (range.il_begin == 0) {
+                continue;
+            }
+            for (const auto * src : node->src) {
+                if (src && (src == res.t_inp_tokens || src == res.t_inp_embd || src == range.dead[0])) {
+                    return "later layers read the token embeddings";
+                }
+                if (src && std::find(range.dead.begin(), range.dead.end(), src) != range.dead.end()) {
+                    return "later layers read more of earlier ones than the hidden rows";
+                }
+            }
+        }
+
+        return cut ? "" : "its graph does not name where layers end";
+    }
+
+    // what makes the K and V of the layers of this graph differ in form
+    std::string compare_layers(ggml_cgraph * gf) const {
+        const auto & hparams = ctx.model.hparams;
+
+        for (int32_t il = 1; il < n_layer; ++il) {
+            if (hparams.is_swa(il) != hparams.is_swa(0)) {
+                return "some layers have a sliding window and others have none";
+            }
+            if (hparams.n_embd_k_gqa(il) != hparams.n_embd_k_gqa(0) || hparams.n_embd_v_gqa(il) != hparams.n_embd_v_gqa(0)) {
+                return "layers have K and V of different sizes";
+            }
+        }
+
+        // the rotations that come before a layer's K is stored
+        std::vector<const ggml_tensor *> first, cur;
+        for (int i = 0, il = 0; i < ggml_graph_n_nodes(gf) && il < n_layer; ++i) {
+            const auto * node = ggml_graph_node(gf, i);
+            if (node->op == GGML_OP_ROPE) {
+                cur.push_back(node);
+            }
+            if (node->op != GGML_OP_SET_ROWS || node->view_src != kv_of_layer(il).get_k_storage(il)) {
+                continue;
+            }
+            if (il++ == 0) {
+                first = cur;
+            }
+            const bool same = std::equal(first.begin(), first.end(), cur.begin(), cur.end(), [](const auto * a, const auto * b) {
+                return memcmp(a->op_params, b->op_params, sizeof(a->op_params)) == 0;
+            });
+            if (!same) {
+                return "layers encode positions in different ways";
+            }
+            cur.clear();
+        }
+
+        return "";
     }
 
     // false: the batch and the arena rows do not fit together
@@ -688,46 +817,172 @@ struct llama_layer_ranges {
         return true;
     }
 
+    std::vector<llama_seq_id> misfits(const llama_batch_ext & batch, int32_t il_begin, const int32_t * arena) {
+        std::vector<llama_seq_id> res;
+        std::map<llama_seq_id, llama_pos> next; // of each sequence in the batch
+
+        for (size_t i = 0; i < batch.tokens.size(); ++i) {
+            const auto & tok = batch.tokens[i];
+            if (tok.seq_ids.size() != 1 || *tok.seq_ids.begin() < 0 || *tok.seq_ids.begin() >= (llama_seq_id) kv().get_n_seq_max()) {
+                return {};
+            }
+            const auto seq = *tok.seq_ids.begin();
+            const auto pos = tok.pos[0];
+
+            if (il_begin > 0) {
+                if (!holds_row(arena[i], seq, pos, il_begin)) {
+                    res.push_back(seq);
+                }
+                continue;
+            }
+            const auto begin = next.try_emplace(seq, kv().seq_pos_max(seq) + 1).first;
+            if (pos != begin->second && !find_cells(seq, pos, 0, arena[i])) {
+                res.push_back(seq);
+            }
+            begin->second = pos + 1;
+        }
+
+        return res;
+    }
+
     bool holds_row(int32_t i, llama_seq_id seq, llama_pos pos, int32_t il) const {
         if (i < 0 || i >= (int32_t) params.n_rows) {
             return false;
         }
         const auto & row = rows[i];
-        return row.il == il && row.seq == seq && row.pos == pos && holds(row.cell, seq, pos);
+        return row.il == il && row.seq == seq && row.pos == pos && holds(row);
     }
 
-    // the cell of a token that is about to run: deep ranges find it by arena row, first ones take what a rollback left
-    uint32_t find_cell(llama_seq_id seq, llama_pos pos, int32_t il_begin, int32_t row) {
+    // where a token that is about to run has its cells: deep ranges find them by arena row, first ones take what a rollback left
+    const arena_row * find_cells(llama_seq_id seq, llama_pos pos, int32_t il_begin, int32_t row) const {
         if (il_begin > 0) {
-            return rows[row].cell;
+            return &rows[row];
         }
 
         for (const auto & s : spare) {
             // the sequence may have been changed since
-            if (s.seq == seq && s.pos == pos && holds(s.cell, seq, pos)) {
-                return s.cell;
+            if (s.seq == seq && s.pos == pos && holds(s)) {
+                return &s;
             }
         }
 
-        return UINT32_MAX;
+        return nullptr;
     }
 
-    bool holds(uint32_t cell, llama_seq_id seq, llama_pos pos) const {
-        const auto & all = kv().get_cells(seq);
+    bool holds(const arena_row & row) const {
+        for (size_t c = 0; c < caches.size(); ++c) {
+            const auto & all = caches[c]->get_cells(row.seq);
 
-        return !all.is_empty(cell) && all.pos_get(cell) == pos && all.seq_has(cell, seq);
+            if (all.is_empty(row.cell[c]) || all.pos_get(row.cell[c]) != row.pos || !all.seq_has(row.cell[c], row.seq)) {
+                return false;
+            }
+        }
+
+        return true;
     }
 
     void rollback(llama_seq_id seq, llama_pos pos) {
         // the arena's rows know where their tokens lie, which spares a search through the memory
-        for (const auto & row : rows) {
-            if (row.seq != seq || row.pos < pos || !holds(row.cell, seq, row.pos)) {
+        for (auto & row : rows) {
+            if (row.seq != seq || row.pos < pos || !holds(row)) {
                 continue;
             }
-            const bool known = std::any_of(spare.begin(), spare.end(), [&](const auto & s) { return s.cell == row.cell && s.seq == seq; });
+            const bool known = std::any_of(spare.begin(), spare.end(), [&](const auto & s) { return s.cell[0] == row.cell[0] && s.seq == seq; });
             if (!known) {
                 spare.push_back(row);
             }
+            row.il = -1;
+        }
+    }
+
+    // What a sliding window no longer shows to a sequence's next token, it may still show to rows that have layers left to pass.
+    void find_pos_min() {
+        pos_min.assign(kv().get_n_seq_max(), std::numeric_limits<llama_pos>::max());
+        if (caches.size() == 1) {
+            return;
+        }
+        for (const auto & row : rows) {
+            if (row.il >= 0 && row.pos < pos_min[row.seq] && holds(row)) {
+                pos_min[row.seq] = row.pos;
+            }
+        }
+    }
+
+    // A sequence that has a new token at a position has nothing else from there on.
+    void void_rows(const llama_ubatch & ubatch) {
+        pos_min.assign(kv().get_n_seq_max(), std::numeric_limits<llama_pos>::max());
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            auto & p = pos_min[ubatch.seq_id[i][0]];
+            p = std::min(p, ubatch.pos[i]);
+        }
+        for (auto & row : rows) {
+            if (row.il >= 0 && row.pos >= pos_min[row.seq]) {
+                row.il = -1;
+            }
+        }
+    }
+
+    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc) {
+        balloc.split_reset();
+
+        std::vector<llama_ubatch> ubatches;
+        ubatches.push_back(balloc.split_simple(ctx.cparams.n_ubatch));
+
+        const bool placed = range.il_begin > 0;
+
+        std::vector<llama_kv_cache::slot_info_vec_t> sinfos;
+        if (balloc.get_n_used() == balloc.get_n_tokens() && cells[0].size() == balloc.get_n_tokens()) {
+            find_pos_min();
+            for (size_t c = 0; c < caches.size(); ++c) {
+                auto sinfo = caches[c]->find_row_slots(ubatches[0], cells[c], pos_min);
+                if (sinfo.empty()) {
+                    break;
+                }
+                sinfo.placed = placed;
+                sinfo.places = &range.places;
+                sinfos.push_back({ std::move(sinfo) });
+            }
+        }
+        if (sinfos.size() < caches.size()) {
+            return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        }
+
+        for (size_t c = 0; c < caches.size() && !placed; ++c) {
+            caches[c]->free_row_slots(sinfos[c][0], cells[c]);
+        }
+
+        if (caches.size() == 1) {
+            return std::make_unique<llama_kv_cache_context>(caches[0], std::move(sinfos[0]), std::move(ubatches));
+        }
+        return std::make_unique<llama_kv_cache_iswa_context>(static_cast<llama_kv_cache_iswa *>(ctx.memory.get()),
+                std::move(sinfos[0]), std::move(sinfos[1]), std::move(ubatches));
+    }
+
+    // notes the cells of the micro-batch that has just been computed
+    void record(const llama_memory_context_i & mctx) {
+        const auto & ubatch = mctx.get_ubatch();
+
+        const llama_kv_cache_context * mctxs[2] = { nullptr, nullptr };
+        if (caches.size() > 1) {
+            const auto & iswa = static_cast<const llama_kv_cache_iswa_context &>(mctx);
+            mctxs[0] = iswa.get_base();
+            mctxs[1] = iswa.get_swa();
+        } else {
+            mctxs[0] = static_cast<const llama_kv_cache_context *>(&mctx);
+        }
+
+        if (range.il_begin == 0) {
+            void_rows(ubatch);
+        }
+
+        cells_all.resize(ubatch.n_tokens);
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            arena_row row = { ubatch.seq_id[i][0], ubatch.pos[i], range.is_last() ? -1 : range.il_end, {} };
+            for (size_t c = 0; c < caches.size(); ++c) {
+                row.cell[c] = mctxs[c]->get_sinfo().idxs[i][0];
+            }
+            cells_all[i] = mctxs[0]->get_sinfo().strm[i]*kv().get_size() + row.cell[0];
+            rows[range.arena_rows[i]] = row;
         }
     }
 
@@ -839,6 +1094,21 @@ struct llama_layer_ranges {
         return true;
     }
 
+    bool edit_logits(llama_token token, int32_t first, int32_t n, float * values, bool write) {
+        if (!logits || token < 0 || token >= logits->ne[0] || first < 0 || n < 1 || first + n > logits->ne[1]) {
+            LLAMA_LOG_ERROR("layer range: the last one has no logits of token %d in rows [%d, %d)\n", token, first, first + n);
+            return false;
+        }
+        const size_t offset = first*logits->nb[1] + token*sizeof(float);
+        if (write) {
+            ggml_backend_tensor_set_2d_async(logits_backend, logits, values, offset, sizeof(float), n, logits->nb[1], sizeof(float));
+        } else {
+            ggml_backend_tensor_get_2d_async(logits_backend, logits, values, offset, sizeof(float), n, logits->nb[1], sizeof(float));
+        }
+
+        return true;
+    }
+
     ggml_backend_t backend() const {
         auto * dev = ctx.model.dev_output();
 
@@ -850,7 +1120,7 @@ struct llama_layer_ranges {
 
         bool one = is_there(range.hidden);
         for (int32_t il = 0; il < n_layer; ++il) {
-            one = one && ctx.model.dev_layer(il) == dev && is_there(kv().get_k_storage(il)) && is_there(kv().get_v_storage(il));
+            one = one && ctx.model.dev_layer(il) == dev && is_there(kv_of_layer(il).get_k_storage(il)) && is_there(kv_of_layer(il).get_v_storage(il));
         }
 
         for (auto * backend : ctx.backend_ptrs) {
@@ -890,16 +1160,21 @@ struct llama_layer_ranges {
 
         auto * batch_mem = batch.mem;
 
-        cells  .clear();
-        streams.clear();
+        cells[0].clear();
+        cells[1].clear();
+        streams .clear();
         for (size_t i = 0; i < n_tokens; ++i) {
             const auto & tok = batch.tokens[i];
             const auto   seq = *tok.seq_ids.begin();
 
             n_outputs += tok.output;
+            const auto * found = find_cells(seq, tok.pos[0], il_begin, arena[i]);
+
             streams.push_back(kv().get_stream(seq));
-            cells  .push_back(find_cell(seq, tok.pos[0], il_begin, arena[i]));
-            if (cells[i] != UINT32_MAX) {
+            for (size_t c = 0; c < caches.size(); ++c) {
+                cells[c].push_back(found ? found->cell[c] : UINT32_MAX);
+            }
+            if (found) {
                 batch.mem = nullptr; // the positions are in the memory already
             }
         }
@@ -926,7 +1201,7 @@ struct llama_layer_ranges {
             if (il_begin == 0 && !spare.empty()) {
                 spare.erase(std::remove_if(spare.begin(), spare.end(), [&](const auto & s) {
                     const auto offs = kv().get_stream(s.seq)*kv().get_size();
-                    return !holds(s.cell, s.seq, s.pos) || std::find(cells_all.begin(), cells_all.end(), offs + s.cell) != cells_all.end();
+                    return !holds(s) || std::find(cells_all.begin(), cells_all.end(), offs + s.cell[0]) != cells_all.end();
                 }), spare.end());
             }
             if (!project && n_outputs > 0) {
@@ -961,23 +1236,12 @@ struct llama_layer_ranges {
     }
 };
 
-llama_memory_context_ptr llama_layer_range_init_batch(llama_layer_ranges & ranges, llama_memory_i & mem, llama_batch_allocr & balloc) {
-    // llama_layer_range_init() has checked the type
-    return static_cast<llama_kv_cache &>(mem).init_batch_rows(balloc, ranges.ctx.get_cparams().n_ubatch, ranges.cells,
-            ranges.range.il_begin > 0, &ranges.range.places);
+llama_memory_context_ptr llama_layer_range_init_batch(llama_layer_ranges & ranges, llama_batch_allocr & balloc) {
+    return ranges.init_batch(balloc);
 }
 
 void llama_layer_range_record(llama_layer_ranges & ranges, const llama_memory_context_i & mctx) {
-    const auto & ubatch = mctx.get_ubatch();
-    const auto & sinfo  = static_cast<const llama_kv_cache_context &>(mctx).get_sinfo();
-    const auto & range  = ranges.range;
-
-    ranges.cells_all.resize(ubatch.n_tokens);
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const uint32_t cell = sinfo.idxs[i][0];
-        ranges.cells_all[i] = sinfo.strm[i]*ranges.kv().get_size() + cell;
-        ranges.rows[range.arena_rows[i]] = { ubatch.seq_id[i][0], ubatch.pos[i], range.is_last() ? -1 : range.il_end, cell };
-    }
+    ranges.record(mctx);
 }
 
 // A batch of several prompts has an attention operation for each. The context's own scheduler runs such batches.
@@ -1025,6 +1289,11 @@ int32_t llama_layer_range_project(llama_context * ctx, llama_batch_ext * batch, 
     return ranges->decode(*batch, il_begin, ranges->n_layer, rows, true);
 }
 
+std::vector<llama_seq_id> llama_layer_range_misfits(llama_context * ctx, llama_batch_ext * batch, int32_t il_begin, const int32_t * rows) {
+    auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges ? ranges->misfits(*batch, il_begin, rows) : std::vector<llama_seq_id>();
+}
+
 void llama_layer_range_rollback(llama_context * ctx, llama_seq_id seq, llama_pos pos) {
     auto * ranges = llama_layer_ranges::get(ctx);
     if (ranges) {
@@ -1040,6 +1309,11 @@ const uint32_t * llama_layer_range_cells(const llama_context * ctx) {
 ggml_tensor * llama_layer_range_logits(const llama_context * ctx) {
     const auto * ranges = llama_layer_ranges::get(ctx);
     return ranges ? ranges->logits : nullptr;
+}
+
+bool llama_layer_range_edit_logits(llama_context * ctx, llama_token token, int32_t first, int32_t n, float * values, bool write) {
+    auto * ranges = llama_layer_ranges::get(ctx);
+    return ranges && ranges->edit_logits(token, first, n, values, write);
 }
 
 bool llama_layer_range_fetch_logits(llama_context * ctx, int32_t first, int32_t n) {
@@ -1075,11 +1349,16 @@ bool llama_layer_range_get_kv(const llama_context * ctx, int32_t il, llama_layer
         return false;
     }
 
-    const auto & kv = ranges->kv();
+    const auto & kv = ranges->kv_of_layer(il);
 
     *out = { kv.get_k_storage(il), kv.get_v_storage(il), kv.get_v_trans(), kv.get_size()*kv.get_n_stream(), kv.get_n_stream() };
 
     return true;
+}
+
+const char * llama_layer_range_kv_unlike(const llama_context * ctx) {
+    const auto * ranges = llama_layer_ranges::get(ctx);
+    return !ranges || ranges->kv_unlike.empty() ? nullptr : ranges->kv_unlike.c_str();
 }
 
 llama_layer_range_perf_data llama_layer_range_perf(const llama_context * ctx) {

@@ -11,7 +11,8 @@
 //   llama_layer_range_decode(ctx, batch, 0, 8,       rows);   // allocates KV cells, logits after layer 7
 //   llama_layer_range_decode(ctx, batch, 8, n_layer, rows);   // any regrouping of tokens that passed [0, 8)
 //
-// The KV cache may be unified or have a stream for each sequence.
+// The KV cache may be unified or have a stream for each sequence. Some layers may have a sliding window: their cells stay
+// until no row that has layers left to pass can see them.
 //
 // A context that never calls llama_layer_range_init() behaves and costs as before.
 // Staging API: C++ allowed, not stable. Thread rules are those of llama_decode().
@@ -20,15 +21,18 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 struct llama_layer_range_params {
     uint32_t n_rows;       // rows of the arena
     uint32_t n_graphs;     // most graphs kept, one for each (range, number of rows, layout of their streams)
     uint32_t n_rows_graph; // batches of more tokens are rarely alike: their graphs are not kept
-    size_t   max_bytes;    // most bytes of compute buffers and metadata of kept graphs; 0: by the size of the model
+    size_t   max_bytes;    // most bytes of compute buffers and metadata of kept graphs; 0: by the size of the model and the number of sequences
+    int32_t  il_arena;     // the arena lies on the device of this layer
 };
 
-// returns nullptr on success, otherwise the reason why this model or context cannot run layer ranges (a static string)
+// Returns nullptr on success, otherwise the reason why this model or context cannot run layer ranges, valid until the next call
+// on this thread. Whether a model can be cut is found out from its memory and its graph, cut by cut.
 LLAMA_API const char * llama_layer_range_init(llama_context * ctx, llama_layer_range_params params);
 
 // Runs layers [il_begin, il_end) over the batch.
@@ -46,6 +50,15 @@ LLAMA_API int32_t llama_layer_range_decode(
         int32_t           il_end,
         const int32_t   * rows);
 
+// After llama_layer_range_decode() or llama_layer_range_project() returned -1 for these arguments: the sequences of tokens that
+// do not fit, in the batch's order. Their arena row does not hold them, their cell has changed, or their position does not follow
+// the sequence. The other tokens can be decoded. Empty: the arguments are wrong in another way
+LLAMA_API std::vector<llama_seq_id> llama_layer_range_misfits(
+        llama_context   * ctx,
+        llama_batch_ext * batch,
+        int32_t           il_begin,
+        const int32_t   * rows);
+
 // Ends the way of rows that are to go no further: layers [il_begin, n_layer) get their K and V as projected from the hidden row
 // as it is, without attention and feed-forward (CALM's state propagation). No logits; the logits of the range before are gone.
 LLAMA_API int32_t llama_layer_range_project(
@@ -61,12 +74,16 @@ LLAMA_API int32_t llama_layer_range_project(
 LLAMA_API void llama_layer_range_rollback(llama_context * ctx, llama_seq_id seq, llama_pos pos);
 
 // KV cell of each token of the last llama_layer_range_decode(), valid until the next one. Cells are numbered over all
-// streams: cell i of stream s is s*n_cells/n_stream + i
+// streams: cell i of stream s is s*n_cells/n_stream + i. Layers with a sliding window have cells of their own, not these
 LLAMA_API const uint32_t * llama_layer_range_cells(const llama_context * ctx);
 
 // logits of the last range on its device, F32 [n_vocab, n_outputs], valid until the next call that decodes, resets or frees.
 // nullptr: there are none
 LLAMA_API ggml_tensor * llama_layer_range_logits(const llama_context * ctx);
+
+// Reads (write = false) or writes the logit of one vocabulary entry in rows [first, first + n) of these logits: values[i] for row
+// first + i. In order with the range's own work, and as asynchronous as that is. false: there are no such logits
+LLAMA_API bool llama_layer_range_edit_logits(llama_context * ctx, llama_token token, int32_t first, int32_t n, float * values, bool write);
 
 // Unlike those of llama_decode(), a range's logits stay where they are. Before the next range, this copies those of tokens
 // [first, first + n), all of them outputs, to where llama_get_logits_ith() finds them; the others are undefined there. Does not
@@ -94,6 +111,10 @@ struct llama_layer_range_kv {
 
 // K and V storage of a layer; false if there is no such layer
 LLAMA_API bool llama_layer_range_get_kv(const llama_context * ctx, int32_t il, llama_layer_range_kv * out);
+
+// nullptr: the K and V of each layer have the cells, the shape and the positional encoding of those of any other layer.
+// Otherwise what differs
+LLAMA_API const char * llama_layer_range_kv_unlike(const llama_context * ctx);
 
 struct llama_layer_range_perf_data {
     uint64_t n_built;   // graphs built for ranges

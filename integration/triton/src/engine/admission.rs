@@ -1,85 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From the queue to a slot, and to drex.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use drex::ffi::functions::drex_request_add;
 use drex::ffi::types::*;
 
-use super::decoder::Decoder;
+use super::decoder::{Decoder, SamplerParams};
 use super::queue::Job;
-use super::{Engine, Event, Figures, Finish, Slot, check, nanoseconds, now_ns, zeroed};
-use crate::llama::SamplerParams;
+use super::{Engine, Event, Finish, Slot, check, nanoseconds, now_ns, zeroed};
 use crate::text::Text;
 use crate::triton::error::Failure;
 
 impl<D: Decoder> Engine<D> {
-    /// Queues a request.
-    pub fn push(&mut self, job: Job) {
-        self.queue.push(job);
-    }
-
     /// Ends what is cancelled, and what waits for longer than its timeout.
     pub(super) fn cancel(&mut self) {
-        let gone = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
-        for job in self.queue.take(|job| gone(&job.cancelled)) {
-            let end = Some((Finish::Cancelled, Figures::default()));
-            let event = Event::Token {
-                token: None,
-                text: String::new(),
-                end,
-            };
-            (self.out)(job.id, event);
-        }
-        let now = now_ns();
-        for job in self
-            .queue
-            .take(|job| job.deadline_ns().is_some_and(|deadline| now >= deadline))
-        {
-            let failure = Failure::unavailable(format!(
-                "the timeout of {} us is over and the request has not begun",
-                job.sampling.timeout_us
-            ));
-            (self.out)(job.id, Event::Failed(failure));
-        }
+        self.seat.pool.sweep();
         for at in 0..self.slots.len() {
             let slot = self.slots[at].as_ref();
-            if slot.is_some_and(|slot| gone(&slot.cancelled)) {
+            if slot.is_some_and(|slot| slot.cancelled.load(Ordering::Relaxed)) {
                 self.finish(at, None, String::new(), Finish::Cancelled);
             }
         }
     }
 
-    pub(super) fn admit(&mut self) {
-        while let Some(&at) = self.free.front() {
-            let Some(job) = self.queue.pop() else {
-                break;
-            };
-            let id = job.id;
-            match self.slot(job) {
-                Ok(slot) => {
-                    let prompt_tokens = slot.prompt.len() as u32;
-                    (self.out)(id, Event::Started { prompt_tokens });
-                    // Whoever is alone does not look at the cells of those that were.
-                    let alone = self.free.len() == self.slots.len();
-                    self.decoder.forget((!alone).then_some(at as i32));
-                    self.free.pop_front();
-                    self.slots[at] = Some(slot);
-                }
-                Err(failure) => (self.out)(id, Event::Failed(failure)),
+    pub(super) fn admit(&mut self) -> Result<(), Failure> {
+        let now = now_ns();
+        for mut job in self.seat.take() {
+            if job.is_cancelled() {
+                job.answer.cancel();
+            } else if job.is_late(now) {
+                job.fail_late();
+            } else if let Some(mut slot) = self.slot(job) {
+                let at = self.free.front().copied();
+                let at = at.ok_or_else(|| Failure::internal("more requests than slots"))?;
+                let prompt_tokens = slot.prompt.len() as u32;
+                slot.answer.send(Event::Started { prompt_tokens });
+                // Whoever is alone does not look at the cells of those that were.
+                let alone = self.free.len() == self.slots.len();
+                self.decoder.forget((!alone).then_some(at as i32));
+                self.free.pop_front();
+                self.slots[at] = Some(slot);
+                continue;
             }
+            self.seat.freed();
         }
-        // Only now: who came in the same step and finds a slot does not wait.
-        for job in self.queue.too_many() {
-            let failure = Failure::unavailable(format!(
-                "{} requests wait, which is max_queue; try again later",
-                self.settings.max_queue
-            ));
-            (self.out)(job.id, Event::Failed(failure));
-        }
+        Ok(())
     }
 
-    fn slot(&mut self, job: Job) -> Result<Slot<D::Sampler>, Failure> {
+    /// None: there is no sampler for it, and it was told so.
+    fn slot(&mut self, job: Job) -> Option<Slot<D::Sampler>> {
         let deadline_ns = job.deadline_ns();
         let Job {
             id,
@@ -87,6 +57,7 @@ impl<D: Decoder> Engine<D> {
             bad,
             sampling,
             cancelled,
+            mut answer,
             ..
         } = job;
         let penalties = sampling.repetition_penalty != 1.0
@@ -106,13 +77,20 @@ impl<D: Decoder> Engine<D> {
                 presence_penalty: sampling.presence_penalty,
                 seed,
             };
-            Some(self.decoder.sampler(&params, &prompt)?)
+            match self.decoder.sampler(&params, &prompt) {
+                Ok(sampler) => Some(sampler),
+                Err(failure) => {
+                    answer.fail(failure);
+                    return None;
+                }
+            }
         } else {
             None
         };
         self.admitted += 1;
-        Ok(Slot {
+        Some(Slot {
             id,
+            answer,
             cancelled,
             reshaped: penalties || !bad.is_empty(),
             bad,

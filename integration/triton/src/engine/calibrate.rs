@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use drex::ffi::functions::*;
 use drex::ffi::types::*;
 
-use super::decoder::Decoder;
-use super::{Engine, Row, check, now_ns, zeroed};
+use super::decoder::{Decoder, Row};
+use super::{Engine, check, now_ns, zeroed};
 use crate::triton::error::Failure;
+use crate::triton::log;
 
 /// Of each pass; the first one builds the graph and is not counted.
 const TIMES: u32 = 4;
@@ -86,12 +87,16 @@ impl<D: Decoder> Engine<D> {
         unsafe { check(drex_observe(self.drex, &seen)) }
     }
 
-    /// Learned costs of an earlier run; without a file there will be one next time.
+    /// Learned costs of an earlier run. Without a file there will be one next time, where one can be written.
     pub(super) fn load_profile(&mut self) -> Result<(), Failure> {
         let Some(path) = &self.settings.profile else {
             return Ok(());
         };
         let failure = |why: String| Failure::invalid(format!("parameters: profile {path}: {why}"));
+        let other = beside(path);
+        let written = std::fs::write(&other, "");
+        let written = written.and_then(|()| std::fs::remove_file(&other));
+        written.map_err(|error| failure(format!("cannot be written: {error}")))?;
         let text = match std::fs::read(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -124,14 +129,19 @@ impl<D: Decoder> Engine<D> {
         }
         text.truncate(length);
         text.push(b'\n');
-        // A server that is killed here must not leave half a file; two instances may write at once.
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let other = format!("{path}.{}.{count}.tmp", std::process::id());
+        let other = beside(path);
         let written = std::fs::write(&other, text).and_then(|()| std::fs::rename(&other, path));
         if let Err(error) = written {
             let _ = std::fs::remove_file(&other);
-            eprintln!("drex: profile {path}: {error}");
+            log::error(&format!("profile {path}: {error}"));
         }
     }
+}
+
+/// A name for what becomes the file at once: a server that is killed must not leave half a file, and two instances may write
+/// at the same time.
+fn beside(path: &str) -> String {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("{path}.{}.{count}.tmp", std::process::id())
 }

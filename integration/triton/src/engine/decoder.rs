@@ -3,8 +3,45 @@
 
 use std::ffi::c_void;
 
-use crate::llama::{LayerKv, Row, SamplerParams};
+use crate::families::Graphs;
 use crate::triton::error::Failure;
+
+/// One row of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    pub token: i32,
+    pub position: i32,
+    pub sequence: i32,
+}
+
+/// K and V of a layer, as `drex_llama_kv` has them.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct LayerKv {
+    pub k: *mut c_void,
+    pub v: *mut c_void,
+    pub k_row_bytes: u64,
+    pub k_cell_stride: u64,
+    pub v_row_bytes: u64,
+    pub v_cell_stride: u64,
+    pub v_elem_bytes: u64,
+    pub v_elem_stride: u64,
+    pub n_cells: u32,
+    pub reserved: u32,
+}
+
+/// How a token is chosen, as `drex_llama_sampling` has it.
+#[repr(C)]
+pub struct SamplerParams {
+    pub temperature: f32,
+    pub top_k: i32,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub repetition_penalty: f32,
+    pub frequency_penalty: f32,
+    pub presence_penalty: f32,
+    pub seed: u32,
+}
 
 /// Where K, V and the logits of windows lie.
 #[derive(Clone, Copy)]
@@ -85,6 +122,5 @@ pub trait Decoder {
     fn piece(&self, token: i32, special: bool) -> Vec<u8>;
     /// Whether a text ends here.
     fn is_end(&self, token: i32) -> bool;
-    /// Graphs built, graphs used again.
-    fn perf(&self) -> (u64, u64);
+    fn perf(&self) -> Graphs;
 }

@@ -69,7 +69,7 @@ impl<D: Decoder> Engine<D> {
                 text,
                 end: None,
             };
-            (self.out)(slot.id, event);
+            slot.answer.send(event);
             return Ok(None);
         };
         text += &slot.text.finish();

@@ -4,13 +4,15 @@
 //! Knows nothing of Triton; what becomes of a request goes out as `Event`s.
 
 mod admission;
+pub mod answer;
 mod calibrate;
 pub mod decoder;
 mod emit;
 #[cfg(test)]
 mod fake;
+pub mod pool;
 mod prompts;
-mod queue;
+pub mod queue;
 mod setup;
 #[cfg(test)]
 mod tests;
@@ -26,15 +28,15 @@ use drex::ffi::functions::*;
 use drex::ffi::types::*;
 
 use crate::clock::now_ns;
-use crate::llama::{Llama, Row};
+use crate::families::Graphs;
 use crate::sampling::Sampling;
 use crate::settings::Settings;
 use crate::text::Text;
 use crate::triton::abi;
 use crate::triton::error::Failure;
+use answer::Answer;
 use decoder::{Decoder, Device};
-pub use queue::Job;
-use queue::Queue;
+use pool::Seat;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
@@ -70,11 +72,9 @@ pub enum Event {
     Failed(Failure),
 }
 
-/// Where events go: the request's id, and what happened.
-pub type Out = Box<dyn Fn(u64, Event) + Send>;
-
 struct Slot<S> {
     id: u64,
+    answer: Answer,
     cancelled: Arc<AtomicBool>,
     sampling: Sampling,
     /// `sampling` makes a ramp's confidence say nothing about the token.
@@ -118,7 +118,7 @@ impl<S> Slot<S> {
     }
 }
 
-pub struct Engine<D: Decoder = Llama> {
+pub struct Engine<D: Decoder> {
     decoder: D,
     drex: *mut drex_engine,
     settings: Settings,
@@ -133,7 +133,8 @@ pub struct Engine<D: Decoder = Llama> {
     /// attention adds up in the order of the cells, and a request that got another's would have some that are out of
     /// order.
     free: VecDeque<usize>,
-    queue: Queue,
+    /// Where its requests come from.
+    seat: Seat,
     admitted: u64,
     leavers: Vec<window::Leaver>,
     /// Prompt rows at a ramp: the next window is theirs.
@@ -142,7 +143,6 @@ pub struct Engine<D: Decoder = Llama> {
     n_arena: u32,
     plan: Vec<drex_row>,
     verdicts: Vec<drex_verdict>,
-    out: Out,
     pub window_ns: u64,
 }
 
@@ -185,12 +185,12 @@ impl<D: Decoder> Engine<D> {
     }
 
     pub fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.slots.iter().all(Option::is_none)
+        self.running() == 0 && !self.seat.has()
     }
 
-    /// Requests that wait, and requests that run.
-    pub fn load(&self) -> (usize, usize) {
-        (self.queue.len(), self.slots.iter().flatten().count())
+    /// Requests that run.
+    pub fn running(&self) -> usize {
+        self.slots.iter().flatten().count()
     }
 
     pub fn stats(&self) -> drex_stats {
@@ -201,11 +201,11 @@ impl<D: Decoder> Engine<D> {
         stats
     }
 
-    pub fn graphs(&self) -> (u64, u64) {
+    pub fn graphs(&self) -> Graphs {
         self.decoder.perf()
     }
 
-    /// Ends every request with an error, as after a panic.
+    /// Ends every request that runs with an error, as after a panic.
     pub fn fail_all(&mut self, failure: &Failure) {
         // SAFETY: allowed at any time; without a step it says so and does nothing.
         unsafe { drex_abandon(self.drex) };
@@ -214,15 +214,13 @@ impl<D: Decoder> Engine<D> {
         for at in 0..self.slots.len() {
             self.fail(at, failure.clone());
         }
-        for job in self.queue.drain() {
-            (self.out)(job.id, Event::Failed(failure.clone()));
-        }
+        self.seat.emptied(self.slots.len());
     }
 
     /// Takes in what waits, runs one window.
     pub fn step(&mut self) -> Result<(), Failure> {
         self.cancel();
-        self.admit();
+        self.admit()?;
         self.window()
     }
 
@@ -244,31 +242,31 @@ impl<D: Decoder> Engine<D> {
             drafts: slot.drafts,
             drafts_accepted: slot.drafts_accepted,
         };
-        self.free(at);
-        let event = Event::Token {
-            token,
-            text,
-            end: Some((end, figures)),
-        };
-        (self.out)(id, event);
+        if let Some(mut slot) = self.free(at) {
+            slot.answer.send(Event::Token {
+                token,
+                text,
+                end: Some((end, figures)),
+            });
+        }
     }
 
     fn fail(&mut self, at: usize, failure: Failure) {
-        if let Some(id) = self.slots[at].as_ref().map(|slot| slot.id) {
-            self.free(at);
-            (self.out)(id, Event::Failed(failure));
+        if let Some(mut slot) = self.free(at) {
+            slot.answer.fail(failure);
         }
     }
 
     /// The request leaves drex, a held row of it too.
-    fn free(&mut self, at: usize) {
-        if let Some(slot) = self.slots[at].take() {
-            // SAFETY: removes a request by its id.
-            unsafe { drex_request_remove(self.drex, slot.id) };
-            self.leavers.retain(|leaver| leaver.slot != at);
-            self.transit.retain(|one| one.slot != at);
-            self.free.push_back(at);
-        }
+    fn free(&mut self, at: usize) -> Option<Slot<D::Sampler>> {
+        let slot = self.slots[at].take()?;
+        // SAFETY: removes a request by its id.
+        unsafe { drex_request_remove(self.drex, slot.id) };
+        self.leavers.retain(|leaver| leaver.slot != at);
+        self.transit.retain(|one| one.slot != at);
+        self.free.push_back(at);
+        self.seat.freed();
+        Some(slot)
     }
 }
 

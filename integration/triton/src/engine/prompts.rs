@@ -3,10 +3,14 @@
 //!
 //! A prompt runs whole or in parts. Rows of a part that a window leaves at a ramp go on in the next window; a part has
 //! passed all layers before the next one begins.
+//!
+//! Where a window has no room for all, higher priority goes first. Among equals the oldest prompt has half of the rows, and the
+//! shortest rests of the others have the other half: a short prompt does not wait for a long one, and the oldest takes at most
+//! twice the windows that it would take alone.
 
-use super::decoder::Decoder;
+use super::Engine;
+use super::decoder::{Decoder, Row};
 use super::window::Step;
-use super::{Engine, Row};
 use crate::triton::error::Failure;
 
 /// A prompt's row that a window left at a ramp.
@@ -14,6 +18,39 @@ pub(super) struct Transit {
     pub slot: usize,
     pub row: Row,
     pub arena: i32,
+}
+
+/// A prompt at layer 0.
+struct Waiting {
+    slot: usize,
+    priority: i32,
+    order: u64,
+    /// Rows that it has to go.
+    rest: usize,
+    /// Rows that it has in the window.
+    rows: usize,
+}
+
+/// Shares out the rows of a window. Afterwards the prompts are in the order of their priority, then of their admission.
+fn share(waiting: &mut [Waiting], mut room: usize) {
+    waiting.sort_by_key(|w| (std::cmp::Reverse(w.priority), w.order));
+    for equals in waiting.chunk_by_mut(|a, b| a.priority == b.priority) {
+        let give = |to: &mut Waiting, most: usize| {
+            let more = most.min(to.rest - to.rows);
+            to.rows += more;
+            more
+        };
+        let [oldest, others @ ..] = equals else {
+            continue;
+        };
+        room -= give(oldest, room.div_ceil(2));
+        let mut shortest: Vec<&mut Waiting> = others.iter_mut().collect();
+        shortest.sort_by_key(|w| w.rest);
+        for other in shortest {
+            room -= give(other, room);
+        }
+        room -= give(oldest, room);
+    }
 }
 
 impl<D: Decoder> Engine<D> {
@@ -39,27 +76,28 @@ impl<D: Decoder> Engine<D> {
         if !self.transit.is_empty() {
             return Err(Failure::internal("drex left prompt rows at a ramp"));
         }
-        let mut waiting: Vec<usize> = Vec::new();
+        let mut waiting: Vec<Waiting> = Vec::new();
         for (at, slot) in self.slots.iter().enumerate() {
-            if slot.as_ref().is_some_and(|slot| slot.in_prompt()) {
-                waiting.push(at);
+            if let Some(slot) = slot.as_ref().filter(|slot| slot.in_prompt()) {
+                waiting.push(Waiting {
+                    slot: at,
+                    priority: slot.sampling.drex_priority,
+                    order: slot.order,
+                    rest: slot.prompt.len() - slot.n_past as usize,
+                    rows: 0,
+                });
             }
         }
-        // Higher priority first, the older first among equals.
-        waiting.sort_by_key(|&at| {
-            let slot = self.slots[at].as_ref();
-            slot.map(|slot| (std::cmp::Reverse(slot.sampling.drex_priority), slot.order))
-        });
+        share(&mut waiting, step.info.n_prompt_rows as usize);
         // Arena rows behind those that drex has.
         let mut arena = self.n_arena as i32;
-        let mut left = step.info.n_prompt_rows as usize;
-        for at in waiting {
+        for Waiting { slot: at, rows, .. } in waiting {
             let Some(slot) = &self.slots[at] else {
                 continue;
             };
             let begin = slot.n_past as usize;
             let part = &slot.prompt[begin..];
-            for (k, &token) in part.iter().take(left).enumerate() {
+            for (k, &token) in part.iter().take(rows).enumerate() {
                 let row = Row {
                     token,
                     position: (begin + k) as i32,
@@ -67,7 +105,6 @@ impl<D: Decoder> Engine<D> {
                 };
                 step.add(at, row, arena, last && k + 1 == part.len());
                 arena += 1;
-                left -= 1;
             }
         }
         Ok(())
@@ -119,5 +156,47 @@ impl<D: Decoder> Engine<D> {
             }
             before = Some(one.slot);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of prompts with these priorities and rests, the oldest first: how many rows each has.
+    fn rows(prompts: &[(i32, usize)], room: usize) -> Vec<usize> {
+        let prompts = prompts.iter().enumerate();
+        let mut all: Vec<Waiting> = prompts
+            .map(|(slot, &(priority, rest))| Waiting {
+                slot,
+                priority,
+                order: slot as u64,
+                rest,
+                rows: 0,
+            })
+            .collect();
+        share(&mut all, room);
+        all.sort_by_key(|w| w.slot);
+        all.iter().map(|w| w.rows).collect()
+    }
+
+    #[test]
+    fn a_short_prompt_does_not_wait_for_a_long_one() {
+        assert_eq!(rows(&[(0, 1000)], 512), [512]);
+        assert_eq!(rows(&[(0, 1000), (0, 20)], 512), [492, 20]);
+        assert_eq!(
+            rows(&[(0, 1000), (0, 900), (0, 20), (0, 30)], 512),
+            [256, 206, 20, 30]
+        );
+        // An oldest prompt that needs no half leaves it to the others.
+        assert_eq!(rows(&[(0, 10), (0, 900)], 512), [10, 502]);
+        assert_eq!(rows(&[(0, 7), (0, 8)], 1), [1, 0]);
+        assert_eq!(rows(&[(0, 7), (0, 8)], 0), [0, 0]);
+    }
+
+    #[test]
+    fn priority_goes_before_length() {
+        assert_eq!(rows(&[(0, 5), (1, 1000)], 512), [0, 512]);
+        assert_eq!(rows(&[(0, 5), (1, 500), (0, 600)], 512), [5, 500, 7]);
     }
 }

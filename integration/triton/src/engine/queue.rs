@@ -2,10 +2,9 @@
 //! Requests that wait for a slot.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::clock::now_ns;
-use crate::llama::Vocab;
+use super::answer::Answer;
 use crate::sampling::Sampling;
 use crate::triton::error::Failure;
 
@@ -19,60 +18,29 @@ pub struct Job {
     pub arrived_ns: u64,
     /// Set by whoever sees the client go.
     pub cancelled: Arc<AtomicBool>,
+    pub answer: Answer,
 }
 
 impl Job {
-    /// Reads the text, on the caller's thread: a long one takes a while. `context` as `Engine::context` says.
-    pub fn new(
-        vocab: &Vocab,
-        context: u32,
-        id: u64,
-        prompt: &str,
-        sampling: Sampling,
-        cancelled: Arc<AtomicBool>,
-    ) -> Result<Self, Failure> {
-        let arrived_ns = now_ns();
-        let most = vocab.longest().saturating_mul(context as usize);
-        if prompt.len() > most {
-            return Err(Failure::invalid(format!(
-                "text_input has {} bytes, the context holds {context} tokens, which are at most {most} bytes",
-                prompt.len()
-            )));
-        }
-        let prompt = vocab.tokenize(prompt, true)?;
-        if prompt.is_empty() {
-            return Err(Failure::invalid("text_input is empty"));
-        }
-        if prompt.len() >= context as usize {
-            return Err(Failure::invalid(format!(
-                "text_input has {} tokens, the context holds {context} with at least one for the answer",
-                prompt.len()
-            )));
-        }
-        let mut bad = Vec::new();
-        for word in &sampling.bad_words {
-            // At the beginning of a line, and within.
-            for text in [word.clone(), format!(" {}", word.trim_start())] {
-                let tokens = vocab.tokenize(&text, false)?;
-                if !tokens.is_empty() && !bad.contains(&tokens) {
-                    bad.push(tokens);
-                }
-            }
-        }
-        Ok(Self {
-            id,
-            prompt,
-            bad,
-            sampling,
-            arrived_ns,
-            cancelled,
-        })
-    }
-
     /// When its timeout is over.
     pub(super) fn deadline_ns(&self) -> Option<u64> {
         let timeout = self.sampling.timeout_us.saturating_mul(1000);
         (timeout > 0).then(|| self.arrived_ns.saturating_add(timeout))
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_late(&self, now: u64) -> bool {
+        self.deadline_ns().is_some_and(|deadline| now >= deadline)
+    }
+
+    pub(super) fn fail_late(&mut self) {
+        self.answer.fail(Failure::unavailable(format!(
+            "the timeout of {} us is over and the request has not begun",
+            self.sampling.timeout_us
+        )));
     }
 }
 
@@ -90,7 +58,7 @@ struct Waiting {
 pub struct Queue {
     /// The oldest first.
     jobs: Vec<Waiting>,
-    /// So many may wait for longer than a step.
+    /// So many may wait.
     most: usize,
     /// The last one was taken for its age.
     aged: bool,
@@ -109,7 +77,19 @@ impl Queue {
         self.jobs.push(Waiting { job, passed: 0 });
     }
 
-    /// Gives the youngest back where too many wait: those that came since a slot was last free.
+    /// So many may wait.
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// One that was taken and did not begin.
+    pub fn put_back(&mut self, job: Job) {
+        let older = |w: &Waiting| w.job.arrived_ns <= job.arrived_ns;
+        let at = self.jobs.iter().take_while(|w| older(w)).count();
+        self.jobs.insert(at, Waiting { job, passed: 0 });
+    }
+
+    /// Gives the youngest back where too many wait.
     pub fn too_many(&mut self) -> Vec<Job> {
         let rest = self.most.min(self.jobs.len());
         self.jobs.drain(rest..).map(|w| w.job).collect()
@@ -166,6 +146,7 @@ mod tests {
             },
             arrived_ns: 0,
             cancelled: Default::default(),
+            answer: Answer::new(Box::new(|_| ())),
         }
     }
 

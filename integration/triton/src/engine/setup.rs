@@ -8,19 +8,21 @@ use drex::ffi::functions::*;
 use drex::ffi::types::*;
 
 use super::decoder::{Decoder, Windows};
-use super::{Engine, Out, Queue, check, nanoseconds, zeroed};
+use super::pool::Seat;
+use super::{Engine, check, nanoseconds, zeroed};
 use crate::settings::Settings;
 use crate::triton::error::Failure;
+use crate::triton::log;
 
 impl<D: Decoder> Engine<D> {
-    pub fn new(mut decoder: D, mut settings: Settings, out: Out) -> Result<Self, Failure> {
+    pub fn new(mut decoder: D, mut settings: Settings, seat: Seat) -> Result<Self, Failure> {
         let ramps = ramps(&decoder, &settings)?;
         if settings.context > decoder.n_context() {
-            eprintln!(
-                "drex: context is {}, the model was trained with {}: that is used",
+            log::warning(&format!(
+                "parameters: context is {}, the model was trained with {}, which is used",
                 settings.context,
                 decoder.n_context()
-            );
+            ));
             settings.context = decoder.n_context();
         }
         let name = |text: &str| CString::new(text).unwrap_or_default();
@@ -84,14 +86,13 @@ impl<D: Decoder> Engine<D> {
             ends: ends.filter(|&token| decoder.is_end(token)).collect(),
             slots: (0..settings.slots).map(|_| None).collect(),
             free: (0..settings.slots as usize).collect(),
-            queue: Queue::new(settings.max_queue),
+            seat,
             admitted: 0,
             leavers: Vec::new(),
             transit: Vec::new(),
             n_arena: arena,
             plan: vec![zeroed(); max_batch as usize],
             verdicts: vec![zeroed(); max_batch as usize],
-            out,
             window_ns: 0,
             settings,
             decoder,
@@ -102,6 +103,11 @@ impl<D: Decoder> Engine<D> {
             this.calibrate()?;
         }
         Ok(this)
+    }
+
+    /// From here on it gets requests.
+    pub fn begin(&self) {
+        self.seat.begin(self.slots.len());
     }
 
     fn bind(&mut self) -> Result<(), Failure> {

@@ -4,8 +4,8 @@
 use drex::ffi::functions::*;
 use drex::ffi::types::*;
 
-use super::decoder::Decoder;
-use super::{Engine, Row, check, now_ns, zeroed};
+use super::decoder::{Decoder, Row};
+use super::{Engine, check, now_ns, zeroed};
 use crate::triton::error::Failure;
 
 /// A planned window. Its prompt rows stand behind its decode rows.

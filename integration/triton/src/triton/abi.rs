@@ -3,11 +3,15 @@
 //!
 //! Enumerations are `u32` constants, since a newer server may send values that are not known here.
 //!
-//! Triton resolves all symbols of a backend before it calls it: a server that lacks one would end with the linker's words.
-//! So only what it takes to compare versions is linked, and the rest is looked up after that.
+//! Triton resolves all symbols of a backend before it calls it: a server that lacks one would end with the linker's words. A
+//! program of another language may have loaded the server for itself, and then the linker finds none of them. So nothing is
+//! linked by name: what it takes to compare versions is looked up first, and the rest after that.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{CStr, OsString, c_char, c_int, c_void};
+use std::os::unix::ffi::OsStringExt;
 use std::sync::OnceLock;
+
+use libloading::os::unix::{Library, RTLD_LAZY};
 
 use super::error::Failure;
 
@@ -69,28 +73,33 @@ pub const KIND_CPU: u32 = 1;
 pub const KIND_GPU: u32 = 2;
 
 pub const LOG_INFO: u32 = 0;
+pub const LOG_WARN: u32 = 1;
 pub const LOG_ERROR: u32 = 2;
-
-unsafe extern "C" {
-    pub fn TRITONSERVER_ErrorNew(code: u32, message: *const c_char) -> *mut Error;
-    pub fn TRITONSERVER_ErrorDelete(error: *mut Error);
-    pub fn TRITONSERVER_ErrorCode(error: *mut Error) -> u32;
-    pub fn TRITONSERVER_ErrorMessage(error: *mut Error) -> *const c_char;
-    pub fn TRITONBACKEND_ApiVersion(major: *mut u32, minor: *mut u32) -> *mut Error;
-}
 
 macro_rules! functions {
     (
+        $table:ident in $found:ident;
         required { $(fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)?;)* }
         optional { $(fn $maybe:ident($($maybe_arg:ident: $maybe_type:ty),* $(,)?) $(-> $maybe_out:ty)?;)* }
     ) => {
         #[allow(non_snake_case)]
-        pub struct Functions {
+        pub struct $table {
             $($name: unsafe extern "C" fn($($type),*) $(-> $out)?,)*
             $($maybe: Option<unsafe extern "C" fn($($maybe_type),*) $(-> $maybe_out)?>,)*
         }
 
-        impl Functions {
+        static $found: OnceLock<$table> = OnceLock::new();
+
+        impl $table {
+            /// Looked up before.
+            fn get() -> &'static Self {
+                #[cfg(test)]
+                if $found.get().is_none() {
+                    let _ = load_from(super::fake_host::find);
+                }
+                $found.get().expect("looked up before Triton calls anything else")
+            }
+
             /// Looks all up. Err: the first that must be there and is not.
             ///
             /// # Safety
@@ -119,20 +128,33 @@ macro_rules! functions {
             #[allow(non_snake_case, clippy::too_many_arguments)]
             pub unsafe fn $name($($arg: $type),*) $(-> $out)? {
                 // SAFETY: by the caller.
-                unsafe { (functions().$name)($($arg),*) }
+                unsafe { ($table::get().$name)($($arg),*) }
             }
         )*
         $(
             /// None with a server that lacks it.
             #[allow(non_snake_case, clippy::type_complexity)]
             pub fn $maybe() -> Option<unsafe extern "C" fn($($maybe_type),*) $(-> $maybe_out)?> {
-                functions().$maybe
+                $table::get().$maybe
             }
         )*
     };
 }
 
 functions! {
+    First in FIRST;
+    required {
+        fn TRITONSERVER_ErrorNew(code: u32, message: *const c_char) -> *mut Error;
+        fn TRITONSERVER_ErrorDelete(error: *mut Error);
+        fn TRITONSERVER_ErrorCode(error: *mut Error) -> u32;
+        fn TRITONSERVER_ErrorMessage(error: *mut Error) -> *const c_char;
+        fn TRITONBACKEND_ApiVersion(major: *mut u32, minor: *mut u32) -> *mut Error;
+    }
+    optional {}
+}
+
+functions! {
+    Functions in FUNCTIONS;
     required {
         fn TRITONBACKEND_RequestRelease(request: *mut Request, flags: u32) -> *mut Error;
         fn TRITONBACKEND_InputProperties(
@@ -224,6 +246,9 @@ functions! {
         fn TRITONSERVER_LogMessage(level: u32, file: *const c_char, line: c_int, text: *const c_char) -> *mut Error;
     }
     optional {
+        fn TRITONBACKEND_ResponseSetDoubleParameter(
+            response: *mut Response, name: *const c_char, value: f64,
+        ) -> *mut Error;
         fn TRITONBACKEND_InferenceRequestTimeoutMicroseconds(
             request: *mut Request, microseconds: *mut u64,
         ) -> *mut Error;
@@ -259,37 +284,75 @@ functions! {
     }
 }
 
-static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
-
-/// Looks the functions up in this process, once.
-pub fn load() -> Result<(), Failure> {
-    let process = libloading::os::unix::Library::this();
-    // SAFETY: the names are Triton's, of an API of the major version that is declared here.
-    load_from(|name| unsafe {
-        process
-            .get::<*mut c_void>(name.as_bytes())
-            .map_or(std::ptr::null_mut(), |symbol| *symbol)
-    })
-}
-
-fn load_from(find: impl Fn(&str) -> *mut c_void) -> Result<(), Failure> {
-    // SAFETY: Triton keeps a function's type under its name.
-    let functions = unsafe { Functions::find(find) };
-    let functions = functions.map_err(|name| {
-        Failure::unsupported(format!("this server has no {name}, which drex needs"))
-    })?;
-    let _ = FUNCTIONS.set(functions);
+/// Looks up what it takes to compare versions and to make errors. Err: the first function that this process lacks.
+pub fn load_first() -> Result<(), &'static str> {
+    // SAFETY: as `load`.
+    let first = unsafe { First::find(|name| find(&places(), name))? };
+    let _ = FIRST.set(first);
     Ok(())
 }
 
-fn functions() -> &'static Functions {
-    #[cfg(test)]
-    if FUNCTIONS.get().is_none() {
-        let _ = load_from(super::fake_host::find);
+/// Looks up the other functions, once. After `load_first`.
+pub fn load() -> Result<(), Failure> {
+    let places = places();
+    load_from(|name| find(&places, name))
+}
+
+fn load_from(find: impl Fn(&str) -> *mut c_void) -> Result<(), Failure> {
+    // SAFETY: Triton keeps a function's type under its name, in an API of the major version that is declared here.
+    unsafe {
+        #[cfg(test)]
+        let _ = First::find(&find).map(|first| FIRST.set(first));
+        let functions = Functions::find(find).map_err(|name| {
+            Failure::unsupported(format!("this server has no {name}, which drex needs"))
+        })?;
+        let _ = FUNCTIONS.set(functions);
     }
-    FUNCTIONS
-        .get()
-        .expect("looked up before Triton calls anything else")
+    Ok(())
+}
+
+/// Where functions of Triton may be: in the process for all to see, then in libraries of its name that one program loaded for
+/// itself, as a Python program does.
+fn places() -> Vec<Library> {
+    unsafe extern "C" fn note(
+        info: *mut libc::dl_phdr_info,
+        _size: usize,
+        paths: *mut c_void,
+    ) -> c_int {
+        // SAFETY: dl_iterate_phdr gives a library's data, and the vector below.
+        unsafe {
+            let path = CStr::from_ptr((*info).dlpi_name).to_bytes();
+            let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+            if name.starts_with(b"libtritonserver") {
+                let paths = &mut *paths.cast::<Vec<OsString>>();
+                paths.push(OsString::from_vec(path.to_vec()));
+            }
+        }
+        0
+    }
+    let mut paths: Vec<OsString> = Vec::new();
+    // SAFETY: the vector outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(note), std::ptr::from_mut(&mut paths).cast()) };
+    let mut places = vec![Library::this()];
+    for path in paths {
+        // SAFETY: the library is there already, and nothing is loaded.
+        let there = unsafe { Library::open(Some(path), libc::RTLD_NOLOAD | RTLD_LAZY) };
+        places.extend(there);
+    }
+    places
+}
+
+/// NULL where none of them has it.
+fn find(places: &[Library], name: &str) -> *mut c_void {
+    let in_one = |place: &Library| {
+        // SAFETY: only asks for an address.
+        let symbol = unsafe { place.get::<*mut c_void>(name.as_bytes()) };
+        symbol.ok().map(|symbol| *symbol)
+    };
+    places
+        .iter()
+        .find_map(in_one)
+        .unwrap_or(std::ptr::null_mut())
 }
 
 #[cfg(test)]

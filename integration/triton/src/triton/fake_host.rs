@@ -129,8 +129,8 @@ unsafe fn text(at: *const c_char) -> String {
     unsafe { CStr::from_ptr(at) }.to_str().unwrap().to_owned()
 }
 
-// The few that the backend links by name.
-#[unsafe(no_mangle)]
+// What the functions below call themselves.
+#[allow(non_snake_case)]
 extern "C" fn TRITONSERVER_ErrorNew(code: u32, message: *const c_char) -> *mut Error {
     make(FakeError(
         code,
@@ -138,19 +138,19 @@ extern "C" fn TRITONSERVER_ErrorNew(code: u32, message: *const c_char) -> *mut E
     ))
     .cast()
 }
-#[unsafe(no_mangle)]
+#[allow(non_snake_case)]
 extern "C" fn TRITONSERVER_ErrorDelete(error: *mut Error) {
     drop(unsafe { take(error.cast::<FakeError>()) });
 }
-#[unsafe(no_mangle)]
+#[allow(non_snake_case)]
 extern "C" fn TRITONSERVER_ErrorCode(error: *mut Error) -> u32 {
     unsafe { (*error.cast::<FakeError>()).0 }
 }
-#[unsafe(no_mangle)]
+#[allow(non_snake_case)]
 extern "C" fn TRITONSERVER_ErrorMessage(error: *mut Error) -> *const c_char {
     unsafe { (*error.cast::<FakeError>()).1.as_ptr() }
 }
-#[unsafe(no_mangle)]
+#[allow(non_snake_case)]
 extern "C" fn TRITONBACKEND_ApiVersion(major: *mut u32, minor: *mut u32) -> *mut Error {
     unsafe { (*major, *minor) = with(|s| s.version) };
     null_mut()
@@ -175,6 +175,11 @@ macro_rules! fakes {
             )*
             match name {
                 $(stringify!($name) => $name as *mut c_void,)*
+                "TRITONSERVER_ErrorNew" => TRITONSERVER_ErrorNew as *mut c_void,
+                "TRITONSERVER_ErrorDelete" => TRITONSERVER_ErrorDelete as *mut c_void,
+                "TRITONSERVER_ErrorCode" => TRITONSERVER_ErrorCode as *mut c_void,
+                "TRITONSERVER_ErrorMessage" => TRITONSERVER_ErrorMessage as *mut c_void,
+                "TRITONBACKEND_ApiVersion" => TRITONBACKEND_ApiVersion as *mut c_void,
                 _ => not_faked as *mut c_void,
             }
         }
@@ -241,6 +246,11 @@ fakes! {
         log(format!("{} {}", text(name), text(value)))
     }
     fn TRITONBACKEND_ResponseSetIntParameter(_response: *mut Response, name: *const c_char, value: i64) -> *mut Error {
+        log(format!("{} {value}", text(name)))
+    }
+    fn TRITONBACKEND_ResponseSetDoubleParameter(
+        _response: *mut Response, name: *const c_char, value: f64
+    ) -> *mut Error {
         log(format!("{} {value}", text(name)))
     }
     fn TRITONBACKEND_ResponseSend(response: *mut Response, flags: u32, error: *mut Error) -> *mut Error {

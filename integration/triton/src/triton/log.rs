@@ -13,6 +13,11 @@ pub fn info(text: &str) {
 }
 
 #[track_caller]
+pub fn warning(text: &str) {
+    write(abi::LOG_WARN, text);
+}
+
+#[track_caller]
 pub fn error(text: &str) {
     write(abi::LOG_ERROR, text);
 }

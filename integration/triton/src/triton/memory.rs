@@ -91,12 +91,12 @@ macro_rules! driver {
             fn load() -> Result<Self, String> {
                 // SAFETY: the system's CUDA driver, whose functions have these types. It is never unloaded.
                 unsafe {
-                    let library = libloading::Library::new("libcuda.so.1").map_err(|e| e.to_string())?;
+                    let library = libloading::Library::new("libcuda.so.1").map_err(|e| crate::loader::reason(&e))?;
                     let library = std::mem::ManuallyDrop::new(library);
                     Ok(Self {
                         $($name: *library
                             .get(concat!(stringify!($name), "\0").as_bytes())
-                            .map_err(|e| e.to_string())?,)*
+                            .map_err(|e| crate::loader::reason(&e))?,)*
                     })
                 }
             }

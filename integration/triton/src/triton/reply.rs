@@ -21,6 +21,10 @@ pub struct Reply {
     span: Span,
     finished: bool,
     success: bool,
+    /// Triton counts it: it succeeded, or failed for a reason of ours.
+    counts: bool,
+    /// Outputs have a leading dimension of 1.
+    leading: bool,
 }
 
 /// A one-dimensional output.
@@ -36,6 +40,8 @@ pub enum Tensor<'a> {
 /// A parameter of a response.
 pub enum Parameter {
     Int(i64),
+    /// A text, with servers that take no numbers with a fraction.
+    Number(f64),
     Text(CString),
 }
 
@@ -85,7 +91,13 @@ impl Reply {
             span: Span::default(),
             finished: false,
             success: false,
+            counts: true,
+            leading: false,
         })
+    }
+
+    pub fn set_leading(&mut self, leading: bool) {
+        self.leading = leading;
     }
 
     pub fn set_times(&mut self, times: Times) {
@@ -137,7 +149,7 @@ impl Reply {
                 &mut response,
                 self.factory,
             ))?;
-            if let Err(failure) = fill(response, outputs, parameters) {
+            if let Err(failure) = fill(response, outputs, parameters, self.leading) {
                 // The write's failure says more than one of the deletion.
                 let _ = check(abi::TRITONBACKEND_ResponseDelete(response));
                 return Err(failure);
@@ -169,6 +181,15 @@ impl Reply {
             return;
         }
         self.finished = true;
+        // Triton has one reason for all failures that a backend reports, "BACKEND", which alerts watch. What the client took
+        // back or got wrong, and what there is no room for, is none; `drex_requests_ended_total` has them.
+        self.counts = !matches!(
+            failure.code,
+            abi::ERROR_CANCELLED
+                | abi::ERROR_INVALID_ARG
+                | abi::ERROR_UNSUPPORTED
+                | abi::ERROR_UNAVAILABLE
+        );
         let mut response = null_mut();
         // SAFETY: as above.
         unsafe {
@@ -234,24 +255,32 @@ unsafe fn refuse(instance: *mut abi::Instance, request: *mut abi::Request, failu
         if check(abi::TRITONBACKEND_ResponseNew(&mut response, request)).is_ok() {
             abi::TRITONSERVER_ErrorDelete(send_error(response, failure));
         }
-        end(instance, request, false, Times::at(now));
+        end(instance, request, Some((false, Times::at(now))));
     }
 }
 
+/// `counted`: what Triton's statistics have of it, if anything.
+///
 /// # Safety
 /// Both are live; the request is given away.
-unsafe fn end(instance: *mut abi::Instance, request: *mut abi::Request, success: bool, t: Times) {
+unsafe fn end(
+    instance: *mut abi::Instance,
+    request: *mut abi::Request,
+    counted: Option<(bool, Times)>,
+) {
     // SAFETY: by the caller. A failure here can reach nobody.
     unsafe {
-        let _ = check(abi::TRITONBACKEND_ModelInstanceReportStatistics(
-            instance,
-            request,
-            success,
-            t.exec_start,
-            t.compute_start,
-            t.compute_end,
-            t.exec_end,
-        ));
+        if let Some((success, t)) = counted {
+            let _ = check(abi::TRITONBACKEND_ModelInstanceReportStatistics(
+                instance,
+                request,
+                success,
+                t.exec_start,
+                t.compute_start,
+                t.compute_end,
+                t.exec_end,
+            ));
+        }
         let _ = check(abi::TRITONBACKEND_RequestRelease(
             request,
             abi::REQUEST_RELEASE_ALL,
@@ -265,17 +294,19 @@ unsafe fn fill(
     response: *mut abi::Response,
     outputs: &[(&CStr, Tensor)],
     parameters: &[(CString, Parameter)],
+    leading: bool,
 ) -> Result<(), Failure> {
     // SAFETY: by the caller; Triton copies names and values.
     unsafe {
         for (name, tensor) in outputs {
-            write(response, name, tensor)?;
+            write(response, name, tensor, leading)?;
         }
         for (name, value) in parameters {
             check(match value {
                 Parameter::Int(value) => {
                     abi::TRITONBACKEND_ResponseSetIntParameter(response, name.as_ptr(), *value)
                 }
+                Parameter::Number(value) => number(response, name, *value),
                 Parameter::Text(value) => abi::TRITONBACKEND_ResponseSetStringParameter(
                     response,
                     name.as_ptr(),
@@ -289,7 +320,25 @@ unsafe fn fill(
 
 /// # Safety
 /// `response` is live.
-unsafe fn write(response: *mut abi::Response, name: &CStr, tensor: &Tensor) -> Result<(), Failure> {
+unsafe fn number(response: *mut abi::Response, name: &CStr, value: f64) -> *mut abi::Error {
+    // SAFETY: by the caller; Triton copies name and value.
+    unsafe {
+        if let Some(set) = abi::TRITONBACKEND_ResponseSetDoubleParameter() {
+            return set(response, name.as_ptr(), value);
+        }
+        let text = CString::new(value.to_string()).unwrap_or_default();
+        abi::TRITONBACKEND_ResponseSetStringParameter(response, name.as_ptr(), text.as_ptr())
+    }
+}
+
+/// # Safety
+/// `response` is live.
+unsafe fn write(
+    response: *mut abi::Response,
+    name: &CStr,
+    tensor: &Tensor,
+    leading: bool,
+) -> Result<(), Failure> {
     let (datatype, elements, bytes) = match tensor {
         Tensor::Text(text) => (abi::TYPE_BYTES, 1, tensor::element(text)?),
         Tensor::Count(count) => (abi::TYPE_UINT32, 1, count.to_le_bytes().to_vec()),
@@ -301,7 +350,8 @@ unsafe fn write(response: *mut abi::Response, name: &CStr, tensor: &Tensor) -> R
     };
     let (mut output, mut buffer) = (null_mut(), null_mut());
     let (mut kind, mut id) = (abi::MEMORY_CPU, 0);
-    let shape = [elements];
+    let shape = [1, elements];
+    let shape = if leading { &shape[..] } else { &shape[1..] };
     // SAFETY: by the caller; the buffer has the size asked for.
     unsafe {
         check(abi::TRITONBACKEND_ResponseOutput(
@@ -310,7 +360,7 @@ unsafe fn write(response: *mut abi::Response, name: &CStr, tensor: &Tensor) -> R
             name.as_ptr(),
             datatype,
             shape.as_ptr(),
-            1,
+            shape.len() as u32,
         ))?;
         check(abi::TRITONBACKEND_OutputBuffer(
             output,
@@ -329,7 +379,8 @@ impl Drop for Reply {
         // SAFETY: all three live until the release. A failure here can reach nobody.
         unsafe {
             let _ = check(abi::TRITONBACKEND_ResponseFactoryDelete(self.factory));
-            end(self.instance, self.request, self.success, self.times);
+            let counted = self.counts.then_some((self.success, self.times));
+            end(self.instance, self.request, counted);
         }
     }
 }
@@ -353,7 +404,7 @@ mod tests {
             [&["send 0 a", "send 1 b"][..], &END].concat()
         );
 
-        host::reply().fail(Failure::invalid("bad"));
+        host::reply().fail(Failure::internal("bad"));
         assert_eq!(
             host::take_log(),
             [
@@ -375,6 +426,26 @@ mod tests {
             ]
         );
         assert_eq!(host::live(), 0, "errors and responses that nobody deleted");
+    }
+
+    #[test]
+    fn what_the_client_got_wrong_is_no_failure_of_the_backend() {
+        for failure in [
+            Failure::invalid("x"),
+            Failure::unsupported("x"),
+            Failure::unavailable("x"),
+            Failure {
+                code: abi::ERROR_CANCELLED,
+                text: "x".into(),
+            },
+        ] {
+            host::reply().fail(failure);
+            assert_eq!(
+                host::take_log(),
+                ["send 1 error x", "delete factory", "release"]
+            );
+        }
+        assert_eq!(host::live(), 0);
     }
 
     #[test]

@@ -17,8 +17,8 @@ use anyhow::{Context, Result, bail, ensure};
 pub use report::{Cell, Report, splice};
 
 use crate::{
-    client::Metrics,
     load::{self, Generation},
+    metrics::Metrics,
     process::{self, Progress},
     server::Server,
     stats::{mean, median},
@@ -296,6 +296,12 @@ impl Field {
             .unwrap_or(0)
     }
 
+    /// A layout that had less than 0.4 of the other one's speed in the warm-up.
+    fn hopeless(&self) -> Option<usize> {
+        let [a, b] = [0, 1].map(|at| self.warm_up.get(at).copied().unwrap_or(0.0));
+        (a.min(b) < 0.4 * a.max(b)).then_some(usize::from(b < a))
+    }
+
     /// A layout that was slower in two rounds by more than any noise between them; by much more, in the warm-up and one round.
     fn beaten(&self) -> Option<usize> {
         let stock = self.stock();
@@ -468,7 +474,7 @@ impl Race {
             field.counted = ((rate * seconds).round() as usize).clamp(in_flight.max(4), 2000);
         }
 
-        let mut out: Option<usize> = None;
+        let mut out = field.hopeless();
         let mut last = Duration::ZERO;
         for round in 0..self.rounds {
             let begin = Instant::now();
@@ -656,6 +662,10 @@ mod tests {
         assert_eq!(field(&[10.0, 10.0], &[9.0, 9.1]).beaten(), Some(1));
         assert_eq!(field(&[10.0, 10.0], &[9.0, 9.3]).beaten(), None);
         assert_eq!(field(&[10.0, 5.0], &[4.0, 4.9]).beaten(), None);
+        // A warm-up is enough where the difference is large.
+        assert_eq!(field(&[10.0], &[3.9]).hopeless(), Some(1));
+        assert_eq!(field(&[3.9], &[10.0]).hopeless(), Some(0));
+        assert_eq!(field(&[10.0], &[4.1]).hopeless(), None);
     }
 
     #[test]

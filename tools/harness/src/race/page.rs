@@ -3,14 +3,9 @@
 
 use std::fmt::Write;
 
-use super::report::{Cell, Ratio, Report};
+use drex_svg::{Anchor, Axis, Picture, escape};
 
-pub fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
-}
+use super::report::{Cell, Ratio, Report};
 
 /// A row for each cell with a dot at its ratio and a bar over its interval, on a logarithmic axis around 1.
 fn forest(cells: &[&Cell], ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &str) -> String {
@@ -24,26 +19,15 @@ fn forest(cells: &[&Cell], ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &st
     // An interval of few rounds may be wide: the axis ends where figures do.
     let low = all.iter().copied().fold(0.8, f64::min).max(0.1);
     let high = all.iter().copied().fold(1.25, f64::max).min(10.0);
-    let x = |value: f64| {
-        let at = (value.clamp(low, high).ln() - low.ln()) / (high.ln() - low.ln());
-        left + at * (width - left - right)
-    };
+    let x = Axis::logarithmic((low, high), (left, width - right));
     let height = top + row * cells.len() as f64 + 8.0;
-    let mut out = format!(
-        "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{}\">",
-        escape(what)
-    );
+    let mut out = Picture::in_page(width, height, what);
     for tick in [0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0] {
-        if (low..=high).contains(&tick) {
+        if x.has(tick) {
             let class = if tick == 1.0 { "axis" } else { "grid" };
-            let _ = write!(
-                out,
-                "<line class=\"{class}\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top}\" y2=\"{end}\"/>\
-                 <text x=\"{at:.1}\" y=\"{y}\" text-anchor=\"middle\">{tick}</text>",
-                at = x(tick),
-                end = height - 6.0,
-                y = top - 8.0
-            );
+            let at = x.at(tick);
+            out.line(class, (at, top), (at, height - 6.0));
+            out.text("", (at, top - 8.0), Anchor::Middle, tick);
         }
     }
     let mut last = None;
@@ -51,13 +35,8 @@ fn forest(cells: &[&Cell], ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &st
         let y = top + row * (i as f64 + 0.5);
         let load = (cell.traffic.as_str(), cell.in_flight);
         if last != Some(load) {
-            let _ = write!(
-                out,
-                "<text class=\"strong\" x=\"0\" y=\"{:.1}\">{} at {}</text>",
-                y + 4.0,
-                escape(load.0),
-                load.1
-            );
+            let name = format!("{} at {}", load.0, load.1);
+            out.text("strong", (0.0, y + 4.0), Anchor::Start, name);
             last = Some(load);
         }
         let loses = if bound < 1.0 {
@@ -69,35 +48,21 @@ fn forest(cells: &[&Cell], ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &st
         let interval = r.low.zip(r.high).map_or_else(String::new, |(low, high)| {
             format!(" ({low:.2} to {high:.2})")
         });
-        let _ = write!(
-            out,
-            "<text x=\"{lx}\" y=\"{ty:.1}\" text-anchor=\"end\">{policy}</text><g class=\"hit {class}\"><title>{policy}, {traffic} at \
-             {n}: {value:.3}{interval}</title>",
-            lx = left - 10.0,
-            ty = y + 4.0,
-            policy = escape(&cell.policy),
-            traffic = escape(&cell.traffic),
-            n = cell.in_flight,
-            value = r.value
+        out.text("", (left - 10.0, y + 4.0), Anchor::End, &cell.policy);
+        let title = format!(
+            "{}, {} at {}: {:.3}{interval}",
+            cell.policy, cell.traffic, cell.in_flight, r.value
         );
-        if let (Some(low), Some(high)) = (r.low, r.high) {
-            let _ = write!(
-                out,
-                "<line class=\"bar\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>",
-                x(low),
-                x(high)
-            );
-        }
-        let _ = write!(
-            out,
-            "<circle cx=\"{:.1}\" cy=\"{y:.1}\" r=\"4\"/></g><text x=\"{}\" y=\"{:.1}\">{:.2}</text>",
-            x(r.value),
-            width - right + 10.0,
-            y + 4.0,
-            r.value
-        );
+        out.group(&format!("hit {class}"), &title, |out| {
+            if let (Some(low), Some(high)) = (r.low, r.high) {
+                out.line("bar", (x.at(low), y), (x.at(high), y));
+            }
+            out.dot("", (x.at(r.value), y), 4.0);
+        });
+        let value = format!("{:.2}", r.value);
+        out.text("", (width - right + 10.0, y + 4.0), Anchor::Start, value);
     }
-    out + "</svg>"
+    out.finish()
 }
 
 pub fn html(report: &Report) -> String {

@@ -3,13 +3,13 @@
 
 use std::{collections::BTreeMap, fmt::Write};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{About, Contender, Field, LAYOUTS, STOCK, Sample, over, page};
 use crate::{
     stats::{mean, median, quantile, quantile_ratio_interval, ratio_interval},
-    traffic::Traffic,
+    traffic::{self, Traffic},
 };
 
 /// The policy that the summary is about.
@@ -425,6 +425,47 @@ impl Report {
         }
     }
 
+    /// One report of several that were measured in the same setting. A load that two have is the later one's.
+    pub fn joined(reports: Vec<Report>) -> Result<Report> {
+        let setting = |a: &About| {
+            let text = format!("{}, exit after {}", a.model, a.exit_layers);
+            format!(
+                "{text}, threshold {}, fill {}, {} threads, {}",
+                a.threshold, a.fill, a.threads, a.machine
+            )
+        };
+        let about = reports.last().context("there is no report")?.about.clone();
+        if let Some(other) = reports
+            .iter()
+            .find(|r| setting(&r.about) != setting(&about))
+        {
+            bail!(
+                "the reports differ in what they measured: {}; {}",
+                setting(&other.about),
+                setting(&about)
+            );
+        }
+        let seconds = reports.iter().map(|r| r.seconds).sum();
+        let idle = reports.iter().map(|r| r.idle_cpu_max).fold(0.0, f64::max);
+        let mut loads: BTreeMap<(usize, usize, String), Vec<Cell>> = BTreeMap::new();
+        for report in reports {
+            for group in report.groups() {
+                let first = &group[0];
+                let usual = traffic::ALL
+                    .split(',')
+                    .position(|name| name == first.traffic);
+                let key = (
+                    usual.unwrap_or(usize::MAX),
+                    first.in_flight,
+                    first.traffic.clone(),
+                );
+                loads.insert(key, group.to_vec());
+            }
+        }
+        let cells = loads.into_values().flatten().collect();
+        Ok(Report::new(cells, about, seconds, idle))
+    }
+
     /// Neighbouring cells of one load.
     pub fn groups(&self) -> Vec<&[Cell]> {
         self.cells
@@ -782,6 +823,47 @@ pub(super) mod tests {
         }
         let back: Report = serde_json::from_str(&text).unwrap();
         assert_eq!(serde_json::to_string(&back).unwrap(), text);
+    }
+
+    #[test]
+    fn reports_of_parts_make_one_report() {
+        let whole = report();
+        let part = |at: usize| {
+            let cells = whole.groups()[at].to_vec();
+            Report::new(cells, whole.about.clone(), 10.0, 0.1 * at as f64)
+        };
+        let last = whole.groups().len() - 1;
+        // Whatever their order, and with a load that was measured again.
+        let mut stale = part(0);
+        stale.cells[0].tokens_per_s = 1.0;
+        let joined = Report::joined(vec![stale, part(last), part(0)]).unwrap();
+        assert_eq!(joined.seconds, 30.0);
+        let all = |report: &Report| -> Vec<String> {
+            let mut cells: Vec<String> = report
+                .cells
+                .iter()
+                .map(|c| serde_json::to_string(c).unwrap())
+                .collect();
+            cells.sort();
+            cells
+        };
+        let mut expected = part(0).cells;
+        if last > 0 {
+            expected.extend(part(last).cells);
+        }
+        assert_eq!(
+            all(&joined),
+            all(&Report::new(expected, whole.about.clone(), 0.0, 0.0))
+        );
+
+        let mut other = part(0);
+        other.about.threads = 7;
+        let error = Report::joined(vec![other, part(0)])
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(error.contains("7 threads"), "{error}");
+        assert!(Report::joined(Vec::new()).is_err());
     }
 
     #[test]

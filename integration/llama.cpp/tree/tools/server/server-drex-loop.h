@@ -58,6 +58,25 @@ void decode_drex() {
     }
 }
 
+// Cells that the slot's row attends over, n_more tokens behind its prompt: its own, or in a unified cache those of all slots.
+int n_attended(const server_slot & slot, int n_more) const {
+    int n = slot.prompt.n_tokens() + n_more;
+    for (const auto & other : slots) {
+        n += params_base.kv_unified && other.id != slot.id ? other.prompt.n_tokens() : 0;
+    }
+    return n;
+}
+
+// Adapters are those of all requests: they change while there are none.
+bool drex_refuses_lora(const server_task & task, const std::vector<common_adapter_lora_info> & lora) {
+    const bool busy = std::any_of(slots.begin(), slots.end(), [](const server_slot & slot) { return slot.is_processing(); });
+    if (!drex || !busy || are_lora_equal(lora, params_base.lora_adapters)) {
+        return false;
+    }
+    send_error(task, "with early exit, the scales of adapters can change only while no request is under way", ERROR_TYPE_UNAVAILABLE);
+    return true;
+}
+
 void drex_ready() {
     for (const auto & slot : slots) {
         if (slot.state != SLOT_STATE_GENERATING) {
@@ -70,7 +89,7 @@ void drex_ready() {
                     (slot.n_predict_max != -1 && n_drafts >= slot.n_remaining()))) {
             drex->settle(slot.id);
         } else {
-            drex->ready(slot.id, n_ran + 1);
+            drex->ready(slot.id, n_attended(slot, drex->ahead(slot.id).size() + 1));
         }
     }
 }
@@ -105,7 +124,7 @@ bool decode_drex_window(drex_prompt & prompt) {
                 throw std::runtime_error(string_format("the batch of %d tokens is too small for the %zu rows of a window",
                             batch.n_tokens_alloc, rows.size()));
             }
-            n_kv += slot.prompt.n_tokens() + row.offset + 1;
+            n_kv += n_attended(slot, row.offset + 1);
         }
         for (int k = 0; k < n_prompt; ++k) {
             const auto & t      = prompt.rows.at(prompt.next + k);
@@ -142,9 +161,9 @@ bool decode_drex_window(drex_prompt & prompt) {
             return true;
         }
 
-        drex->abandon();
+        std::vector<int> ids = drex->culprits(ret, batch.view.get());
 
-        std::vector<int> ids = drex->unprojected();
+        drex->abandon();
 
         // no room in the KV cache: make some, or take fewer rows
         const int  n_rows  = batch.size();
@@ -155,7 +174,8 @@ bool decode_drex_window(drex_prompt & prompt) {
             continue;
         }
 
-        const std::string err = is_full ? "Context size has been exceeded." : "Compute error.";
+        const std::string err = is_full ? "Context size has been exceeded." :
+            ret == -1 && !ids.empty()   ? "Early exit: the KV cache does not hold what this request has run." : "Compute error.";
         SRV_ERR("%s n_rows = %d, ret = %d\n", err.c_str(), n_rows, ret);
 
         if (is_full && n_prompt > 0) {
@@ -165,24 +185,44 @@ bool decode_drex_window(drex_prompt & prompt) {
                 ids.push_back(t.id_slot);
             }
         }
-        // prompt rows at a ramp are drex's no more
-        for (int k = 0; k < prompt.n_transit; ++k) {
-            ids.push_back(prompt.rows[prompt.next + k].id_slot);
-        }
-        for (const int id : ids) {
-            // a slot that has ended meanwhile, or had several rows, has nobody to tell
-            if (slots[id].is_processing()) {
-                send_error(slots[id], err);
-                slots[id].release();
-            }
-            slots[id].prompt_clear();
-        }
-        prompt.drop(ids);
+        end_drex_requests(prompt, ids, err);
 
         return true;
     }
 
     return false;
+}
+
+// These requests end, and nothing is left of them in the memory. The others go on.
+void end_drex_requests(drex_prompt & prompt, std::vector<int> ids, const std::string & err) {
+    for (size_t i = 0; i < ids.size(); ++i) {
+        const auto & slot = slots[ids[i]];
+        for (const auto & other : slots) {
+            if (slot.task && slot.task->is_parent() && other.state == SLOT_STATE_WAIT_OTHER && other.task->id_parent == slot.task->id) {
+                ids.push_back(other.id); // nobody else would wake it
+            }
+        }
+    }
+    for (const int id : ids) {
+        // a slot that has ended meanwhile, or had several rows, has nobody to tell
+        if (slots[id].is_processing()) {
+            send_error(slots[id], err);
+            slots[id].release();
+        }
+        slots[id].prompt_clear();
+    }
+    prompt.drop(ids);
+
+    // prompt rows at a ramp are drex's no more: they begin again, in new cells
+    std::map<int, llama_pos> begins;
+    for (int k = prompt.n_transit - 1; k >= 0; --k) {
+        const auto & t = prompt.rows[prompt.next + k];
+        begins[t.id_slot] = t.pos;
+    }
+    for (const auto & [id, pos] : begins) {
+        slots[id].mem.seq_rm(id, pos, -1);
+    }
+    prompt.n_transit = 0;
 }
 
 // the window ran: its rows go where drex sends them, tokens go to their clients
@@ -212,6 +252,10 @@ void finish_drex_window(drex_prompt & prompt, uint64_t n_kv) {
         auto & slot = slots[rows[i].id_slot];
         if (rows[i].emit) {
             slot.i_batch = i;
+        }
+        if (drex->approximates(i)) {
+            auto & tokens = slot.prompt.tokens;
+            tokens.n_exact = std::min(tokens.n_exact, tokens.size() - 1);
         }
         const llama_token draft = drex->drafted(i);
         if (draft != LLAMA_TOKEN_NULL) {
@@ -277,6 +321,7 @@ void verify_drex() {
             slot.prompt.tokens.push_back(drex->ahead(slot.id)[0]);
             drex->verified(slot.id);
             slot.i_batch = i + k;
+            drex->judge(slot.id, rows[i + k].draft ? drafts[k] : LLAMA_TOKEN_NULL);
             post_decode(batch.size(), 0);
             const bool more = slot.state == SLOT_STATE_GENERATING;
             if (!rows[i + k].draft) {

@@ -3,11 +3,12 @@
 #include "gguf.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
-#include <iterator>
+#include <limits>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 
@@ -99,7 +100,8 @@ uint32_t server_drex::n_outputs_max(const common_params & params) {
     return std::min<uint32_t>(std::min(params.n_ubatch, params.n_batch), n_rows_max(params) + params.n_parallel);
 }
 
-server_drex::server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume) : ctx(ctx) {
+server_drex::server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume, const server_drex_figures & past) :
+    ctx(ctx), past(past) {
     const auto & p     = params.drex;
     const auto * model = llama_get_model(ctx);
 
@@ -120,9 +122,12 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     if (has_spec || !params.mmproj.path.empty()) {
         throw std::runtime_error("speculative decoding and --mmproj cannot be combined with early exit");
     }
-    if (!params.lora_adapters.empty()) {
-        // requests can differ in their adapters, and their rows would share a window
-        throw std::runtime_error("--lora cannot be combined with early exit");
+    has_lora = !params.lora_adapters.empty();
+    for (const auto & lora : params.lora_adapters) {
+        // it is on for a part of a request only, and rows with it and without would share a window
+        if (llama_adapter_get_alora_n_invocation_tokens(lora.ptr) > 0) {
+            throw std::runtime_error("--lora " + lora.path + ": an adapter with invocation tokens (aLoRA) cannot be combined with early exit");
+        }
     }
     if (params.ctx_shift) {
         throw std::runtime_error("--context-shift cannot be combined with early exit");
@@ -181,11 +186,14 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     // a window can have as many prompt rows as fit into a micro-batch
     llama_layer_range_params range = {};
     range.n_rows       = n_slots + llama_n_ubatch(ctx);
-    range.n_graphs     = p.n_graphs;
+    range.n_graphs     = p.n_graphs > 0 ? p.n_graphs : std::max(128, 4*params.n_parallel);
     range.n_rows_graph = config.max_batch;
     range.max_bytes    = size_t(p.graphs_mib) << 20;
+    range.il_arena     = std::min<int32_t>(ramp_layers[0], n_layer - 1);
     if (const char * why = llama_layer_range_init(ctx, range)) {
-        throw std::runtime_error(why);
+        char arch[64] = "?";
+        llama_model_meta_val_str(model, "general.architecture", arch, sizeof(arch));
+        throw std::runtime_error(string_format("architecture %s: %s", arch, why));
     }
     bind_device(config, params);
 
@@ -205,28 +213,15 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
         decisions.resize(config.max_batch);
         step_rows .reserve(config.max_batch);
 
-        request_deadline_ms = p.request_deadline_ms;
-        profile             = p.profile;
+        banned   .resize(config.max_batch, -std::numeric_limits<float>::infinity());
 
-        load_profile();
+        request_deadline_ms = p.request_deadline_ms;
+        all_strict = *std::min_element(p.thresholds.begin(), p.thresholds.end()) > 1.0f;
+
+        open_files(params, is_resume);
 
         if (config.policy == DREX_POLICY_ART && std::isnan(config.art_ratio)) {
             calibrate();
-        }
-
-        if (!p.record.empty()) {
-            record.open(p.record, is_resume ? std::ios::app : std::ios::out);
-            if (!record) {
-                throw std::runtime_error("--drex-record " + p.record + ": " + strerror(errno));
-            }
-            std::vector<float> thresholds(ramp_layers.size(), p.thresholds[0]);
-            if (p.thresholds.size() > 1) {
-                thresholds = p.thresholds;
-            }
-            record << json {
-                {"drex_record", 1},         {"n_layers", n_layer},  {"ramp_layers", ramp_layers},         {"thresholds", thresholds},
-                {"metric",      p.metric},  {"policy", p.policy},   {"max_batch",   std::min(config.max_batch, config.max_requests)},
-            }.dump() << std::endl;
         }
     } catch (...) {
         drex_destroy(engine);
@@ -253,6 +248,18 @@ void server_drex::say(const common_params & params) const {
             streams ? "a KV cache with a stream for each slot" : "a unified KV cache");
 }
 
+void server_drex::settle_policy(common_params & params) {
+    if (!params.drex.enabled() || !params.drex.exit_layers.empty() || !std::getenv("LLAMA_SERVER_ROUTER_PORT")) {
+        return;
+    }
+    std::string head;
+    if (read_exit_layers(params.model.path, head).empty()) {
+        SRV_WRN("early exit: policy off instead of %s: %s has no early_exit.layers in its metadata\n",
+                params.drex.policy.c_str(), params.model.path.c_str());
+        params.drex.policy = "off";
+    }
+}
+
 void server_drex::say_off(const common_params & params) {
     const common_params_drex defaults;
     const auto & p = params.drex;
@@ -263,46 +270,51 @@ void server_drex::say_off(const common_params & params) {
     }
 }
 
-// drex works where the layers and the head are computed, on their memory and their stream
+// drex works where the layers and the head are computed, on their memory and their stream, if that is the host or one CUDA
+// device. Elsewhere, and where they are spread over devices, the logits of a ramp come to the host.
 void server_drex::bind_device(drex_config & config, const common_params & params) {
-    auto * backend = llama_layer_range_backend(ctx);
-    if (!backend) {
-        throw std::runtime_error("the layers, the KV cache and the output head are not all on one device, which early exit needs: "
-                "put them on one GPU (--n-gpu-layers all --split-mode none --main-gpu N, no --no-kv-offload), or on none (--device none)");
-    }
+    config.device = DREX_DEVICE_HOST;
 
-    auto * dev = ggml_backend_get_device(backend);
-    if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-        config.device = DREX_DEVICE_HOST;
+    auto * backend = llama_layer_range_backend(ctx);
+    auto * dev     = backend ? ggml_backend_get_device(backend) : nullptr;
+
+    if (dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
         return;
     }
     if (params.split_mode == LLAMA_SPLIT_MODE_ROW || params.split_mode == LLAMA_SPLIT_MODE_TENSOR) {
-        throw std::runtime_error("--split-mode row and tensor cannot be combined with early exit: use --split-mode none --main-gpu N");
+        throw std::runtime_error("--split-mode row and tensor cannot be combined with early exit: use --split-mode layer or none");
     }
 
     // the device's context is current on this thread from here on
-    stream = llama_layer_range_stream(ctx);
-    if (!stream || strncmp(ggml_backend_dev_name(dev), "CUDA", 4) != 0) {
-        throw std::runtime_error(string_format("early exit works on CPUs and with CUDA, but the model is on %s: "
-                    "use --device none, or a build with CUDA", ggml_backend_dev_name(dev)));
+    stream = dev && strncmp(ggml_backend_dev_name(dev), "CUDA", 4) == 0 ? llama_layer_range_stream(ctx) : nullptr;
+    if (stream) {
+        config.device  = DREX_DEVICE_CUDA;
+        config.n_vocab = n_vocab;
+    } else {
+        fetches = true;
     }
-    config.device  = DREX_DEVICE_CUDA;
-    config.n_vocab = n_vocab;
 }
 
 void server_drex::bind_kv() {
-    llama_layer_range_kv first;
-    if (llama_layer_range_get_kv(ctx, 0, &first) && first.v_trans && first.n_stream > 1) {
-        can_copy = false;
-        check_copy("--drex-fill", fill);
-        return;
-    }
-
     std::vector<drex_kv_layer> layers(n_layer, DREX_KV_LAYER_INITIALIZER);
-    for (int32_t il = 0; il < n_layer; ++il) {
+
+    const char * unlike = llama_layer_range_kv_unlike(ctx);
+    if (unlike) {
+        why_no_copy = std::string("cannot be used with this model, ") + unlike;
+    }
+    for (int32_t il = 0; il < n_layer && why_no_copy.empty(); ++il) {
         llama_layer_range_kv kv;
         if (!llama_layer_range_get_kv(ctx, il, &kv)) {
             throw std::runtime_error(string_format("layer %d has no K/V storage", il));
+        }
+        if (kv.v_trans && kv.n_stream > 1) {
+            // V is transposed in each stream: the cells of all streams have no common stride
+            why_no_copy = "needs flash attention (--flash-attn on) or --kv-unified";
+            break;
+        }
+        if (!stream && !(ggml_backend_buffer_is_host(kv.k->buffer) && ggml_backend_buffer_is_host(kv.v->buffer))) {
+            why_no_copy = "needs the KV cache of all layers in the memory of the host (--no-kv-offload) or of one CUDA device";
+            break;
         }
 
         auto & l = layers[il];
@@ -319,14 +331,16 @@ void server_drex::bind_kv() {
             l.v_cell_stride = kv.v->nb[1];
         }
     }
+    if (!why_no_copy.empty()) {
+        check_copy("--drex-fill", fill);
+        return;
+    }
     check(drex_bind_kv(engine, layers.data(), n_layer));
 }
 
-// without flash attention V is transposed in each stream: the cells of all streams have no common stride
 void server_drex::check_copy(const char * what, drex_fill_mode mode) const {
-    if (mode == DREX_FILL_COPY && !can_copy) {
-        throw std::invalid_argument(std::string(what) + " copy needs flash attention (--flash-attn on) or --kv-unified; "
-                "propagate, postfill and verify need neither");
+    if (mode == DREX_FILL_COPY && !why_no_copy.empty()) {
+        throw std::invalid_argument(std::string(what) + " copy " + why_no_copy + "; the other fills are propagate, postfill and verify");
     }
 }
 
@@ -337,72 +351,6 @@ server_drex::~server_drex() {
         SRV_ERR("early exit: %s\n", e.what());
     }
     drex_destroy(engine);
-}
-
-void server_drex::load_profile() {
-    std::ifstream in(profile);
-    if (profile.empty() || !in) {
-        return; // it will be there next time
-    }
-    const std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-    if (drex_profile_load(engine, text.c_str()) != DREX_OK) {
-        throw std::runtime_error("--drex-profile " + profile + ": " + drex_last_error());
-    }
-}
-
-void server_drex::save_profile() const {
-    size_t n = 0;
-    if (profile.empty() || drex_profile_save(engine, nullptr, 0, &n) != DREX_OK) {
-        return; // nothing was learned
-    }
-    std::string text(n + 1, 0);
-    check(drex_profile_save(engine, &text[0], text.size(), &n));
-    text.resize(n);
-
-    // a server that is killed here must not leave half a file
-    const std::string tmp = profile + ".tmp";
-    std::ofstream out(tmp);
-    out << text << "\n";
-    out.close();
-    if (!out || std::rename(tmp.c_str(), profile.c_str()) != 0) {
-        throw std::runtime_error("--drex-profile " + profile + ": " + strerror(errno));
-    }
-}
-
-// a line for each window, see docs/simulator.md of drex
-void server_drex::record_step(int64_t duration_ns, uint64_t n_kv) {
-    json ids = json::array(), conf = json::array(), exits = json::array(), back = json::array(), drafts = json::array();
-    bool pending = false;
-    const bool verified = has_drafts();
-    for (size_t i = 0; i < step_rows.size(); ++i) {
-        ids .push_back(slots[step_rows[i].id_slot].id);
-        back.push_back(plan_rows[i].back);
-        pending = pending || plan_rows[i].back > 0;
-        if (step.ramp != DREX_NO_RAMP) {
-            conf .push_back(std::isfinite(verdicts[i].confidence) ? json(verdicts[i].confidence) : json(nullptr));
-            exits.push_back(verdicts[i].decision == DREX_DECISION_EXIT ? 1 : 0);
-        } else if (verified) {
-            const auto d = decisions[i];
-            drafts.push_back(d == DREX_DECISION_ACCEPT ? json(1) : d == DREX_DECISION_REPLACE ? json(0) : d == DREX_DECISION_DROP ? json(-1) : json(nullptr));
-        }
-    }
-    json line = {
-        {"e", "step"}, {"t", t_run}, {"ns", duration_ns}, {"begin", step.layer_begin}, {"end", step.layer_end}, {"kv", n_kv}, {"ids", ids},
-    };
-    if (step.ramp != DREX_NO_RAMP) {
-        line["conf"] = conf;
-        line["exit"] = exits;
-    }
-    if (step.n_prompt_rows > 0) {
-        line["prompt"] = step.n_prompt_rows;
-    }
-    if (pending) {
-        line["back"] = back;
-        if (verified) {
-            line["draft"] = drafts;
-        }
-    }
-    record << line.dump() << "\n";
 }
 
 // ART compares windows with full passes, which it never runs itself: time both before the first request
@@ -419,6 +367,9 @@ void server_drex::calibrate() {
 
     std::vector<uint32_t> bounds = ramp_layers;
     bounds.push_back(n_layer);
+
+    llama_layer_range_kv kv;
+    const bool unified = llama_layer_range_get_kv(ctx, 0, &kv) && kv.n_stream == 1; // rows attend over the cells of all
 
     const int n_rows_max = std::min(slots.size(), verdicts.size());
     const int n_reps     = 4; // the first one builds the graph and is not counted
@@ -453,7 +404,7 @@ void server_drex::calibrate() {
                 obs.layer_begin = begin;
                 obs.layer_end   = end;
                 obs.duration_ns = now_ns() - t_start;
-                obs.n_kv        = uint64_t(n_rows)*(pos + 1);
+                obs.n_kv        = uint64_t(n_rows)*(pos + 1)*(unified ? n_rows : 1);
                 check(drex_observe(engine, &obs));
             }
         };
@@ -479,7 +430,40 @@ void server_drex::calibrate() {
     llama_memory_clear(mem, false);
 }
 
-void server_drex::add(int id_slot, const server_task & task) {
+// A bias that clients give to tokens that are not to come up at all.
+static const float ban_bias = -100.0f;
+
+// Each is a strided write for each window.
+static const size_t n_bans_max = 64;
+
+// the tokens that the sampler never emits; biased: there are other changes to the logits
+static llama_tokens banned_tokens(const llama_vocab * vocab, const std::vector<llama_logit_bias> & biases, bool & biased) {
+    std::map<llama_token, float> sums;
+    for (const auto & b : biases) {
+        sums[b.token] += b.bias;
+    }
+    int32_t n_suppress = 0;
+    const llama_token * suppress = llama_vocab_get_suppress_tokens(vocab, &n_suppress);
+    for (int32_t i = 0; i < n_suppress; ++i) {
+        sums[suppress[i]] = -std::numeric_limits<float>::infinity();
+    }
+
+    llama_tokens res;
+    for (const auto & [token, bias] : sums) {
+        if (bias <= ban_bias && token >= 0 && token < llama_vocab_n_tokens(vocab)) {
+            res.push_back(token);
+        } else if (bias != 0.0f) {
+            biased = true;
+        }
+    }
+    if (res.size() > n_bans_max) {
+        biased = true;
+        res.clear();
+    }
+    return res;
+}
+
+void server_drex::add(int id_slot, const server_task & task, bool same_lora) {
     const auto & p = task.params;
 
     if (!task.need_sampling()) {
@@ -488,8 +472,8 @@ void server_drex::add(int id_slot, const server_task & task) {
     if (p.sampling.backend_sampling) {
         throw std::invalid_argument("Field 'backend_sampling': cannot be combined with early exit");
     }
-    if (!p.lora.empty()) {
-        throw std::invalid_argument("Field 'lora': adapters of a single request cannot be combined with early exit");
+    if (!p.lora.empty() && !(has_lora && same_lora)) {
+        throw std::invalid_argument("Field 'lora': with early exit, a request has the adapters and scales of the server (/lora-adapters)");
     }
 
     if (slots[id_slot].leaving) {
@@ -516,19 +500,19 @@ void server_drex::add(int id_slot, const server_task & task) {
         throw std::invalid_argument(std::string("Field 'drex_metric': ") + drex_last_error());
     }
 
-    // Confidence is that of the model's own distribution. Where the request changes the distribution before it samples,
-    // a confident ramp says nothing about the token: such a request exits early only if it names a threshold itself.
-    // (ignore_eos counts as no change, as does a bias against the tokens that end a text: it only bans them)
-    const auto & s     = p.sampling;
-    const auto * vocab = llama_model_get_vocab(llama_get_model(ctx));
-    const bool biased  = std::any_of(s.logit_bias.begin(), s.logit_bias.end(), [&](const llama_logit_bias & b) {
-        return !llama_vocab_is_eog(vocab, b.token) || b.bias > 0.0f;
-    });
-    int32_t n_suppress = 0;
-    llama_vocab_get_suppress_tokens(vocab, &n_suppress); // the sampler bans them
+    const bool strict = mode == DREX_FILL_VERIFY || (std::isnan(config.threshold) ? all_strict : config.threshold > 1.0f);
+
+    // Confidence is that of the model's own distribution without the tokens that the request bans, and with a grammar a row
+    // leaves only where the grammar allows its best token. Where the request changes the distribution in other ways before it
+    // samples, a confident ramp says nothing about the token: such a request exits early only if it names a threshold itself.
+    const auto & s = p.sampling;
+
+    bool biased = false;
+    llama_tokens bans = banned_tokens(llama_model_get_vocab(llama_get_model(ctx)), s.logit_bias, biased);
+
     using type = common_sampler_type;
     auto has = [&](type t) { return std::find(s.samplers.begin(), s.samplers.end(), t) != s.samplers.end(); };
-    const bool reshaped = !s.grammar.empty() || biased ||
+    const bool reshaped = biased ||
         s.penalty_repeat != 1.0f || s.penalty_freq != 0.0f || s.penalty_present != 0.0f || s.dry_multiplier != 0.0f;
     if (reshaped && std::isnan(config.threshold)) {
         config.threshold = 2.0f;
@@ -540,16 +524,20 @@ void server_drex::add(int id_slot, const server_task & task) {
 
     slots[id_slot] = {};
     slots[id_slot].added  = true;
+    slots[id_slot].fill    = mode;
     slots[id_slot].verify  = mode == DREX_FILL_VERIFY;
     slots[id_slot].project = mode == DREX_FILL_PROPAGATE;
     slots[id_slot].id     = config.id;
+    slots[id_slot].strict  = strict;
+    slots[id_slot].grammar = !s.grammar.empty();
+    slots[id_slot].raw     = s.n_probs > 0;
+    slots[id_slot].bans    = std::move(bans);
 
     // its sampler would choose the best token: with these settings nothing before the temperature can remove it
     slots[id_slot].greedy = s.temp <= 0.0f && has(type::COMMON_SAMPLER_TYPE_TEMPERATURE) && s.dynatemp_range <= 0.0f && !reshaped &&
-        n_suppress == 0 && s.n_probs == 0 && s.mirostat == 0 && s.xtc_probability <= 0.0f && s.typ_p >= 1.0f &&
+        s.grammar.empty() && s.n_probs == 0 && s.mirostat == 0 && s.xtc_probability <= 0.0f && s.typ_p >= 1.0f &&
         !has(type::COMMON_SAMPLER_TYPE_INFILL) && !has(type::COMMON_SAMPLER_TYPE_ADAPTIVE_P) &&
         s.reasoning_budget_tokens < 0 && !s.reasoning_control;
-    slots[id_slot].no_eog = !s.logit_bias.empty() || s.ignore_eos;
 
     if (record.is_open()) {
         record << json({{"e", "add"}, {"t", now_ns()}, {"id", config.id}, {"n_prompt", task.n_tokens()}}).dump() << "\n";
@@ -610,6 +598,14 @@ bool server_drex::ran(int id_slot, llama_token token) {
 void server_drex::verified(int id_slot) {
     auto & ahead = slots[id_slot].ahead;
     ahead.erase(ahead.begin());
+}
+
+bool server_drex::approximates(size_t i) const {
+    if (step.ramp == DREX_NO_RAMP || verdicts[i].decision != DREX_DECISION_EXIT) {
+        return false;
+    }
+    const auto mode = slots[step_rows[i].id_slot].fill;
+    return mode == DREX_FILL_COPY || mode == DREX_FILL_PROPAGATE;
 }
 
 llama_token server_drex::drafted(size_t i) const {
@@ -684,7 +680,17 @@ int32_t server_drex::run(llama_batch_ext * batch) {
 
     if (step.ramp == DREX_NO_RAMP) {
         fetch_logits();
-    } else if (stream && step.n_rows > 0) {
+    } else if (step.n_rows > 0) {
+        if (fetches) {
+            fetch_logits(0, step.n_rows);
+            llama_synchronize(ctx);
+        }
+        ban_tokens();
+        if (fetches) {
+            fetch_logits(0, step.n_rows);
+        }
+    }
+    if (step.ramp != DREX_NO_RAMP && stream && step.n_rows > 0) {
         enqueued = false;
         const drex_logits logits = ramp_logits();
         enqueued = drex_ramp_enqueue(engine, &logits) == DREX_OK; // drex_ramp() waits for it, or says what is wrong
@@ -697,12 +703,89 @@ int32_t server_drex::run(llama_batch_ext * batch) {
     }
 
     t_ran = now_ns();
-    t_run_all += t_ran - t_run;
 
     return ret;
 }
 
-drex_logits server_drex::ramp_logits() const {
+// What is scored is what can be emitted: banned tokens have no logit while drex looks at the rows.
+void server_drex::ban_tokens() {
+    size_t n_raw = 0;
+    for (const auto & r : step_rows) {
+        n_raw += slots[r.id_slot].raw ? slots[r.id_slot].bans.size() : 0;
+    }
+    raw.resize(n_raw);
+    edit_bans(false);
+}
+
+// log probabilities are those of the model, banned tokens included
+void server_drex::unban_tokens() {
+    if (!raw.empty()) {
+        edit_bans(true);
+    }
+}
+
+// one logit of each row, where drex scores them
+bool server_drex::edit_logits(llama_token token, size_t first, size_t n, float * values, bool write) {
+    if (!fetches) {
+        return llama_layer_range_edit_logits(ctx, token, first, n, values, write);
+    }
+    for (size_t i = 0; i < n; ++i) {
+        float & logit = llama_get_logits_ith(ctx, first + i)[token];
+        if (write) {
+            logit = values[i];
+        } else {
+            values[i] = logit;
+        }
+    }
+    return true;
+}
+
+// rows beside each other that ban the same tokens are written together
+void server_drex::edit_bans(bool restore) {
+    size_t n_raw = 0;
+    for (size_t first = 0, n = 0; first < step_rows.size(); first += n) {
+        const auto & slot = slots[step_rows[first].id_slot];
+        for (n = 1; first + n < step_rows.size(); ++n) {
+            const auto & other = slots[step_rows[first + n].id_slot];
+            if (other.bans != slot.bans || other.raw != slot.raw) {
+                break;
+            }
+        }
+        for (const llama_token token : slot.bans) {
+            bool ok = true;
+            if (slot.raw) {
+                ok = edit_logits(token, first, n, raw.data() + n_raw, restore);
+                n_raw += n;
+            }
+            if (!restore) {
+                ok = ok && edit_logits(token, first, n, banned.data(), true);
+            }
+            if (!ok) {
+                throw std::runtime_error(string_format("failed to ban token %d at a ramp", token));
+            }
+        }
+    }
+}
+
+// drex asks before it lets a row out that is sure of the token
+static uint32_t confirm(void * data, uint32_t row, int32_t token) {
+    return static_cast<const server_drex *>(data)->confirms(row, token);
+}
+
+bool server_drex::confirms(size_t i, llama_token token) const {
+    const auto & slot = slots[step_rows[i].id_slot];
+    if (!slot.grammar || slot.n_drafts > 0) {
+        return true; // the sampler does not know of drafts: what the grammar says to the next one is seen when they are verified
+    }
+    try {
+        return allows(step_rows[i].id_slot, token);
+    } catch (const std::exception & e) {
+        SRV_ERR("early exit: %s\n", e.what()); // the sampler meets it again, and ends the request
+        return false;
+    }
+}
+
+drex_logits server_drex::ramp_logits() {
     const ggml_tensor * t = llama_layer_range_logits(ctx);
     if (!t) {
         throw std::runtime_error("the window has no logits");
@@ -711,12 +794,17 @@ drex_logits server_drex::ramp_logits() const {
     drex_logits logits = DREX_LOGITS_INITIALIZER;
 
     logits.dtype            = DREX_DTYPE_F32;
-    logits.data             = t->data;
+    logits.data             = fetches ? llama_get_logits_ith(ctx, 0) : t->data;
     logits.row_stride_bytes = t->nb[1];
     logits.n_rows           = step.n_rows;
     logits.n_vocab          = n_vocab;
     logits.stream           = stream;
     logits.enqueued         = enqueued ? 1 : 0;
+
+    if (std::any_of(step_rows.begin(), step_rows.end(), [&](const row & r) { return slots[r.id_slot].grammar; })) {
+        logits.confirm      = confirm;
+        logits.confirm_data = this;
+    }
 
     return logits;
 }
@@ -730,6 +818,7 @@ void server_drex::finish(uint64_t n_kv) {
         const drex_logits logits = ramp_logits();
 
         check(drex_ramp(engine, &logits, llama_layer_range_cells(ctx), verdicts.data(), verdicts.size()));
+        unban_tokens();
         check(drex_fill(engine));
         t_ran = now_ns(); // scoring and filling are part of what a ramp costs
     } else if (has_drafts()) {
@@ -762,6 +851,8 @@ void server_drex::finish(uint64_t n_kv) {
         fetch_logits();
     }
 
+    t_run_all += t_ran - t_run;
+
     drex_completion done = DREX_COMPLETION_INITIALIZER;
 
     done.now_ns      = now_ns();
@@ -774,12 +865,12 @@ void server_drex::finish(uint64_t n_kv) {
 
     check(drex_complete(engine, &done));
     end_step();
+    keep_profile();
 }
 
 // only rows whose sampler needs them leave the device; the sampler waits for them
 void server_drex::fetch_logits() {
-    const auto * vocab = llama_model_get_vocab(llama_get_model(ctx));
-    const bool   last  = step.ramp == DREX_NO_RAMP;
+    const bool last = step.ramp == DREX_NO_RAMP;
 
     auto wanted = [&](size_t i) {
         auto & slot = slots[step_rows[i].id_slot];
@@ -790,23 +881,27 @@ void server_drex::fetch_logits() {
         if (!step_rows[i].emit) {
             return false;
         }
-        const bool known = slot.greedy && verdicts[i].token >= 0 && !(slot.no_eog && llama_vocab_is_eog(vocab, verdicts[i].token));
+        const bool known = slot.greedy && verdicts[i].token >= 0;
         slot.top = known ? verdicts[i].token : LLAMA_TOKEN_NULL;
-        return !known;
+        return !known && (!fetches || slot.raw); // fetched before its banned tokens had their logits back
     };
 
     for (size_t i = 0, first = 0; i <= step_rows.size(); ++i) {
         if (i == step_rows.size() || !wanted(i)) {
-            if (first < i && !llama_layer_range_fetch_logits(ctx, first, i - first)) {
-                throw std::runtime_error("failed to read the logits");
+            if (first < i) {
+                fetch_logits(first, i - first);
             }
             first = i + 1;
         }
     }
     for (const int i : prompt_outputs) {
-        if (!llama_layer_range_fetch_logits(ctx, i, 1)) {
-            throw std::runtime_error("failed to read the logits");
-        }
+        fetch_logits(i, 1);
+    }
+}
+
+void server_drex::fetch_logits(size_t first, size_t n) {
+    if (!llama_layer_range_fetch_logits(ctx, first, n)) {
+        throw std::runtime_error("failed to read the logits");
     }
 }
 
@@ -835,10 +930,19 @@ int32_t server_drex::project() {
     return ret;
 }
 
-std::vector<int> server_drex::unprojected() const {
+std::vector<int> server_drex::culprits(int32_t ret, llama_batch_ext * batch) {
+    const bool projects = !to_project.empty(); // that failed, not the window
+
     std::vector<int> res;
-    for (const auto & p : to_project) {
-        res.push_back(p.id_slot);
+    if (ret == -1) {
+        res = projects ?
+            llama_layer_range_misfits(ctx, batch_project->get(), project_layer,    project_rows.data()) :
+            llama_layer_range_misfits(ctx, batch,                step.layer_begin, arena_rows.data());
+    }
+    if (res.empty()) {
+        for (const auto & p : to_project) {
+            res.push_back(p.id_slot);
+        }
     }
     return res;
 }
@@ -861,183 +965,5 @@ void server_drex::agrees(size_t i, bool yes, bool last) {
     agreed[i] = yes ? (last ? 2 : 1) : 0;
     slot.n_verified++;
     slot.n_accepted += yes;
-}
-
-drex_request_info server_drex::info(int id_slot) const {
-    drex_request_info res = DREX_REQUEST_INFO_INITIALIZER;
-    if (seen.valid) {
-        return seen.infos[id_slot];
-    }
-    if (slots[id_slot].added) {
-        warn(drex_request_get(engine, slots[id_slot].id, &res));
-    }
-    return res;
-}
-
-drex_stats server_drex::stats() const {
-    drex_stats res = DREX_STATS_INITIALIZER;
-    if (seen.valid) {
-        return seen.stats;
-    }
-    warn(drex_stats_get(engine, &res));
-    return res;
-}
-
-void server_drex::look_aside() {
-    seen.stats = stats();
-    seen.infos.clear();
-    for (size_t i = 0; i < slots.size(); ++i) {
-        seen.infos.push_back(info(i));
-    }
-    seen.t_run_all = t_run_all;
-    seen.perf      = llama_layer_range_perf(ctx);
-    seen.valid = true;
-}
-
-json server_drex::timings(int id_slot) const {
-    const auto in = info(id_slot);
-
-    return {
-        {"drex_exits",             std::vector<uint64_t>(in.exits, in.exits + ramp_layers.size())},
-        {"drex_involuntary_exits", in.involuntary_exits},
-        {"drex_involuntary_stays", in.involuntary_stays},
-        {"drex_held_ms",           in.held_ns/1e6},
-        {"drex_deadline_misses",   in.deadline_misses},
-        {"drex_drafts",            slots[id_slot].n_verified},
-        {"drex_drafts_accepted",   slots[id_slot].n_accepted},
-    };
-}
-
-json server_drex::to_json(int id_slot) const {
-    static const char * states[] = { "idle", "ready", "running", "held" };
-
-    const auto in = info(id_slot);
-
-    json res = {
-        {"state",             states[in.state]},
-        {"held_at_layer",     nullptr},
-        {"confidence",        nullptr},
-        {"tokens",            in.tokens},
-        {"exits",             std::vector<uint64_t>(in.exits, in.exits + ramp_layers.size())},
-        {"involuntary_exits", in.involuntary_exits},
-        {"involuntary_stays", in.involuntary_stays},
-        {"held_ms",           in.held_ns/1e6},
-        {"pending",           in.n_pending},
-        {"drafts",            slots[id_slot].n_verified},
-        {"drafts_accepted",   slots[id_slot].n_accepted},
-    };
-    if (in.state == DREX_REQUEST_HELD) {
-        res["held_at_layer"] = ramp_layers[in.ramp];
-    }
-    if (std::isfinite(in.last_confidence)) {
-        res["confidence"] = in.last_confidence;
-    }
-    return res;
-}
-
-std::string server_drex::metrics() const {
-    const drex_stats s = stats();
-
-    std::stringstream out;
-
-    auto family = [&out](const char * name, const char * type, const char * help) {
-        out << "# HELP " << name << " " << help << "\n# TYPE " << name << " " << type << "\n";
-    };
-    auto single = [&](const char * name, const char * type, const char * help, double value) {
-        family(name, type, help);
-        out << name << " " << value << "\n";
-    };
-    auto ramp_label = [&](size_t r) {
-        return "{ramp=\"" + std::to_string(r) + "\",layer=\"" + std::to_string(ramp_layers[r]) + "\"} ";
-    };
-
-    out.precision(17);
-
-    family("drex_exits_total", "counter", "Rows that left at an exit ramp, drafts among them");
-    for (size_t r = 0; r < ramp_layers.size(); ++r) {
-        out << "drex_exits_total" << ramp_label(r) << s.exits[r] << "\n";
-    }
-
-    single("drex_tokens_total",             "counter", "Tokens decoded, at a ramp or after the last layer",               s.tokens);
-    single("drex_involuntary_exits_total",  "counter", "Rows made to exit below their threshold",                         s.involuntary_exits);
-    single("drex_involuntary_stays_total",  "counter", "Confident rows that went on with the batch",                      s.involuntary_stays);
-    single("drex_nonfinite_rows_total",     "counter", "Rows whose confidence was NaN or infinite",                       s.nonfinite_rows);
-    single("drex_steps_total",              "counter", "Layer windows run",                                               s.steps);
-    single("drex_step_rows_total",          "counter", "Rows of all layer windows run",                                   s.step_rows);
-    single("drex_window_seconds_total",     "counter", "Time spent in layer windows",                                     (seen.valid ? seen.t_run_all : t_run_all)/1e9);
-    single("drex_filled_cells_total",       "counter", "KV cells whose skipped layers were filled by state-copy",         s.cells_filled);
-    single("drex_filled_bytes_total",       "counter", "Bytes written by state-copy",                                     s.bytes_filled);
-
-    single("drex_postfilled_rows_total",    "counter", "Exited rows that went through their skipped layers later on",      s.rows_filled);
-    single("drex_drafts_total",             "counter", "Drafts of exit ramps that the full model judged",                  s.drafts);
-    single("drex_drafts_accepted_total",    "counter", "Drafts of exit ramps that the full model confirmed",               s.drafts_accepted);
-    single("drex_dropped_rows_total",       "counter", "Rows run for nothing, behind a draft that was not confirmed",      s.rows_dropped);
-    single("drex_pending_rows",             "gauge",   "Exited rows in the hidden arena that have layers to go",           s.pending_rows);
-
-    static const char * misses[] = { "host", "queue", "held", "run" };
-    static_assert(std::size(misses) == DREX_MISS_REASONS, "a name for each");
-
-    family("drex_deadline_misses_total", "counter", "Tokens emitted after their deadline, by where most of their time went");
-    for (size_t i = 0; i < DREX_MISS_REASONS; ++i) {
-        out << "drex_deadline_misses_total{reason=\"" << misses[i] << "\"} " << s.misses[i] << "\n";
-    }
-
-    static const char * reasons[] = { "none", "fill", "age", "deadline", "idle", "stay", "prompt" };
-    static_assert(std::size(reasons) == DREX_FLUSH_REASONS, "a name for each");
-
-    family("drex_flushes_total", "counter", "Windows over held rows, by what caused them");
-    for (size_t i = 1; i < DREX_FLUSH_REASONS; ++i) {
-        out << "drex_flushes_total{reason=\"" << reasons[i] << "\"} " << s.flushes[i] << "\n";
-    }
-
-    family("drex_held_rows", "gauge", "Rows waiting in the rebatching buffer");
-    for (size_t r = 0; r < ramp_layers.size(); ++r) {
-        out << "drex_held_rows" << ramp_label(r) << s.held_rows_at[r] << "\n";
-    }
-    single("drex_held_rows_max", "gauge", "Most rows that waited at once",                s.held_rows_max);
-    single("drex_requests",      "gauge", "Requests alive",                               s.requests);
-    single("drex_slots_free",    "gauge", "Free rows of the hidden arena",                s.slots_free);
-    if (std::isfinite(s.art_ratio)) {
-        single("drex_art_ratio", "gauge", "Rebatching overhead over deep time, c/t_d",    s.art_ratio);
-    }
-
-    family("drex_exit_share", "gauge", "Share of rows that are confident at an exit ramp, of those scored there first");
-    for (size_t r = 0; r < ramp_layers.size(); ++r) {
-        if (std::isfinite(s.exit_share[r])) {
-            out << "drex_exit_share" << ramp_label(r) << s.exit_share[r] << "\n";
-        }
-    }
-    if (s.searches > 0) {
-        family("drex_rule_ramp", "gauge", "Policy auto: 1 where the present rule looks at an exit ramp");
-        for (size_t r = 0; r < ramp_layers.size(); ++r) {
-            out << "drex_rule_ramp" << ramp_label(r) << ((s.rule_ramps >> r) & 1) << "\n";
-        }
-        single("drex_rule_hold_rows",  "gauge",   "Policy auto: held rows at a ramp that are flushed",              s.rule_hold_rows);
-        single("drex_rule_ready_rows", "gauge",   "Policy auto: ready rows below which held rows are flushed",      s.rule_ready_rows);
-        single("drex_searches_total",  "counter", "Policy auto: searches for a better rule",                        s.searches);
-        family("drex_predicted_tokens_per_second", "gauge", "Policy auto: speed that the last search predicted");
-        out << "drex_predicted_tokens_per_second{rule=\"chosen\"} " << s.predicted_tokens_per_s     << "\n"
-            << "drex_predicted_tokens_per_second{rule=\"off\"} "    << s.predicted_off_tokens_per_s << "\n";
-    }
-
-    family("drex_wait_seconds", "histogram", "Time that rows spent in the rebatching buffer");
-    uint64_t n_waits = 0;
-    for (size_t i = 0; i < DREX_WAIT_BUCKETS; ++i) {
-        n_waits += s.wait_us_buckets[i];
-        if (i + 1 < DREX_WAIT_BUCKETS) {
-            out << "drex_wait_seconds_bucket{le=\"" << string_format("%g", std::ldexp(1e-6, i)) << "\"} " << n_waits << "\n";
-        }
-    }
-    out << "drex_wait_seconds_bucket{le=\"+Inf\"} " << n_waits << "\n"
-        << "drex_wait_seconds_sum "   << s.wait_us_sum/1e6 << "\n"
-        << "drex_wait_seconds_count " << n_waits << "\n";
-
-    const auto perf = seen.valid ? seen.perf : llama_layer_range_perf(ctx);
-    single("drex_graphs_built_total",   "counter", "Compute graphs built for layer windows",               perf.n_built);
-    single("drex_graphs_reused_total",  "counter", "Layer windows that reused a graph",                    perf.n_reused);
-    single("drex_graphs_evicted_total", "counter", "Kept graphs that were dropped for want of room",       perf.n_evicted);
-    single("drex_graphs",               "gauge",   "Graphs kept",                                          perf.n_kept);
-    single("drex_graphs_bytes",         "gauge",   "Compute buffers and metadata of kept graphs",          perf.bytes);
-
-    return out.str();
+    slot.judged = LLAMA_TOKEN_NULL;
 }

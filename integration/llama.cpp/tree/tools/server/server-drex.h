@@ -15,16 +15,30 @@
 #include <algorithm>
 #include <cstdint>
 #include <fstream>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+// what /metrics tells, but for what is fixed
+struct server_drex_figures {
+    drex_stats                  stats    = DREX_STATS_INITIALIZER;
+    llama_layer_range_perf_data graphs   = {};
+    uint64_t                    n_tokens = 0; // given to requests
+    int64_t                     t_run    = 0; // in windows and ramps, ns
+};
+
 struct server_drex {
     // throws std::runtime_error with the reason when model, context or parameters do not allow early exit
-    // is_resume: the server wakes from sleep, and the files that it has begun go on
-    server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume);
+    // is_resume: the server wakes from sleep. The files that it has begun go on; where one cannot, it is left out with a warning
+    // past:      what figures() said before the server slept
+    server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume, const server_drex_figures & past);
     ~server_drex();
+
+    // A router hands its own options to the server of each model. One whose model has no exit layers runs without early exit,
+    // and says so.
+    static void settle_policy(common_params & params);
 
     // warns where options have no effect
     static void say_off(const common_params & params);
@@ -36,8 +50,12 @@ struct server_drex {
     server_drex(const server_drex &) = delete;
     server_drex & operator=(const server_drex &) = delete;
 
+    // the grammar of the slot's request lets the token follow those that were sampled; set before the first add()
+    std::function<bool(int id_slot, llama_token token)> allows;
+
     // throws std::invalid_argument when the request asks for something that does not work with early exit
-    void add(int id_slot, const server_task & task);
+    // same_lora: its adapters are those of the server, and so of all other requests
+    void add(int id_slot, const server_task & task, bool same_lora);
 
     // returns how many of the slot's last prompt tokens have not gone through all layers: their cells must not be reused
     int remove(int id_slot);
@@ -53,6 +71,9 @@ struct server_drex {
 
     // with fill verify, tokens that ran and are not verified: they come after the slot's prompt tokens
     const llama_tokens & ahead(int id_slot) const { return slots[id_slot].ahead; }
+
+    // the slot's request is answered by the full model: no K/V may serve it that is not the full model's
+    bool is_strict(int id_slot) const { return slots[id_slot].strict; }
 
     // how many of the slot's tokens are drafts that the client does not know of, the one to run next included
     int n_drafts(int id_slot) const { return slots[id_slot].n_drafts; }
@@ -99,6 +120,9 @@ struct server_drex {
     }
     void end_verify() { verifying = false; }
 
+    // the slot's next token decides about this draft, LLAMA_TOKEN_NULL: about none
+    void judge(int id_slot, llama_token draft) { slots[id_slot].judged = draft; }
+
     // once for each window whose prompt rows have passed the last layer
     bool sends_progress(bool has_prompt) const { return has_prompt && !verifying; }
 
@@ -120,11 +144,18 @@ struct server_drex {
         llama_layer_range_rollback(ctx, id_slot, pos);
     }
 
+    // during finish(): rows()[i] may leave with the token
+    bool confirms(size_t i, llama_token token) const;
+
     // after finish() of a ramp: the token that the row drafted, LLAMA_TOKEN_NULL if none
     llama_token drafted(size_t i) const;
 
-    // after finish(): a greedy slot's token, which drex has seen already while it scored the row; false: sample it
+    // after finish(): rows()[i] has left, and layers behind it get K and V that are not the full model's
+    bool approximates(size_t i) const;
+
+    // the slot gets a token. true: a greedy slot's, which drex has seen already while it scored the row; false: sample it
     bool sampled(int id_slot, llama_token & token) {
+        n_tokens++;
         token = std::exchange(slots[id_slot].top, LLAMA_TOKEN_NULL);
         return token != LLAMA_TOKEN_NULL;
     }
@@ -138,9 +169,9 @@ struct server_drex {
     // after run() != 0: rows go back to where they were
     void abandon();
 
-    // after run() != 0: slots whose rows have left and get no K and V, once for each row. Their requests must end, then the
-    // others go on; none if it was the window that failed
-    std::vector<int> unprojected() const;
+    // after run() == ret != 0, before abandon(): slots whose requests must end so that the others can go on, since the memory
+    // does not hold what it should, or since K and V of rows that have left cannot be projected. Empty: it is not for them
+    std::vector<int> culprits(int32_t ret, llama_batch_ext * batch);
 
     // While it lives, metrics() and to_json() may be called on another thread than run(), which on a device is inside the
     // engine at times: they tell how things were before.
@@ -154,9 +185,12 @@ struct server_drex {
         aside & operator=(const aside &) = delete;
     };
 
-    json        timings(int id_slot) const; // drex_* fields of the response's timings
-    json        to_json(int id_slot) const; // for /slots
-    std::string metrics()            const; // for /metrics
+    // drex_* fields of the response's timings; sampled: the slot's newest token
+    json timings(int id_slot, llama_token sampled) const;
+
+    json                to_json(int id_slot) const; // for /slots
+    std::string         metrics()            const; // for /metrics
+    server_drex_figures figures()            const;
 
 private:
     struct slot {
@@ -165,11 +199,17 @@ private:
         bool     verify = false;
         bool     leaving = false;
         bool     project = false;
-        bool     greedy  = false; // takes the model's best token, unless it bans the end of the text
-        bool     no_eog  = false;
+        drex_fill_mode fill = DREX_FILL_COPY;
+        bool     greedy  = false; // takes the model's best token of those that are not banned
+        bool     strict  = false;
+        bool     grammar = false;
+        bool     raw     = false; // wants the logits as they were before tokens were banned
         uint64_t id    = 0;
 
-        llama_token top = LLAMA_TOKEN_NULL;
+        llama_tokens bans; // tokens that cannot be emitted
+
+        llama_token top    = LLAMA_TOKEN_NULL;
+        llama_token judged = LLAMA_TOKEN_NULL;
 
         llama_tokens ahead;
         int      n_drafts   = 0;
@@ -185,10 +225,14 @@ private:
 
     int32_t n_layer = 0;
     int32_t n_slots = 0; // arena rows of requests; those of prompt rows follow
-    bool    can_copy = true;
+    bool    has_lora = false;
+    bool    fetches = false; // ramps are scored on the host, from logits that are fetched from where they were computed
     int32_t n_vocab = 0;
 
+    std::string why_no_copy; // empty: fill copy can be used
+
     std::vector<uint32_t> ramp_layers;
+    bool                  all_strict = false; // no threshold of the server's can be reached
 
     std::vector<slot> slots;
 
@@ -216,8 +260,13 @@ private:
     std::vector<uint8_t>       agreed;
     std::vector<drex_decision> decisions;
 
+    std::vector<float> banned; // in place of the logits of banned tokens
+    std::vector<float> raw;    // these logits
+
     double        request_deadline_ms = 0.0;
     std::string   profile; // file, empty: none
+    int64_t       t_profile = 0; // when it was written last, ns
+    bool          profile_failed = false;
     std::ofstream record;
 
     bool    in_flight = false; // planned, neither finished nor abandoned
@@ -227,13 +276,15 @@ private:
     int64_t t_ran     = 0; // when it ended
     int64_t t_run_all = 0;
 
+    uint64_t n_tokens = 0;
+
+    server_drex_figures past;
+
     // written on the thread that calls run() while no other is in here
     struct {
         bool                           valid = false;
-        drex_stats                     stats;
+        server_drex_figures            figures;
         std::vector<drex_request_info> infos; // one for each slot
-        int64_t                        t_run_all;
-        llama_layer_range_perf_data    perf;
     } seen;
 
     void look_aside();
@@ -242,15 +293,22 @@ private:
     void bind_kv();
     void check_copy(const char * what, drex_fill_mode mode) const;
     void fetch_logits();
-    drex_logits ramp_logits() const;
+    void fetch_logits(size_t first, size_t n);
+    drex_logits ramp_logits();
     int32_t project();
     void end_step();
     bool has_drafts() const;
     void calibrate();
-    void load_profile();
+    void open_files(const common_params & params, bool is_resume);
+    void open_profile();
+    void open_record(const common_params & params, bool is_resume);
+    void keep_profile();
     void save_profile() const;
     void record_step(int64_t duration_ns, uint64_t n_kv);
+    void ban_tokens();
+    void unban_tokens();
+    void edit_bans(bool restore);
+    bool edit_logits(llama_token token, size_t first, size_t n, float * values, bool write);
 
-    drex_stats        stats() const;
     drex_request_info info(int id_slot) const;
 };

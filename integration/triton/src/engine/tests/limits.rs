@@ -84,7 +84,7 @@ fn a_timeout_counts_from_the_arrival() {
         now_ns(),
         Vec::new(),
     );
-    bench.engine.admit();
+    bench.engine.admit().unwrap();
     let at = bench.slot_of(id);
     bench.engine.slots[at].as_mut().unwrap().deadline_ns = Some(1);
     let answer = &bench.run()[&id];
@@ -136,8 +136,7 @@ fn what_was_learned_is_kept_in_a_file() {
         assert!((a - b).abs() <= a * 1e-9, "{a} {b}");
     }
     std::fs::write(&path, "{").unwrap();
-    let out: Out = Box::new(|_, _| {});
-    let failure = Engine::new(Fake::new(4, 64), with(), out).err().unwrap();
+    let failure = new(Fake::new(4, 64), with()).err().unwrap();
     assert!(
         failure.text.starts_with("parameters: profile "),
         "{}",
@@ -152,6 +151,11 @@ fn the_context_is_at_most_what_the_model_was_trained_with() {
         context: 4096,
         ..settings("hold", "copy")
     };
-    let engine = Engine::new(Fake::new(4, 64), long, Box::new(|_, _| {})).unwrap();
+    let engine = new(Fake::new(4, 64), long).unwrap();
     assert_eq!(engine.context(), 64);
+    let said = crate::triton::fake_host::take_messages();
+    assert_eq!(
+        said,
+        ["1 drex: parameters: context is 4096, the model was trained with 64, which is used"]
+    );
 }

@@ -14,6 +14,8 @@ use drex::ffi::functions::*;
 use drex::ffi::types::*;
 
 use super::fake::{self, Call, Fake, Fault};
+use super::pool::Pool;
+use super::queue::Job;
 use super::*;
 
 type Events = Arc<Mutex<Vec<(u64, Event)>>>;
@@ -63,14 +65,25 @@ fn full(id: u64, n: usize, seed: Option<u32>) -> Vec<i32> {
     tokens.split_off(begin)
 }
 
+/// An engine that has a queue of its own.
+fn new(fake: Fake, settings: Settings) -> Result<Engine<Fake>, Failure> {
+    let pool = Pool::new(settings.max_queue, Box::new(|_| ()));
+    Engine::new(fake, settings, pool.join())
+}
+
+/// Requests that wait, and requests that run.
+fn load(engine: &Engine<Fake>) -> (usize, usize) {
+    (engine.seat.waiting(), engine.running())
+}
+
 impl Bench {
     fn new(settings: Settings) -> Self {
         let events: Events = Arc::default();
-        let sent = events.clone();
-        let out: Out = Box::new(move |id, event| sent.lock().unwrap().push((id, event)));
         let fake = Fake::new(settings.slots, settings.context);
+        let engine = new(fake, settings).unwrap();
+        engine.begin();
         Self {
-            engine: Engine::new(fake, settings, out).unwrap(),
+            engine,
             events,
             next: 1,
             flags: HashMap::new(),
@@ -86,13 +99,16 @@ impl Bench {
         self.next += 1;
         let cancelled = Arc::<AtomicBool>::default();
         self.flags.insert(id, cancelled.clone());
-        self.engine.push(Job {
+        let sent = self.events.clone();
+        let out = Box::new(move |event| sent.lock().unwrap().push((id, event)));
+        self.engine.seat.pool.submit(Job {
             id,
             prompt: prompt(id),
             bad,
             sampling,
             arrived_ns,
             cancelled,
+            answer: answer::Answer::new(out),
         });
         id
     }
@@ -155,7 +171,7 @@ impl Bench {
         );
         assert_eq!(self.engine.free.len(), slots as usize);
         assert!(self.engine.leavers.is_empty());
-        assert_eq!(self.engine.load(), (0, 0));
+        assert_eq!(load(&self.engine), (0, 0));
     }
 
     fn slot_of(&self, id: u64) -> usize {

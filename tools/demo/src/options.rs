@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! What is compared, under which load.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use drex_build::Source;
+use drex_harness::{
+    machine,
+    traffic::{Lengths, Traffic},
+};
+
+/// The unpatched server, as one more policy.
+pub const REFERENCE: &str = "reference";
+
+/// Its layouts of the cache: a stream for each sequence, as it has by default, and one for all. The faster one of a cell is
+/// what the ratios are relative to.
+pub const LAYOUTS: [&str; 2] = [REFERENCE, "reference+unified"];
+
+/// The patched server without early exit.
+pub const OFF: &str = "off";
+
+/// The traffic of the short prompts in `demo/prompts.txt`.
+pub const SHORT: &str = "short";
+
+/// Compare the exit policies on the bundled model and write a report
+#[derive(Parser)]
+#[command(name = "cargo xtask demo", bin_name = "cargo xtask demo")]
+pub struct Options {
+    /// Print only the results, as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+    /// How the skipped layers' K/V of an exited token is filled
+    #[arg(long, default_value = "copy", value_parser = ["copy", "propagate", "postfill", "verify"])]
+    pub fill: String,
+    /// Policies to compare with the unpatched server, which is always measured in both layouts of its cache. `hold+verify` is
+    /// a policy with a fill of its own, `reference+ngram-simple` the unpatched server with a speculation type that needs no
+    /// second model
+    #[arg(long, value_delimiter = ',', default_value = "off,eager,art,hold,auto")]
+    pub policies: Vec<String>,
+    /// `short`: prompts of a dozen tokens; PROMPT/ANSWER: tokens of each on average
+    #[arg(long, value_delimiter = ',', default_value = "short,300/64")]
+    pub traffic: Vec<String>,
+    /// Requests in flight
+    #[arg(long, value_delimiter = ',', default_value = "1,4,16", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub concurrency: Vec<u16>,
+    /// Tokens to generate per `short` request on average; requests ask for half to one and a half times as many
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=250))]
+    pub tokens: u32,
+    /// Layers after which a row may exit, separated by commas, or `model` for those of its metadata
+    #[arg(long, value_name = "LAYERS", default_value = "8")]
+    pub exit_layers: String,
+    /// Confidence (gap between the two most likely tokens) from which a row may exit
+    #[arg(long, default_value_t = 0.7)]
+    pub threshold: f64,
+    /// How often everything is measured; medians are reported [default: 3, fewer if they would take too long]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=20))]
+    pub rounds: Option<u32>,
+    /// Threads that compute [default: all cores but one, which the client and the server's HTTP threads need]
+    #[arg(long, default_value_t = machine::default_threads(), hide_default_value = true)]
+    pub threads: usize,
+    /// Where the report goes
+    #[arg(long, value_name = "DIR", default_value = "target/demo")]
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub source: Source,
+}
+
+/// The name before a plus sign, and what comes after it: a fill, or a speculation type of the unpatched server.
+pub fn parts(policy: &str) -> (&str, Option<&str>) {
+    match policy.split_once('+') {
+        Some((base, variant)) => (base, Some(variant)),
+        None => (policy, None),
+    }
+}
+
+pub fn base(policy: &str) -> &str {
+    parts(policy).0
+}
+
+pub fn verifies(options: &Options, policy: &str) -> bool {
+    ![OFF, REFERENCE].contains(&base(policy)) && fill(options, policy) == "verify"
+}
+
+pub fn fill<'a>(options: &'a Options, policy: &'a str) -> &'a str {
+    parts(policy).1.unwrap_or(&options.fill)
+}
+
+/// Requests of one length would start and end together for ever, and the engine would see them all at the same age.
+pub fn length(options: &Options, i: usize) -> u32 {
+    options.tokens / 2 + options.tokens * (i as u32 * 37 % 101) / 100
+}
+
+/// What the servers are asked.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Load {
+    /// As in `--traffic`.
+    pub traffic: String,
+    pub concurrency: u16,
+}
+
+impl std::fmt::Display for Load {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} at {} in flight", self.traffic, self.concurrency)
+    }
+}
+
+/// Lengths of a traffic, or none for `short`.
+pub fn lengths(traffic: &str) -> Result<Option<Lengths>> {
+    if traffic == SHORT {
+        return Ok(None);
+    }
+    match traffic
+        .parse()
+        .with_context(|| format!("--traffic {traffic}"))?
+    {
+        Traffic::Closed(lengths) => Ok(Some(lengths)),
+        _ => bail!("--traffic {traffic}: the demo has {SHORT} and PROMPT/ANSWER only"),
+    }
+}
+
+/// Everybody who is measured, the unpatched server's layouts first.
+pub fn contenders(options: &Options) -> Vec<String> {
+    let mut all: Vec<String> = LAYOUTS.map(str::to_owned).to_vec();
+    for policy in &options.policies {
+        if !all.contains(policy) {
+            all.push(policy.clone());
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn traffic_is_short_or_lengths() {
+        assert_eq!(lengths(SHORT).unwrap(), None);
+        assert_eq!(lengths("300/64").unwrap().unwrap().prompt, 300);
+        let error = format!("{:#}", lengths("chat").unwrap_err());
+        assert!(
+            error.contains("--traffic chat: the demo has short"),
+            "{error}"
+        );
+        assert!(lengths("400/400").is_err());
+    }
+}
