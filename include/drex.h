@@ -180,9 +180,11 @@
  *
  * An engine, and a pool of pages (drex_pages), may be used from any thread, by
  * one at a time: a second one that comes while a call runs gets
- * DREX_ERROR_HANDLE_BUSY at once, and nothing happens. Different ones work from
- * different threads at the same time. Functions that take neither may be called
- * from any thread at any time. Each thread has its own drex_last_error().
+ * DREX_ERROR_HANDLE_BUSY at once, and nothing happens. So does a thread that only
+ * reads, such as one that answers a scrape by drex_metrics_text(); it may try
+ * again. Different ones work from different threads at the same time. Functions
+ * that take neither may be called from any thread at any time. Each thread has its
+ * own drex_last_error().
  *
  * Callbacks (drex_log_callback, drex_trace_sink) run on the thread and inside
  * the call that caused them: with several engines, on several threads. The
@@ -255,10 +257,11 @@
  *            trace) a refusal ends the process. CUDA's memory is
  *            DREX_ERROR_DEVICE.
  *   threads  Chapter 3.
- *   since    Items say in which version they came, constants where they are
- *            younger than the type or the items that they belong to, fields
- *            where they are younger than their struct. DREX_VERSION_* is the
- *            header's version, drex_version() the library's.
+ *   since    What is younger than version 0.1 says in which version it came.
+ *            DREX_VERSION_* is the header's version, drex_version() the
+ *            library's.
+ *   clock    Times are those of one clock of the host's. Where it goes back, waits
+ *            that began later count as 0; nothing else happens.
  *
  *
  * 6. PAGED K/V
@@ -334,12 +337,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The version of this header. Since 0.1. */
+/* The version of this header. */
 #define DREX_VERSION_MAJOR 0
 #define DREX_VERSION_MINOR 1
 #define DREX_VERSION_PATCH 0
 
-/* Initializers, since 0.1, for instance: drex_config config = DREX_CONFIG_INITIALIZER;
+/* Initializers, for instance: drex_config config = DREX_CONFIG_INITIALIZER;
  *
  * Each sets the struct's size and the defaults named here; all else is 0. */
 
@@ -403,47 +406,37 @@
 #define DREX_ABI_VERSION 1
 
 // Most exit ramps that a model may have.
-// Since 0.1.
 #define DREX_MAX_RAMPS 16
 
 // In place of a ramp's index: none.
-// Since 0.1.
 #define DREX_NO_RAMP UINT32_MAX
 
 // Most of the greatest logits of a row that a ramp lists.
-// Since 0.1.
 #define DREX_MAX_TOP 64
 
 // In place of an arena row: none.
-// Since 0.1.
 #define DREX_NO_SLOT UINT32_MAX
 
 // Length of drex_stats.flushes, more than there are DREX_FLUSH_*.
-// Since 0.1.
 #define DREX_MAX_FLUSH_REASONS 16
 
 // Length of drex_stats.misses, more than there are DREX_MISS_*.
-// Since 0.1.
 #define DREX_MAX_MISS_REASONS 8
 
 // Length of drex_stats.wait_us_buckets.
-// Since 0.1.
 #define DREX_WAIT_BUCKETS 32
 
 // A block table entry without a page.
-// Since 0.1.
 #define DREX_NO_PAGE UINT32_MAX
 
 // One engine: the scheduler of one model instance. Opaque, and not an
 // address: never read through it. Made by drex_create(), ended by
 // drex_destroy(). A destroyed handle gives DREX_ERROR_INVALID_HANDLE.
-// Since 0.1.
 typedef struct drex_engine drex_engine;
 
 // An account of a pool of K/V pages. Opaque, and not an address. Made by
 // drex_pages_create(), ended by drex_pages_destroy(). A destroyed handle gives
 // DREX_ERROR_INVALID_HANDLE.
-// Since 0.1.
 typedef struct drex_pages drex_pages;
 
 // How a call went: DREX_OK (0) or one of DREX_ERROR_*. The numbers never
@@ -451,7 +444,6 @@ typedef struct drex_pages drex_pages;
 // but 0 as a failure. A call that fails changes nothing and writes none of
 // its outputs (chapter 5 has the one exception), and leaves a text that names
 // the function, the field and the value: see drex_last_error().
-// Since 0.1.
 typedef int32_t drex_status;
 
 // Done.
@@ -498,7 +490,6 @@ typedef int32_t drex_status;
 // An *involuntary exit* is a row made to exit below its threshold; only
 // EAGER, MEDIAN and MEAN do that. An *involuntary stay* is a confident row
 // that goes on with its batch. Both are counted, and marked in the verdict.
-// Since 0.1.
 typedef uint32_t drex_policy;
 
 // Full passes only; no ramp is ever reached.
@@ -539,7 +530,6 @@ typedef uint32_t drex_policy;
 
 // How sure a row is, from its raw logits (before temperature, penalties and
 // grammar), in [0, 1]: DREX_METRIC_*.
-// Since 0.1.
 typedef uint32_t drex_metric;
 
 // p(top 1) - p(top 2)
@@ -553,7 +543,6 @@ typedef uint32_t drex_metric;
 
 // How the K/V entries of the layers that an exited token skipped (its
 // *hole*) are filled: DREX_FILL_*. Requests of one batch may differ.
-// Since 0.1.
 typedef uint32_t drex_fill_mode;
 
 // State-copy: K and V of the last computed layer at the token's cell are
@@ -578,8 +567,65 @@ typedef uint32_t drex_fill_mode;
 // In a request: the engine's mode.
 #define DREX_FILL_DEFAULT UINT32_MAX
 
+// What becomes of a row at a ramp: DREX_DECISION_*.
+typedef uint32_t drex_decision;
+
+// Emit the token from the ramp's logits; the row is done.
+#define DREX_DECISION_EXIT 0
+// The row waits in the rebatching buffer for a deeper batch.
+#define DREX_DECISION_HOLD 1
+// The row goes on in the next step.
+#define DREX_DECISION_STAY 2
+// The request was removed while the step ran.
+#define DREX_DECISION_GONE 3
+// A pending row: it left before, and goes along.
+#define DREX_DECISION_PENDING 4
+// drex_verify(): the draft stands; it is a token now.
+#define DREX_DECISION_ACCEPT 5
+// drex_verify(): the full model's token is emitted in place of the draft.
+#define DREX_DECISION_REPLACE 6
+// drex_verify(): the row follows a draft that was replaced, and is void.
+#define DREX_DECISION_DROP 7
+
+// Why a step runs: DREX_FLUSH_*.
+typedef uint32_t drex_flush_reason;
+
+// How many reasons there are; a later version may have more, up to
+// DREX_MAX_FLUSH_REASONS.
+#define DREX_FLUSH_REASONS 7
+// It is no flush: ready rows and prompt rows run through the first window.
+#define DREX_FLUSH_NONE 0
+// Enough rows were held.
+#define DREX_FLUSH_FILL 1
+// A row was held for as long as drex_config.max_hold_ns says.
+#define DREX_FLUSH_AGE 2
+// A held row's token would have missed its deadline.
+#define DREX_FLUSH_DEADLINE 3
+// Nothing else is left to run; under HOLD, fewer than min_ready rows.
+#define DREX_FLUSH_IDLE 4
+// Rows that a ramp told to go on at once.
+#define DREX_FLUSH_STAY 5
+// Prompt rows go on from a ramp, and take along what waits there.
+// Since 0.2.
+#define DREX_FLUSH_PROMPT 6
+
+// Where most of the time went of a token that missed its deadline:
+// DREX_MISS_*.
+typedef uint32_t drex_miss_reason;
+
+// How many reasons there are; a later version may have more, up to
+// DREX_MAX_MISS_REASONS.
+#define DREX_MISS_REASONS 4
+// Between its last token and drex_request_ready(): in the host.
+#define DREX_MISS_HOST 0
+// Ready, while other rows ran: overload.
+#define DREX_MISS_QUEUE 1
+// Held in the rebatching buffer.
+#define DREX_MISS_HELD 2
+// In layer windows, its own or others' while it was to go on at once.
+#define DREX_MISS_RUN 3
+
 // Where logits, arena rows and K/V lie: DREX_DEVICE_*.
-// Since 0.1.
 typedef uint32_t drex_device;
 
 // Memory that the calling thread can read and write.
@@ -589,7 +635,6 @@ typedef uint32_t drex_device;
 #define DREX_DEVICE_CUDA 1
 
 // What an engine is made from. Everything is copied; no pointer is kept.
-// Since 0.1.
 typedef struct drex_config {
   // sizeof(drex_config)
   uint32_t size;
@@ -669,7 +714,6 @@ typedef struct drex_config {
 // layout*) or *transposed*: element j of cell c is v_elem_bytes bytes at
 // v + j * v_elem_stride + c * v_elem_bytes. A side with 0 row bytes does not
 // exist, and its pointer may be NULL.
-// Since 0.1.
 typedef struct drex_kv_layer {
   // sizeof(drex_kv_layer)
   uint32_t size;
@@ -697,7 +741,6 @@ typedef struct drex_kv_layer {
 } drex_kv_layer;
 
 // What a request is made from.
-// Since 0.1.
 typedef struct drex_request_config {
   // sizeof(drex_request_config)
   uint32_t size;
@@ -726,7 +769,6 @@ typedef struct drex_request_config {
 } drex_request_config;
 
 // What a request is doing: DREX_REQUEST_*.
-// Since 0.1.
 typedef uint32_t drex_request_state;
 
 // It has no token to run: its prompt is being processed, or the host is
@@ -740,7 +782,6 @@ typedef uint32_t drex_request_state;
 #define DREX_REQUEST_HELD 3
 
 // What is known of a request.
-// Since 0.1.
 typedef struct drex_request_info {
   // sizeof(drex_request_info), set by the caller
   uint32_t size;
@@ -772,7 +813,6 @@ typedef struct drex_request_info {
 } drex_request_info;
 
 // What drex_plan() is told.
-// Since 0.1.
 typedef struct drex_plan_input {
   // sizeof(drex_plan_input)
   uint32_t size;
@@ -786,7 +826,6 @@ typedef struct drex_plan_input {
 } drex_plan_input;
 
 // A row of the planned step.
-// Since 0.1.
 typedef struct drex_row {
   // The request's id.
   uint64_t request;
@@ -800,31 +839,7 @@ typedef struct drex_row {
   uint32_t back;
 } drex_row;
 
-// Why a step runs: DREX_FLUSH_*.
-// Since 0.1.
-typedef uint32_t drex_flush_reason;
-
-// How many reasons there are; a later version may have more, up to
-// DREX_MAX_FLUSH_REASONS.
-#define DREX_FLUSH_REASONS 7
-// It is no flush: ready rows and prompt rows run through the first window.
-#define DREX_FLUSH_NONE 0
-// Enough rows were held.
-#define DREX_FLUSH_FILL 1
-// A row was held for as long as drex_config.max_hold_ns says.
-#define DREX_FLUSH_AGE 2
-// A held row's token would have missed its deadline.
-#define DREX_FLUSH_DEADLINE 3
-// Nothing else is left to run; under HOLD, fewer than min_ready rows.
-#define DREX_FLUSH_IDLE 4
-// Rows that a ramp told to go on at once.
-#define DREX_FLUSH_STAY 5
-// Prompt rows go on from a ramp, and take along what waits there.
-// Since 0.2.
-#define DREX_FLUSH_PROMPT 6
-
 // What drex_plan() says: run layers [layer_begin, layer_end) over the rows.
-// Since 0.1.
 typedef struct drex_step {
   // sizeof(drex_step), set by the caller
   uint32_t size;
@@ -853,7 +868,6 @@ typedef struct drex_step {
 } drex_step;
 
 // The element type of logits: DREX_DTYPE_*, in the machine's byte order.
-// Since 0.1.
 typedef uint32_t drex_dtype;
 
 // IEEE binary32
@@ -872,7 +886,6 @@ typedef uint32_t drex_dtype;
 typedef uint32_t (*drex_confirm_callback)(void *user_data, uint32_t row, int32_t token);
 
 // The logits at a ramp.
-// Since 0.1.
 typedef struct drex_logits {
   // sizeof(drex_logits)
   uint32_t size;
@@ -907,37 +920,15 @@ typedef struct drex_logits {
   void *confirm_data;
 } drex_logits;
 
-// What becomes of a row at a ramp: DREX_DECISION_*.
-// Since 0.1.
-typedef uint32_t drex_decision;
-
-// Emit the token from the ramp's logits; the row is done.
-#define DREX_DECISION_EXIT 0
-// The row waits in the rebatching buffer for a deeper batch.
-#define DREX_DECISION_HOLD 1
-// The row goes on in the next step.
-#define DREX_DECISION_STAY 2
-// The request was removed while the step ran.
-#define DREX_DECISION_GONE 3
-// A pending row: it left before, and goes along.
-#define DREX_DECISION_PENDING 4
-// drex_verify(): the draft stands; it is a token now.
-#define DREX_DECISION_ACCEPT 5
-// drex_verify(): the full model's token is emitted in place of the draft.
-#define DREX_DECISION_REPLACE 6
-// drex_verify(): the row follows a draft that was replaced, and is void.
-#define DREX_DECISION_DROP 7
-
 // What a ramp says about a row.
-// Since 0.1.
 typedef struct drex_verdict {
   // EXIT, HOLD, STAY, GONE or PENDING.
   drex_decision decision;
   // The greatest logit's index, the lowest on a tie; -1 where confidence
   // is NaN. For greedy hosts; others sample the row themselves.
   int32_t token;
-  // In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for a
-  // row that is gone. -Inf beside other logits is a mask, and fine.
+  // In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for GONE
+  // and PENDING. -Inf beside other logits is a mask, and fine.
   float confidence;
   // 1: an involuntary exit or an involuntary stay. A row is not asked, and
   // does not count, at a ramp that the rule of DREX_POLICY_AUTO passes by and
@@ -946,7 +937,6 @@ typedef struct drex_verdict {
 } drex_verdict;
 
 // What drex_complete() is told.
-// Since 0.1.
 typedef struct drex_completion {
   // sizeof(drex_completion)
   uint32_t size;
@@ -964,7 +954,6 @@ typedef struct drex_completion {
 } drex_completion;
 
 // A timing of a pass that drex did not plan: calibration, full passes.
-// Since 0.1.
 typedef struct drex_observation {
   // sizeof(drex_observation)
   uint32_t size;
@@ -987,7 +976,6 @@ typedef struct drex_observation {
 } drex_observation;
 
 // Totals since drex_create(), and some current values.
-// Since 0.1.
 typedef struct drex_stats {
   // sizeof(drex_stats), set by the caller
   uint32_t size;
@@ -1078,7 +1066,6 @@ typedef struct drex_stats {
 } drex_stats;
 
 // One of the greatest logits of a row.
-// Since 0.1.
 typedef struct drex_top {
   // As it is, before any softmax.
   float logit;
@@ -1088,7 +1075,6 @@ typedef struct drex_top {
 
 // Rows of an arena, and rows of a dense batch: row i of the batch belongs to
 // row i of the planned step.
-// Since 0.1.
 typedef struct drex_arena {
   // sizeof(drex_arena)
   uint32_t size;
@@ -1109,7 +1095,6 @@ typedef struct drex_arena {
 } drex_arena;
 
 // For drex_pages_create().
-// Since 0.1.
 typedef struct drex_pages_config {
   // sizeof(drex_pages_config)
   uint32_t size;
@@ -1124,7 +1109,6 @@ typedef struct drex_pages_config {
 
 // Cells [first_cell, first_cell + n_cells) of a page, K and V, to the same
 // cells of another.
-// Since 0.1.
 typedef struct drex_page_copy {
   // The page that is read.
   uint32_t from;
@@ -1137,7 +1121,6 @@ typedef struct drex_page_copy {
 } drex_page_copy;
 
 // For drex_pages_stats_get().
-// Since 0.1.
 typedef struct drex_pages_stats {
   // sizeof(drex_pages_stats), set by the caller
   uint32_t size;
@@ -1158,7 +1141,6 @@ typedef struct drex_pages_stats {
 } drex_pages_stats;
 
 // How much is logged: a level and all that are more urgent.
-// Since 0.1.
 typedef uint32_t drex_log_level;
 
 // Nothing.
@@ -1179,7 +1161,6 @@ typedef uint32_t drex_log_level;
 // call that caused it, so a call on the same engine gets
 // DREX_ERROR_HANDLE_BUSY (DREX_ERROR_INVALID_HANDLE from the event of its
 // destruction). It must return: no exception, no longjmp.
-// Since 0.1.
 typedef void (*drex_log_callback)(void *user_data,
                                   drex_log_level level,
                                   const char *text);
@@ -1187,47 +1168,25 @@ typedef void (*drex_log_callback)(void *user_data,
 // Receives a part of a text: n_bytes bytes, without a 0 byte, valid during the
 // call. A call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return:
 // no exception, no longjmp.
-// Since 0.1.
 typedef void (*drex_trace_sink)(void *user_data, const char *bytes, size_t n_bytes);
-
-// Where most of the time went of a token that missed its deadline:
-// DREX_MISS_*.
-// Since 0.1.
-typedef uint32_t drex_miss_reason;
-
-// How many reasons there are; a later version may have more, up to
-// DREX_MAX_MISS_REASONS.
-#define DREX_MISS_REASONS 4
-// Between its last token and drex_request_ready(): in the host.
-#define DREX_MISS_HOST 0
-// Ready, while other rows ran: overload.
-#define DREX_MISS_QUEUE 1
-// Held in the rebatching buffer.
-#define DREX_MISS_HELD 2
-// In layer windows, its own or others' while it was to go on at once.
-#define DREX_MISS_RUN 3
 
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
 
 // The library's version, such as "0.1.0". Static; never NULL.
-// Since 0.1.
 const char *drex_version(void);
 
 // The library's DREX_ABI_VERSION, to compare with the header's.
-// Since 0.1.
 uint32_t drex_abi_version(void);
 
 // A status by its name, such as "DREX_ERROR_CAPACITY"; "DREX_ERROR_UNKNOWN"
 // for a number that this version does not know. Static; never NULL.
-// Since 0.1.
 const char *drex_status_name(drex_status status);
 
 // What a status means in general, such as "another thread is inside a call on
 // this handle"; "unknown status" for a number that this version does not
 // know. drex_last_error() says what it was in particular. Static; never NULL.
-// Since 0.1.
 const char *drex_status_text(drex_status status);
 
 // The text of the last call that failed on the calling thread, in UTF-8,
@@ -1235,28 +1194,40 @@ const char *drex_status_text(drex_status status);
 // Empty before the first; a call that succeeds leaves it alone. Valid until
 // the next failure on this thread, or the thread's end. Never NULL; not to
 // be freed.
-// Since 0.1.
 const char *drex_last_error(void);
 
 // A policy's name in lower case, such as "hold"; NULL when unknown. Static.
-// Since 0.1.
 const char *drex_policy_name(drex_policy policy);
 
 // A metric's name in lower case, such as "gap"; NULL when unknown. Static.
-// Since 0.1.
 const char *drex_metric_name(drex_metric metric);
+
+// A fill mode's name in lower case, such as "copy"; NULL when unknown. Static.
+const char *drex_fill_name(drex_fill_mode fill);
+
+// A decision's name in lower case, such as "exit"; NULL when unknown. Static.
+const char *drex_decision_name(drex_decision decision);
+
+// A flush reason's name in lower case, such as "deadline"; NULL when unknown. Static.
+const char *drex_flush_reason_name(drex_flush_reason reason);
+
+// A miss reason's name in lower case, such as "queue"; NULL when unknown. Static.
+const char *drex_miss_reason_name(drex_miss_reason reason);
 
 // The policy of a name, exactly as drex_policy_name() writes it.
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
-// Since 0.1.
 drex_status drex_policy_from_name(const char *name, drex_policy *out);
 
 // The metric of a name, exactly as drex_metric_name() writes it.
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
-// Since 0.1.
 drex_status drex_metric_from_name(const char *name, drex_metric *out);
+
+// The fill mode of a name, exactly as drex_fill_name() writes it.
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+drex_status drex_fill_from_name(const char *name, drex_fill_mode *out);
 
 // Makes an engine. What serving needs is allocated here; chapter 3 says which
 // calls allocate nothing.
@@ -1269,7 +1240,6 @@ drex_status drex_metric_from_name(const char *name, drex_metric *out);
 // CAPACITY when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
 // UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
 // current, and DEVICE.
-// Since 0.1.
 drex_status drex_create(const drex_config *config, drex_engine **out);
 
 // Ends an engine, in any state, and frees what it holds. The host's tensors
@@ -1277,7 +1247,6 @@ drex_status drex_create(const drex_config *config, drex_engine **out);
 //
 // Errors: INVALID_HANDLE for one that is destroyed already; HANDLE_BUSY
 // while another thread is inside, and then the engine lives on.
-// Since 0.1.
 drex_status drex_destroy(drex_engine *engine);
 
 // Names the K/V cache that drex_fill() works on. Binding again replaces it.
@@ -1296,7 +1265,6 @@ drex_status drex_destroy(drex_engine *engine);
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; UNSUPPORTED,
 // with the layers named, where state-copy cannot work; CALL_ORDER while a step
 // is planned; DEVICE. After a failure, what was bound before still is.
-// Since 0.1.
 drex_status drex_bind_kv(drex_engine *engine,
                          const drex_kv_layer *layers,
                          uint32_t n_layers);
@@ -1307,7 +1275,6 @@ drex_status drex_bind_kv(drex_engine *engine,
 // Errors: NULL_ARGUMENT, STRUCT_SIZE; INVALID_ARGUMENT, also for a fill mode
 // that n_slots or max_batch leave no room for; DUPLICATE_REQUEST; CAPACITY
 // when max_requests are alive.
-// Since 0.1.
 drex_status drex_request_add(drex_engine *engine,
                              const drex_request_config *request);
 
@@ -1321,7 +1288,6 @@ drex_status drex_request_add(drex_engine *engine,
 // A row that exited may be made ready again before drex_complete().
 //
 // Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE.
-// Since 0.1.
 drex_status drex_request_ready(drex_engine *engine,
                                uint64_t id,
                                uint32_t n_kv,
@@ -1336,7 +1302,6 @@ drex_status drex_request_ready(drex_engine *engine,
 // The hole of a row that exited and was not filled yet is not filled.
 //
 // Errors: UNKNOWN_REQUEST.
-// Since 0.1.
 drex_status drex_request_remove(drex_engine *engine, uint64_t id);
 
 // What is known of a request.
@@ -1344,7 +1309,6 @@ drex_status drex_request_remove(drex_engine *engine, uint64_t id);
 // out  its size is set by the caller
 //
 // Errors: UNKNOWN_REQUEST, NULL_ARGUMENT, STRUCT_SIZE.
-// Since 0.1.
 drex_status drex_request_get(const drex_engine *engine,
                              uint64_t id,
                              drex_request_info *out);
@@ -1393,7 +1357,6 @@ drex_status drex_request_get(const drex_engine *engine,
 // room for the pending rows of the request that comes first; CALL_ORDER while
 // a step is planned; DEVICE, and then no step is planned, and prompt rows that
 // were on their way start again, as after drex_abandon().
-// Since 0.1.
 drex_status drex_plan(drex_engine *engine,
                       const drex_plan_input *input,
                       drex_row *rows,
@@ -1407,7 +1370,8 @@ drex_status drex_plan(drex_engine *engine,
 //
 // logits    the window's logits
 // cells     [n_rows] the KV cell of each row, below n_cells of every bound
-//           layer; NULL only when no K/V is bound. Copied.
+//           layer; for a row whose request was removed, any number. NULL only
+//           when no K/V is bound. Copied.
 // verdicts  [capacity] receives one per row, in their order
 // capacity  at least n_rows
 //
@@ -1421,7 +1385,6 @@ drex_status drex_plan(drex_engine *engine,
 // it had its verdicts, when cells are missing, or when logits.enqueued is 1
 // and nothing was enqueued; DEVICE. After a failure, the call may be made
 // again.
-// Since 0.1.
 drex_status drex_ramp(drex_engine *engine,
                       const drex_logits *logits,
                       const uint32_t *cells,
@@ -1440,7 +1403,6 @@ drex_status drex_ramp(drex_engine *engine,
 // Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
 // called since the last plan; DEVICE, and CAPACITY for more memory than one
 // launch can move.
-// Since 0.1.
 drex_status drex_fill(drex_engine *engine);
 
 // At the end of a window that ends at n_layers and has drafts: says which of
@@ -1471,7 +1433,6 @@ drex_status drex_fill(drex_engine *engine);
 //
 // Errors: NULL_ARGUMENT, INVALID_ARGUMENT, CAPACITY; CALL_ORDER when no step is
 // planned, when it ends at a ramp, or when it is verified already.
-// Since 0.1.
 drex_status drex_verify(drex_engine *engine,
                         const uint8_t *agrees,
                         uint32_t n_rows,
@@ -1489,7 +1450,6 @@ drex_status drex_verify(drex_engine *engine,
 //
 // Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE, or when a row of it
 // is in a step that is not complete.
-// Since 0.1.
 drex_status drex_request_settle(drex_engine *engine,
                                 uint64_t id,
                                 uint64_t now_ns,
@@ -1510,7 +1470,6 @@ drex_status drex_request_settle(drex_engine *engine,
 // token        receives the token
 //
 // Takes no engine. Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
-// Since 0.1.
 drex_status drex_speculate(const float *deep,
                            const float *draft,
                            uint32_t n_vocab,
@@ -1527,7 +1486,6 @@ drex_status drex_speculate(const float *deep,
 // step is planned, when its ramp was not called, when it has drafts and
 // drex_verify() was not called, or when K/V is bound, rows exited with
 // DREX_FILL_COPY and drex_fill() was not called.
-// Since 0.1.
 drex_status drex_complete(drex_engine *engine,
                           const drex_completion *completion);
 
@@ -1543,13 +1501,11 @@ drex_status drex_complete(drex_engine *engine,
 // drex_plan_input.n_prompt_rows, or ends their requests.
 //
 // Errors: CALL_ORDER when no step is planned.
-// Since 0.1.
 drex_status drex_abandon(drex_engine *engine);
 
 // Tells the cost model of a pass that drex did not plan, at any time.
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT.
-// Since 0.1.
 drex_status drex_observe(drex_engine *engine,
                          const drex_observation *observation);
 
@@ -1564,7 +1520,6 @@ drex_status drex_observe(drex_engine *engine,
 //              be NULL
 //
 // Allowed between any two calls. Does nothing under other policies.
-// Since 0.1.
 drex_status drex_replan(drex_engine *engine,
                         uint32_t max_windows,
                         uint32_t *done);
@@ -1578,7 +1533,6 @@ drex_status drex_replan(drex_engine *engine,
 //
 // Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
 // not fit and capacity is not 0; CALL_ORDER before anything is known.
-// Since 0.1.
 drex_status drex_profile_save(const drex_engine *engine,
                               char *text,
                               size_t capacity,
@@ -1591,7 +1545,6 @@ drex_status drex_profile_save(const drex_engine *engine,
 //       layers and ramps
 //
 // Allocates. Errors: NULL_ARGUMENT; INVALID_ARGUMENT with the field named.
-// Since 0.1.
 drex_status drex_profile_load(drex_engine *engine, const char *text);
 
 // A snapshot of the engine's totals. Cheap enough for every step.
@@ -1599,7 +1552,6 @@ drex_status drex_profile_load(drex_engine *engine, const char *text);
 // out  its size is set by the caller
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE.
-// Since 0.1.
 drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
 
 // CUDA: starts what drex_ramp() waits for, on the logits' stream, and returns
@@ -1613,7 +1565,6 @@ drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY; DEVICE;
 // UNSUPPORTED on the host.
-// Since 0.1.
 drex_status drex_ramp_enqueue(drex_engine *engine,
                               const drex_logits *logits);
 
@@ -1628,7 +1579,6 @@ drex_status drex_ramp_enqueue(drex_engine *engine,
 //           row without a verdict of its own (GONE, PENDING)
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CALL_ORDER without such a ramp.
-// Since 0.1.
 drex_status drex_top_get(const drex_engine *engine,
                          uint32_t row,
                          drex_top *top,
@@ -1642,13 +1592,11 @@ drex_status drex_top_get(const drex_engine *engine,
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
 // step is planned; DEVICE, and CAPACITY for more memory than one launch can
 // move.
-// Since 0.1.
 drex_status drex_gather(drex_engine *engine, const drex_arena *arena);
 
 // The way back: row i of the dense batch to arena row rows[i].slot.
 //
 // Errors: as drex_gather().
-// Since 0.1.
 drex_status drex_scatter(drex_engine *engine, const drex_arena *arena);
 
 // CUDA: enqueues, for a graph capture, the fill of the holes that
@@ -1658,7 +1606,6 @@ drex_status drex_scatter(drex_engine *engine, const drex_arena *arena);
 //
 // Errors: CALL_ORDER when no K/V is bound; DEVICE, and CAPACITY as for
 // drex_fill(); UNSUPPORTED on the host.
-// Since 0.1.
 drex_status drex_fill_enqueue(drex_engine *engine, void *stream);
 
 // CUDA: in place of drex_fill(), for a host that will launch a graph which
@@ -1667,7 +1614,6 @@ drex_status drex_fill_enqueue(drex_engine *engine, void *stream);
 // ramp's logits or ordered behind it.
 //
 // Errors: CALL_ORDER as for drex_fill(); DEVICE; UNSUPPORTED on the host.
-// Since 0.1.
 drex_status drex_fill_plan(drex_engine *engine);
 
 // Accounts for a pool of K/V pages, see chapter 6.
@@ -1677,14 +1623,12 @@ drex_status drex_fill_plan(drex_engine *engine);
 //
 // Allocates 8 bytes a page; nothing else here does. Errors: NULL_ARGUMENT,
 // STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; CAPACITY for more than 256 pools.
-// Since 0.1.
 drex_status drex_pages_create(const drex_pages_config *config,
                               drex_pages **out);
 
 // NULL is ignored. Block tables stay the host's.
 //
 // Errors: INVALID_HANDLE, HANDLE_BUSY.
-// Since 0.1.
 drex_status drex_pages_destroy(drex_pages *pages);
 
 // Before layers [layer_begin, layer_end) write the cell of the token at `pos`:
@@ -1701,7 +1645,6 @@ drex_status drex_pages_destroy(drex_pages *pages);
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CAPACITY when no page is free or
 // `copies` is too short. Nothing has changed then.
-// Since 0.1.
 drex_status drex_pages_write(drex_pages *pages,
                              uint32_t *table,
                              uint32_t n_blocks,
@@ -1721,7 +1664,6 @@ drex_status drex_pages_write(drex_pages *pages,
 // max_copies  2 * n_layers is always enough
 //
 // The rest is as for drex_pages_write().
-// Since 0.1.
 drex_status drex_pages_exit(drex_pages *pages,
                             uint32_t *table,
                             uint32_t n_blocks,
@@ -1736,7 +1678,6 @@ drex_status drex_pages_exit(drex_pages *pages,
 // Whoever writes into a shared page first gets one of its own.
 //
 // Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
-// Since 0.1.
 drex_status drex_pages_fork(drex_pages *pages,
                             const uint32_t *table,
                             uint32_t n_blocks,
@@ -1747,7 +1688,6 @@ drex_status drex_pages_fork(drex_pages *pages,
 // entries become DREX_NO_PAGE.
 //
 // Errors: NULL_ARGUMENT; INVALID_ARGUMENT, also for a page that is free.
-// Since 0.1.
 drex_status drex_pages_release(drex_pages *pages,
                                uint32_t *table,
                                uint32_t n_blocks,
@@ -1759,7 +1699,6 @@ drex_status drex_pages_release(drex_pages *pages,
 // out  its size is set by the caller
 //
 // Errors: NULL_ARGUMENT, STRUCT_SIZE.
-// Since 0.1.
 drex_status drex_pages_stats_get(const drex_pages *pages,
                                  drex_pages_stats *out);
 
@@ -1772,7 +1711,6 @@ drex_status drex_pages_stats_get(const drex_pages *pages,
 // level      DREX_LOG_*
 //
 // Errors: INVALID_ARGUMENT for an unknown level.
-// Since 0.1.
 drex_status drex_log_set(drex_engine *engine,
                          drex_log_callback callback,
                          void *user_data,
@@ -1788,7 +1726,6 @@ drex_status drex_log_set(drex_engine *engine,
 //
 // Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
 // not fit and capacity is not 0.
-// Since 0.1.
 drex_status drex_snapshot(const drex_engine *engine,
                           char *text,
                           size_t capacity,
@@ -1805,7 +1742,6 @@ drex_status drex_snapshot(const drex_engine *engine,
 //
 // Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
 // drex_snapshot().
-// Since 0.1.
 drex_status drex_metrics_text(const drex_engine *engine,
                               const char *labels,
                               char *text,
@@ -1821,7 +1757,6 @@ drex_status drex_metrics_text(const drex_engine *engine,
 //             was held.
 //
 // Errors: INVALID_ARGUMENT; MEMORY, and then the trace before goes on.
-// Since 0.1.
 drex_status drex_trace_start(drex_engine *engine, uint32_t max_events);
 
 // Writes the trace so far, as Chrome's JSON trace events, which Perfetto
@@ -1840,13 +1775,11 @@ drex_status drex_trace_start(drex_engine *engine, uint32_t max_events);
 //
 // Allocates. Errors: NULL_ARGUMENT for sink; CALL_ORDER without
 // drex_trace_start().
-// Since 0.1.
 drex_status drex_trace_write(const drex_engine *engine,
                              drex_trace_sink sink,
                              void *user_data);
 
 // Ends the recording and frees its events. Without one, does nothing.
-// Since 0.1.
 drex_status drex_trace_stop(drex_engine *engine);
 
 #ifdef __cplusplus

@@ -75,6 +75,52 @@ fn names() {
         );
         assert_eq!(out, i as u32);
     }
+    for (i, name) in ["copy", "postfill", "verify", "propagate"]
+        .iter()
+        .enumerate()
+    {
+        assert_eq!(string(drex_fill_name(i as u32)), *name);
+        let c = std::ffi::CString::new(*name).unwrap();
+        let mut out = 99;
+        // SAFETY: valid pointers.
+        let status = unsafe { drex_fill_from_name(c.as_ptr(), &mut out) };
+        assert_eq!((status, out), (DREX_OK, i as u32));
+    }
+    for (number, name) in [
+        (DREX_DECISION_EXIT, "exit"),
+        (DREX_DECISION_HOLD, "hold"),
+        (DREX_DECISION_STAY, "stay"),
+        (DREX_DECISION_GONE, "gone"),
+        (DREX_DECISION_PENDING, "pending"),
+        (DREX_DECISION_ACCEPT, "accept"),
+        (DREX_DECISION_REPLACE, "replace"),
+        (DREX_DECISION_DROP, "drop"),
+    ] {
+        assert_eq!(string(drex_decision_name(number)), name);
+    }
+    for (number, name) in [
+        (DREX_FLUSH_NONE, "none"),
+        (DREX_FLUSH_FILL, "fill"),
+        (DREX_FLUSH_AGE, "age"),
+        (DREX_FLUSH_DEADLINE, "deadline"),
+        (DREX_FLUSH_IDLE, "idle"),
+        (DREX_FLUSH_STAY, "stay"),
+        (DREX_FLUSH_PROMPT, "prompt"),
+    ] {
+        assert_eq!(string(drex_flush_reason_name(number)), name);
+    }
+    for (number, name) in [
+        (DREX_MISS_HOST, "host"),
+        (DREX_MISS_QUEUE, "queue"),
+        (DREX_MISS_HELD, "held"),
+        (DREX_MISS_RUN, "run"),
+    ] {
+        assert_eq!(string(drex_miss_reason_name(number)), name);
+    }
+    assert!(drex_fill_name(DREX_FILL_DEFAULT).is_null());
+    assert!(drex_decision_name(8).is_null());
+    assert!(drex_flush_reason_name(7).is_null());
+    assert!(drex_miss_reason_name(4).is_null());
     assert!(drex_policy_name(9).is_null());
     assert!(drex_metric_name(3).is_null());
     assert!(drex_metric_name(DREX_METRIC_DEFAULT).is_null());
@@ -85,7 +131,7 @@ fn names() {
         fails(
             ok(status),
             DREX_ERROR_INVALID_ARGUMENT,
-            "drex_policy_from_name: name|hold, art",
+            "drex_policy_from_name: name|hold, art, auto",
         );
     }
     // SAFETY: NULL is found.
@@ -265,7 +311,8 @@ fn sizes_from_the_past_and_the_future() {
         assert_eq!(stats.tail, [0xaa; 24]);
 
         stats.inner = sized!(drex_stats);
-        stats.inner.size -= 1;
+        // One less than the first version had.
+        stats.inner.size = 1039;
         stats.inner.slots_free = 77;
         fails(
             ok(drex_stats_get(e.raw, &mut stats.inner)),

@@ -135,6 +135,10 @@ fn functions() -> Vec<Function> { vec![
         let (mut name, mut out) = (*b"gap\0", 0);
         drex_metric_from_name(arg(&mut name, 0, w).cast(), arg(&mut out, 1, w))
     }),
+    function!(drex_fill_from_name, Neither, ["name", "out"], 0, DREX_OK, |_h, w| {
+        let (mut name, mut out) = (*b"copy\0", 0);
+        drex_fill_from_name(arg(&mut name, 0, w).cast(), arg(&mut out, 1, w))
+    }),
     function!(drex_create, Neither, ["config", "out"], 1, DREX_OK, |_h, w| {
         let ramps = [4];
         let (mut c, mut out) = (config(&ramps, 2, 2, DREX_POLICY_HOLD), null_mut());
@@ -325,7 +329,8 @@ fn the_table_has_every_function() {
     let others = ["version", "abi_version", "status_name", "status_text"];
     let others = others
         .iter()
-        .chain(&["last_error", "policy_name", "metric_name"]);
+        .chain(&["last_error", "policy_name", "metric_name", "fill_name"])
+        .chain(&["decision_name", "flush_reason_name", "miss_reason_name"]);
     let mut known: Vec<String> = others.map(|n| format!("drex_{n}")).collect();
     known.extend(functions().iter().map(|f| f.name.to_owned()));
     known.sort_unstable();
@@ -395,14 +400,13 @@ fn every_function_while_another_is_inside_and_after_a_panic() {
         let x = Fixture::new();
         let h = x.handle(f.kind);
         // Inside, as a call is, and then a panic.
-        let inside = || {
-            let _guards = match f.kind {
-                Kind::Engine => (Some(handle::ENGINES.enter(e(h)).unwrap()), None),
-                _ => (None, Some(handle::PAGES.enter(p(h)).unwrap())),
-            };
+        let body = || {
             let status = (f.call)(h, Wrong::Nothing);
-            let seen = (status, text());
-            panic::panic_any(seen);
+            panic::panic_any((status, text()));
+        };
+        let inside = || match f.kind {
+            Kind::Engine => drop(handle::ENGINES.visit(e(h), |_| body())),
+            _ => drop(handle::PAGES.visit(p(h), |_| body())),
         };
         let seen = panic::catch_unwind(AssertUnwindSafe(inside)).unwrap_err();
         let (status, said) = *seen.downcast::<(drex_status, String)>().unwrap();

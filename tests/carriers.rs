@@ -94,6 +94,8 @@ fn a_cut_pass_takes_along_what_was_held_and_what_was_just_held() {
     assert_eq!(s.flushes[PROMPT as usize], 3);
     assert_eq!((s.held_rows, s.involuntary_stays), (0, 0));
     assert_eq!((s.steps, s.step_rows, s.tokens), (6, 9, 7));
+    // Five windows, and 61 rows in three of them, 39 in two.
+    assert_eq!((s.prompt_steps, s.prompt_rows), (5, 3 * 61 + 2 * 39));
 }
 
 /// Without decode rows there is nothing to look at, and nothing to call.

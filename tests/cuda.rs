@@ -1038,3 +1038,166 @@ fn what_a_device_cannot_take_is_said() {
     assert!(world.verdicts(&good).is_ok());
     fake::wait(STREAM);
 }
+
+/// Logits that another ramp was enqueued for are refused, and no row leaves by the
+/// results of a step before.
+#[test]
+fn another_ramps_results_are_no_answer() {
+    let _alone = alone();
+    let world = World::new(SHAPE, true).unwrap();
+    let raw = world.engine.raw;
+    let sure = Bytes::new(
+        true,
+        &rows::bytes(
+            &(0..SHAPE.rows as usize)
+                .flat_map(|_| {
+                    let mut row = vec![0.0; SHAPE.n_vocab];
+                    row[5] = 40.0;
+                    row
+                })
+                .collect::<Vec<f32>>(),
+            SHAPE.dtype,
+        ),
+    );
+    let mut sure = sure;
+    let l = world.describe(&mut sure);
+    let ready = |now| (0..SHAPE.rows).for_each(|id| world.engine.ready(id.into(), now).unwrap());
+    ready(1);
+    world.engine.plan(1, SHAPE.rows).unwrap();
+    let all = world.verdicts(&l).unwrap();
+    assert!(all.iter().all(|v| v.decision == DREX_DECISION_EXIT));
+    world.engine.fill().unwrap();
+    world.engine.complete(2, 5).unwrap();
+
+    ready(3);
+    world.engine.plan(3, SHAPE.rows).unwrap();
+    let mut other = world.logits(1);
+    let full = world.describe(&mut other);
+    let mut one = full;
+    one.n_rows = 1;
+    let mut asked = full;
+    asked.enqueued = 1;
+    // SAFETY: the logits are there.
+    ok(unsafe { drex_ramp_enqueue(raw, &one) }).unwrap();
+    let refused = |l: &drex_logits, what: &str| {
+        assert_eq!(
+            world.verdicts(l).err(),
+            Some(Failed(DREX_ERROR_CALL_ORDER)),
+            "{what}"
+        );
+        assert!(text().contains(what), "{}", text());
+    };
+    refused(&asked, "logits.n_rows is not what drex_ramp_enqueue had");
+    // SAFETY: the logits are there.
+    ok(unsafe { drex_ramp_enqueue(raw, &full) }).unwrap();
+    let change = |set: fn(&mut drex_logits)| {
+        let mut l = asked;
+        set(&mut l);
+        l
+    };
+    refused(&change(|l| l.n_top -= 1), "n_top is not");
+    refused(&change(|l| l.n_vocab -= 1), "n_vocab is not");
+    refused(
+        &change(|l| l.row_stride_bytes += 64),
+        "row_stride_bytes is not",
+    );
+    refused(
+        &change(|l| l.data = l.data.wrapping_byte_add(64)),
+        "logits.data or",
+    );
+    refused(&change(|l| l.stream = ptr::null_mut()), "stream is not");
+    let host = World::new(SHAPE, false).unwrap();
+    let want = host.token(1).unwrap();
+    close(&world.verdicts(&asked).unwrap(), &want);
+    world.engine.fill().unwrap();
+    world.engine.complete(4, 5).unwrap();
+    fake::wait(STREAM);
+}
+
+/// A graph of one row brings one result; the rows beside it have none, whatever the
+/// step before found.
+#[test]
+fn a_graph_with_too_few_rows_lets_no_other_out() {
+    let _alone = alone();
+    let world = World::new(SHAPE, true).unwrap();
+    let graph = ptr::without_provenance_mut::<c_void>(0x201);
+    let mut row = vec![0.0; SHAPE.n_vocab];
+    row[5] = 40.0;
+    let all: Vec<f32> = (0..SHAPE.rows).flat_map(|_| row.clone()).collect();
+    let mut sure = Bytes::new(true, &rows::bytes(&all, SHAPE.dtype));
+    let mut l = world.describe(&mut sure);
+    for now in [1, 11] {
+        for id in 0..SHAPE.rows {
+            world.engine.ready(id.into(), now).unwrap();
+        }
+        world.engine.plan(now, SHAPE.rows).unwrap();
+        let exits = |l: &drex_logits| {
+            let all = world.verdicts(l).unwrap();
+            let out = |v: &&drex_verdict| v.decision == DREX_DECISION_EXIT;
+            all.iter().filter(out).count() as u32
+        };
+        if now == 1 {
+            assert_eq!(exits(&l), SHAPE.rows);
+        } else {
+            l.enqueued = 1;
+            assert_eq!(exits(&l), 0);
+        }
+        world.engine.fill().unwrap();
+        world.engine.complete(now + 1, 5).unwrap();
+        if now == 1 {
+            let mut one = l;
+            (one.n_rows, one.stream) = (1, graph);
+            fake::capture(graph, true);
+            // SAFETY: the logits stay where they are.
+            ok(unsafe { drex_ramp_enqueue(world.engine.raw, &one) }).unwrap();
+            fake::capture(graph, false);
+        }
+    }
+    fake::wait(STREAM);
+}
+
+/// A plan that the device refuses is none: nothing is planned, counted or moved.
+#[test]
+fn a_plan_that_the_device_refuses_changes_nothing() {
+    let _alone = alone();
+    let world = World::new(SHAPE, true).unwrap();
+    let raw = world.engine.raw;
+    let graph = ptr::without_provenance_mut::<c_void>(0x202);
+    let row = 40usize;
+    let mut arena_memory = Bytes::new(true, &vec![0; SHAPE.rows as usize * row]);
+    let mut dense_memory = Bytes::new(true, &vec![0; SHAPE.rows as usize * row]);
+    let arena = arena_of(&mut arena_memory, &mut dense_memory, row, graph);
+    for id in 0..SHAPE.rows {
+        world.engine.ready(id.into(), 5).unwrap();
+    }
+    let first = world.engine.plan(6, SHAPE.rows).unwrap();
+    fake::capture(graph, true);
+    // SAFETY: the memory stays where it is.
+    ok(unsafe { drex_gather(raw, &arena) }).unwrap();
+    fake::capture(graph, false);
+    world.engine.abandon().unwrap();
+    let before = format!("{:?}", world.engine.stats());
+    let mut refused = 0;
+    for n in 0..300 {
+        fake::fail_at(n % 3);
+        let got = world.engine.plan(7, SHAPE.rows);
+        fake::fail_at(-1);
+        match got {
+            Err(e) => {
+                assert_eq!(e, Failed(DREX_ERROR_DEVICE));
+                refused += 1;
+            }
+            Ok(plan) => {
+                assert_eq!(plan.rows, first.rows);
+                world.engine.abandon().unwrap();
+            }
+        }
+    }
+    assert!(refused > 90, "{refused}");
+    assert_eq!(format!("{:?}", world.engine.stats()), before);
+    // In their old order, in the same arena rows.
+    let again = world.engine.plan(8, SHAPE.rows).unwrap();
+    assert_eq!(again.rows, first.rows);
+    world.engine.abandon().unwrap();
+    fake::wait(graph);
+}

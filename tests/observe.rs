@@ -230,8 +230,10 @@ fn busy(fill: drex_fill_mode) -> Engine {
         let layers = u64::from(p.step.layer_end - p.step.layer_begin);
         e.complete(now + 100 * layers, 100 * layers).unwrap();
     }
-    // SAFETY: a handle.
+    // SAFETY: a handle, here and below.
     ok(unsafe { drex_bind_kv(e.raw, ptr::null(), 0) }).unwrap();
+    // Windows as short as these leave the search next to no time.
+    ok(unsafe { drex_replan(e.raw, 0, ptr::null_mut()) }).unwrap();
     e
 }
 
@@ -262,6 +264,8 @@ fn metrics_say_what_stats_say() {
             ("drex_nonfinite_rows_total", s.nonfinite_rows),
             ("drex_steps_total", s.steps),
             ("drex_step_rows_total", s.step_rows),
+            ("drex_prompt_steps_total", s.prompt_steps),
+            ("drex_prompt_rows_total", s.prompt_rows),
             ("drex_held_rows_max", s.held_rows_max),
             ("drex_pending_rows", s.pending_rows),
             ("drex_requests", s.requests),

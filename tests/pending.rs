@@ -597,7 +597,7 @@ fn speculate_names_what_is_wrong() {
     assert_eq!(call(&[0.0, 1.0], None, 0, 0.0), Ok(1));
     for (p, q, draft, u, part) in [
         (&p[..], None, 2, 0.5, "draft_token"),
-        (&p, None, -1, 0.5, "draft_token"),
+        (&p, None, -1, 0.5, "draft_token is -1"),
         (&p, None, 0, 1.0, "u is 1"),
         (&[f32::NAN, 1.0], None, 0, 0.5, "deep[0] is NaN"),
         (&p, Some(&[0.5, -0.5][..]), 0, 0.5, "draft[1] is -0.5"),

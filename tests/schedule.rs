@@ -446,3 +446,69 @@ fn the_same_calls_give_the_same_results() {
     };
     assert_eq!(run(), run());
 }
+
+/// The share of a request's deadline that a token has is known when the token
+/// before it is out: 10 ms each of 100.
+#[test]
+fn a_token_later_than_its_share_is_a_miss() {
+    let mut h = Host::new(1, 1, DREX_POLICY_OFF, |_| {});
+    h.e.remove(0).unwrap();
+    h.e.add_with(0, |c| {
+        c.request_deadline_ns = 100 * MS;
+        c.max_tokens = 10;
+    })
+    .unwrap();
+    let mut misses = Vec::new();
+    for (i, ms) in [11, 9, 11, 10].into_iter().enumerate() {
+        h.e.ready(0, h.now).unwrap();
+        assert_eq!(h.e.plan(h.now, 1).unwrap().step.n_rows, 1);
+        h.now += ms * MS;
+        h.e.complete(h.now, ms * MS).unwrap();
+        assert_eq!(h.e.info(0).unwrap().tokens, i as u64 + 1);
+        misses.push(h.e.info(0).unwrap().deadline_misses);
+    }
+    // 11 > 100/10; 9 < 89/9; 11 > 80/8; 10 > 69/7.
+    assert_eq!(misses, [1, 1, 2, 3]);
+}
+
+/// A plan that is refused counts as none: no row ages by it.
+#[test]
+fn a_refused_plan_changes_nothing() {
+    let mut h = Host::new(2, 2, DREX_POLICY_HOLD, |c| {
+        c.n_slots = 4;
+        c.fill = DREX_FILL_POSTFILL;
+        c.flush_rows = 100;
+        c.max_pending = 1;
+    });
+    h.timed = false;
+    h.ready([0]);
+    h.window(1);
+    // 0 has left, and its row stays pending; then its next one is held.
+    h.ready([0, 1]);
+    h.window(0);
+    let before = (h.e.stats(), h.e.info(0).unwrap(), h.e.info(1).unwrap());
+    for capacity in (0..2).cycle().take(600) {
+        let got = h.e.plan(h.now, capacity);
+        assert_eq!(got.err(), Some(Failed(DREX_ERROR_CAPACITY)));
+    }
+    let after = (h.e.stats(), h.e.info(0).unwrap(), h.e.info(1).unwrap());
+    assert_eq!(format!("{before:?}"), format!("{after:?}"));
+    let (.., reason, ids) = h.window(0);
+    assert_eq!((reason, ids.len()), (DREX_FLUSH_IDLE, 2));
+}
+
+/// One wrong time, and the waits of others are what they were.
+#[test]
+fn a_wild_time_does_not_stay() {
+    let mut h = Host::new(4, 4, DREX_POLICY_HOLD, |c| c.flush_rows = 100);
+    h.ready(0..3);
+    h.window(2);
+    // Row 2 is held since 1 ms. A call names the end of all times.
+    h.e.ready(3, u64::MAX).unwrap();
+    h.e.plan(u64::MAX, 4).unwrap();
+    h.e.abandon().unwrap();
+    h.now = 5 * MS;
+    h.e.ready(0, h.now).unwrap();
+    h.e.remove(2).unwrap();
+    assert_eq!(h.e.stats().wait_us_sum, 4000);
+}

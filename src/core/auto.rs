@@ -18,7 +18,7 @@ use super::config::Config;
 use super::cost::CostModel;
 use super::drafts::{Acceptance, Cycle};
 use super::exits::{Exits, KINDS};
-use super::rollout::{Outcome, Rule, Scene, play};
+use super::rollout::{Game, Outcome, Rollout, Rule, Scene};
 
 /// Tokens, in units of the requests alive, per probe of the ramps.
 const PROBE_RAMPS: u64 = 80;
@@ -51,6 +51,8 @@ const READY: [f32; 4] = [0.0, 0.0625, 0.125, 0.25];
 const FINALISTS: usize = 10;
 /// Windows of one rollout at most.
 const PASSES: u32 = 400;
+/// What the beginning of a rollout, or a step of the search, takes, in windows.
+const STEP_WINDOWS: u32 = 4;
 
 /// What the host told, besides times and exits.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -206,6 +208,9 @@ pub struct Auto {
     final_list: Vec<Candidate>,
     best: Candidate,
     grown: u32,
+    /// The candidate that is played now, and on what.
+    rollout: Option<Rollout>,
+    scene: Scene,
 }
 
 impl Auto {
@@ -248,6 +253,8 @@ impl Auto {
                 rate: 0.0,
             },
             grown: 0,
+            rollout: None,
+            scene: Scene::EMPTY,
         }
     }
 
@@ -419,6 +426,7 @@ impl Auto {
         self.searches += 1;
         self.list.clear();
         self.final_list.clear();
+        self.rollout = None;
         self.next = 0;
         self.grown = 0;
         self.best = Candidate {
@@ -488,32 +496,45 @@ impl Auto {
         }
     }
 
-    /// Does up to about `budget` windows' worth of the search, at least one
-    /// rollout. True when none is under way any more.
-    pub fn work(&mut self, budget: u32, known: Known) -> bool {
+    /// Does up to about `budget` windows' worth of the search; how much it was.
+    pub fn work(&mut self, budget: u32, known: Known) -> u32 {
         let mut spent = 0;
-        while self.stage != Stage::Idle && spent < budget.max(1) {
-            spent += self.one(known);
+        while self.stage != Stage::Idle && spent < budget {
+            spent += self.play(budget - spent, known);
         }
-        self.stage == Stage::Idle
+        spent
     }
 
-    fn one(&mut self, known: Known) -> u32 {
+    /// Plays the present candidate on for so many windows, or goes on to the next.
+    fn play(&mut self, windows: u32, known: Known) -> u32 {
         let long = self.stage == Stage::Final;
-        let list = if long { &self.final_list } else { &self.list };
-        let Some(&candidate) = list.get(self.next) else {
+        let list = match long {
+            true => &mut self.final_list,
+            false => &mut self.list,
+        };
+        let Some(candidate) = list.get_mut(self.next) else {
             self.advance();
-            return 1;
+            return STEP_WINDOWS;
         };
-        let outcome = self.evaluate(candidate.rule, long, known);
-        let list = if long {
-            &mut self.final_list
+        if let Some(rollout) = &mut self.rollout {
+            let played = rollout.run(&self.scene, windows);
+            if rollout.done() {
+                candidate.rate = rollout.outcome(&self.scene).rate();
+                self.rollout = None;
+                self.next += 1;
+            }
+            return played;
+        }
+        let rule = candidate.rule;
+        self.scene = self.scene(rule, known);
+        if rule.ramps == 0 {
+            let rate = self.full_passes().rate();
+            self.final_list[self.next].rate = rate;
+            self.next += 1;
         } else {
-            &mut self.list
-        };
-        list[self.next].rate = outcome.rate();
-        self.next += 1;
-        outcome.passes.max(1)
+            self.rollout = Some(Rollout::new(&self.scene, self.game(rule, long)));
+        }
+        STEP_WINDOWS + self.scene.windows as u32
     }
 
     fn advance(&mut self) {
@@ -590,13 +611,12 @@ impl Auto {
         }
     }
 
-    fn evaluate(&self, rule: Rule, long: bool, known: Known) -> Outcome {
+    /// What a rule is played on.
+    fn scene(&self, rule: Rule, known: Known) -> Scene {
         let Known { cost, exits, .. } = known;
         let profile = cost.profile();
         let segments = profile.segments.len();
-        // Beyond a few batches, more requests change nothing but the time
-        // that it takes to see it.
-        let requests = self.load.requests.min(4 * self.batch);
+        let requests = self.players();
         let often = u64::from(self.load.often.min(self.load.requests)) * u64::from(requests)
             / u64::from(self.load.requests.max(1));
         let often = often as u32;
@@ -606,6 +626,7 @@ impl Auto {
             deep_batch: self.batch,
             prompt_ns: self.load.prompt_ns,
             prompt_rows: self.load.prompt_rows,
+            prompt_row_ns: profile.prompt_row(0, segments),
             chunk: self.load.chunk,
             gap_ns: self.load.gap_ns,
             ..Scene::EMPTY
@@ -634,35 +655,47 @@ impl Auto {
             begin = end;
             after = Some(ramp);
         }
-        if rule.ramps == 0 {
-            let b = f64::from(requests.min(self.batch));
-            let ns = scene.ns[0] + scene.ns_per_row[0] * b + scene.gap_ns;
-            // Every token rides along in some pass, and prompt rows in the same.
-            let prompt = scene.prompt_rows * profile.prompt_row(0, segments);
-            return Outcome {
-                tokens: b,
-                ns: ns + b * (scene.prompt_ns + prompt),
-                passes: 1,
-            };
-        }
-        if self.load.keeping > 0.0 {
+        if rule.ramps != 0 && self.load.keeping > 0.0 {
             self.keep(&mut scene, &looked_at, known.acceptance);
         }
+        scene
+    }
+
+    /// Requests that a rollout plays with: beyond a few batches, more change
+    /// nothing but the time that it takes to see it.
+    fn players(&self) -> u32 {
+        self.load.requests.min(4 * self.batch)
+    }
+
+    /// How a rule is played: `long` for the last few.
+    fn game(&self, rule: Rule, long: bool) -> Game {
+        let requests = self.players();
         let scale = Rule::scale(self.load.requests as usize, self.batch as usize);
         let (warm, tokens) = if long {
             (2 * requests, (24 * requests).max(3000))
         } else {
             (requests, (6 * requests).max(600))
         };
-        play(
-            &scene,
-            rule.hold_rows(scale),
-            rule.ready_rows(scale),
+        Game {
+            hold: rule.hold_rows(scale),
+            ready: rule.ready_rows(scale),
             warm,
             tokens,
-            PASSES,
-            self.seed,
-        )
+            passes: PASSES,
+            seed: self.seed,
+        }
+    }
+
+    /// What full passes make on the scene: every token rides along in one, and
+    /// prompt rows in the same.
+    fn full_passes(&self) -> Outcome {
+        let s = &self.scene;
+        let b = f64::from(self.players().min(self.batch));
+        let prompts = s.prompt_ns + s.prompt_rows * s.prompt_row_ns;
+        Outcome {
+            tokens: b,
+            ns: s.ns[0] + s.ns_per_row[0] * b + s.gap_ns + b * prompts,
+        }
     }
 
     /// What it changes that exited rows stay pending: they go deep later on,

@@ -3,31 +3,31 @@
 use super::MAX_RAMPS;
 use super::error::{Error, Result};
 use super::metric::Metric;
+use super::names::named;
 use super::policy::Policy;
 
 /// Sizes beyond this are mistakes.
 pub const MAX_ROWS: u32 = 1 << 20;
 pub const MAX_LAYERS: u32 = 1 << 16;
 
-/// How the K/V entries that an exited token leaves out are filled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fill {
-    /// K and V of the last computed layer, copied.
-    Copy,
-    /// Computed: the token's row stays pending until its request next goes
-    /// through the skipped layers.
-    Postfill,
-    /// The same, and what the full model says there decides: the token is a
-    /// draft until then.
-    Verify,
-    /// Projected by the skipped layers from the hidden row as it is, by the
-    /// host.
-    Propagate,
+named! {
+    /// How the K/V entries that an exited token leaves out are filled.
+    Fill {
+        /// K and V of the last computed layer, copied.
+        Copy = c"copy",
+        /// Computed: the token's row stays pending until its request next goes
+        /// through the skipped layers.
+        Postfill = c"postfill",
+        /// The same, and what the full model says there decides: the token is a
+        /// draft until then.
+        Verify = c"verify",
+        /// Projected by the skipped layers from the hidden row as it is, by the
+        /// host.
+        Propagate = c"propagate",
+    }
 }
 
 impl Fill {
-    pub const ALL: [Fill; 4] = [Fill::Copy, Fill::Postfill, Fill::Verify, Fill::Propagate];
-
     /// Exited rows stay in the arena.
     pub fn keeps(self) -> bool {
         matches!(self, Fill::Postfill | Fill::Verify)

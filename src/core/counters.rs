@@ -1,39 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use super::MAX_RAMPS;
+use super::names::named;
 
 pub const WAIT_BUCKETS: usize = 32;
 
-/// Why a step runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reason {
-    /// Not a flush: new tokens through the first window.
-    None = 0,
-    Fill = 1,
-    Age = 2,
-    Deadline = 3,
-    Idle = 4,
-    Stay = 5,
-    /// Prompt rows go on, and take along what waits there.
-    Prompt = 6,
+named! {
+    /// Why a step runs.
+    Reason {
+        /// Not a flush: new tokens through the first window.
+        None = c"none",
+        Fill = c"fill",
+        Age = c"age",
+        Deadline = c"deadline",
+        Idle = c"idle",
+        Stay = c"stay",
+        /// Prompt rows go on, and take along what waits there.
+        Prompt = c"prompt",
+    }
 }
 
-pub const REASONS: usize = 7;
+pub const REASONS: usize = Reason::ALL.len();
 
-/// Where most of the time of a token went that missed its deadline.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Miss {
-    /// Between its last token and the request being ready: the host's part.
-    Host = 0,
-    /// Ready, with other rows going first.
-    Queue = 1,
-    /// Held in the rebatching buffer.
-    Held = 2,
-    /// In layer windows.
-    Run = 3,
+named! {
+    /// Where the time of a token goes, and most of it where it missed its deadline.
+    Miss {
+        /// Between its last token and the request being ready: the host's part.
+        Host = c"host",
+        /// Ready, with other rows going first.
+        Queue = c"queue",
+        /// Held in the rebatching buffer.
+        Held = c"held",
+        /// In layer windows.
+        Run = c"run",
+    }
 }
 
-pub const MISSES: usize = 4;
+pub const MISSES: usize = Miss::ALL.len();
 
 /// Totals since the engine was made.
 #[derive(Debug, Clone, Default)]

@@ -2,15 +2,18 @@
 
 //! From the moments of one row of logits to its confidence.
 
-/// How sure a row is, as a number in [0, 1].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Metric {
-    /// p(top 1) - p(top 2)
-    Gap,
-    /// p(top 1)
-    MaxProb,
-    /// 1 - H / ln(n_vocab)
-    Entropy,
+use super::names::named;
+
+named! {
+    /// How sure a row is, as a number in [0, 1].
+    Metric {
+        /// p(top 1) - p(top 2)
+        Gap = c"gap",
+        /// p(top 1)
+        MaxProb = c"maxprob",
+        /// 1 - H / ln(n_vocab)
+        Entropy = c"entropy",
+    }
 }
 
 /// What one row's logits come down to, whatever device looked at them.

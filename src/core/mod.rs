@@ -18,6 +18,7 @@ pub mod exits;
 pub mod gaps;
 pub mod memory;
 pub mod metric;
+pub mod names;
 pub mod pages;
 pub mod pending;
 pub mod planner;

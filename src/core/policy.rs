@@ -2,47 +2,37 @@
 
 //! Who leaves at a ramp. Pure functions of the rows' confidences.
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Policy {
-    Off,
-    Eager,
-    Lazy,
-    Median,
-    Mean,
-    Latency,
-    Hold,
-    Art,
-    Auto,
+use super::names::named;
+
+named! {
+    Policy {
+        Off = c"off",
+        Eager = c"eager",
+        Lazy = c"lazy",
+        Median = c"median",
+        Mean = c"mean",
+        Latency = c"latency",
+        Hold = c"hold",
+        Art = c"art",
+        Auto = c"auto",
+    }
 }
 
-impl Policy {
-    pub const ALL: [Policy; 9] = [
-        Policy::Off,
-        Policy::Eager,
-        Policy::Lazy,
-        Policy::Median,
-        Policy::Mean,
-        Policy::Latency,
-        Policy::Hold,
-        Policy::Art,
-        Policy::Auto,
-    ];
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
-    Exit,
-    Hold,
-    Stay,
-    Gone,
-    /// Left before; the row goes along with its request.
-    Pending,
-    /// The draft is what the full model says.
-    Accept,
-    /// The full model says otherwise, and that is emitted instead.
-    Replace,
-    /// Follows a draft that was replaced.
-    Drop,
+named! {
+    Decision {
+        Exit = c"exit",
+        Hold = c"hold",
+        Stay = c"stay",
+        Gone = c"gone",
+        /// Left before; the row goes along with its request.
+        Pending = c"pending",
+        /// The draft is what the full model says.
+        Accept = c"accept",
+        /// The full model says otherwise, and that is emitted instead.
+        Replace = c"replace",
+        /// Follows a draft that was replaced.
+        Drop = c"drop",
+    }
 }
 
 impl Decision {

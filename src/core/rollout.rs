@@ -57,6 +57,8 @@ pub struct Scene {
     pub prompt_ns: f64,
     /// Prompt rows in windows, per token emitted.
     pub prompt_rows: f64,
+    /// Time of one in a full pass.
+    pub prompt_row_ns: f64,
     /// So many of them run at a time.
     pub chunk: f64,
     /// The host's own time per window.
@@ -85,8 +87,6 @@ pub struct Scene {
 pub struct Outcome {
     pub tokens: f64,
     pub ns: f64,
-    /// Windows run: what the rollout cost.
-    pub passes: u32,
 }
 
 impl Scene {
@@ -97,6 +97,7 @@ impl Scene {
         deep_batch: 0,
         prompt_ns: 0.0,
         prompt_rows: 0.0,
+        prompt_row_ns: 0.0,
         chunk: 0.0,
         gap_ns: 0.0,
         windows: 0,
@@ -192,139 +193,214 @@ impl Rng {
     }
 }
 
-/// Plays `hold` (theta) and `ready` (phi), in rows, until `tokens` were
-/// emitted after `warm` others, in at most `passes` windows.
+/// A rule to play: theta and phi in rows, until `tokens` were emitted after `warm`
+/// others, in at most `passes` windows.
+#[derive(Debug, Clone, Copy)]
+pub struct Game {
+    pub hold: u32,
+    pub ready: u32,
+    pub warm: u32,
+    pub tokens: u32,
+    pub passes: u32,
+    pub seed: u64,
+}
+
+/// A rule played on a scene, some windows at a time.
 ///
 /// What counts lies between two flushes to the last layer, so that rows held
 /// at the end were held at the start; without two, it is all after `warm`.
 /// Play starts shortly before a flush, with the rows that are held longest.
-pub fn play(
-    scene: &Scene,
-    hold: u32,
-    ready: u32,
-    warm: u32,
-    tokens: u32,
-    passes: u32,
-    seed: u64,
-) -> Outcome {
-    let last = scene.windows - 1;
-    let mut rng = Rng(seed);
-    // rows[k]: rows that wait for window k, of each kind; held[k]: of all
-    let mut rows = [[0u32; KINDS]; MAX_RAMPS + 1];
-    rows[0] = scene.requests;
-    let mut held = [0u32; MAX_RAMPS + 1];
-    let mut waiting = scene.requests[0] + scene.requests[1];
-    let mut all_held = 0u32;
-    if last > 0 && scene.exits[last - 1] != [0; KINDS] {
-        all_held = (hold - hold.div_ceil(8)).min(waiting / 2);
-        let often = all_held.saturating_sub(rows[0][0]);
-        rows[last] = [all_held - often, often];
-        rows[0] = [rows[0][0] - rows[last][0], rows[0][1] - rows[last][1]];
-        held[last] = all_held;
-        waiting -= all_held;
+#[derive(Debug, Clone)]
+pub struct Rollout {
+    game: Game,
+    rng: Rng,
+    /// Rows that wait for window k, of each kind, and of all.
+    rows: [[u32; KINDS]; MAX_RAMPS + 1],
+    held: [u32; MAX_RAMPS + 1],
+    waiting: u32,
+    all_held: u32,
+    /// Tokens and time so far, and when they began to count.
+    now: (u64, f64),
+    start: (u64, f64),
+    started: bool,
+    /// At the first and the latest flush that count.
+    first: Option<(u64, f64)>,
+    latest: (u64, f64),
+    windows: u32,
+    /// Prompt rows that wait, and those on their way with the window that they
+    /// are in front of.
+    owed: f64,
+    transit: Option<(usize, f64)>,
+}
+
+impl Rollout {
+    pub fn new(scene: &Scene, game: Game) -> Self {
+        let last = scene.windows - 1;
+        let mut r = Rollout {
+            game,
+            rng: Rng(game.seed),
+            rows: [[0; KINDS]; MAX_RAMPS + 1],
+            held: [0; MAX_RAMPS + 1],
+            waiting: scene.requests[0] + scene.requests[1],
+            all_held: 0,
+            now: (0, 0.0),
+            start: (0, 0.0),
+            started: game.warm == 0,
+            first: None,
+            latest: (0, 0.0),
+            windows: 0,
+            owed: 0.0,
+            transit: None,
+        };
+        r.rows[0] = scene.requests;
+        if last > 0 && scene.exits[last - 1] != [0; KINDS] {
+            let held = (game.hold - game.hold.div_ceil(8)).min(r.waiting / 2);
+            let often = held.saturating_sub(r.rows[0][0]);
+            r.rows[last] = [held - often, often];
+            r.rows[0] = [
+                r.rows[0][0] - r.rows[last][0],
+                r.rows[0][1] - r.rows[last][1],
+            ];
+            (r.held[last], r.all_held) = (held, held);
+            r.waiting -= held;
+        }
+        r
     }
-    let mut made = 0u64;
-    let mut clock = 0.0f64;
-    let (mut made0, mut clock0) = (0u64, 0.0f64);
-    let mut started = warm == 0;
-    // Tokens and time at the first and the latest flush that count.
-    let mut first = None;
-    let mut latest = (0u64, 0.0f64);
-    let mut n = 0;
-    // Prompt rows that wait, and those on their way with the window that they
-    // are in front of.
-    let mut owed = 0.0f64;
-    let mut transit = None;
-    let goal = u64::from(warm) + u64::from(tokens);
-    while made < goal && n < passes {
-        if !started && (made >= u64::from(warm) || n >= passes / 4) {
-            started = true;
-            (made0, clock0) = (made, clock);
+
+    pub fn done(&self) -> bool {
+        let goal = u64::from(self.game.warm) + u64::from(self.game.tokens);
+        self.now.0 >= goal || self.windows >= self.game.passes
+    }
+
+    /// Plays up to so many windows; how many there were to play.
+    pub fn run(&mut self, scene: &Scene, windows: u32) -> u32 {
+        let before = self.windows;
+        while self.windows - before < windows && !self.done() {
+            self.window(scene);
         }
-        n += 1;
-        let (k, prompts) = match transit.take() {
+        self.windows - before
+    }
+
+    fn window(&mut self, scene: &Scene) {
+        let last = scene.windows - 1;
+        let Game {
+            hold,
+            ready,
+            warm,
+            passes,
+            ..
+        } = self.game;
+        if !self.started && (self.now.0 >= u64::from(warm) || self.windows >= passes / 4) {
+            self.started = true;
+            self.start = self.now;
+        }
+        self.windows += 1;
+        let (k, prompts) = match self.transit.take() {
             Some(on_the_way) => on_the_way,
-            None if owed > 0.0 && owed >= scene.chunk => (0, std::mem::take(&mut owed)),
-            None => (choose(&held[..=last], all_held, waiting, hold, ready), 0.0),
-        };
-        let there = if k == 0 { waiting } else { held[k] };
-        let b = there.min(if k == 0 {
-            scene.batch
-        } else {
-            scene.deep_batch
-        });
-        // In the order of their arrival: the kinds as they are mixed there.
-        let often = if b == there || there == 0 {
-            rows[k][1]
-        } else {
-            let (rows, b, there) = (u64::from(rows[k][1]), u64::from(b), u64::from(there));
-            ((rows * b + there / 2) / there) as u32
-        };
-        let taken = [b - often, often];
-        if k == 0 {
-            waiting -= b;
-        } else {
-            held[k] -= b;
-            all_held -= b;
-        }
-        // Prompt rows, and where those that go on with them are at the end.
-        let mut end = k;
-        if prompts > 0.0 {
-            if k == last {
-                // The last window is the rest of the one before.
-                let before = k.checked_sub(1).map(|k| scene.ways[k].rest);
-                clock += before.unwrap_or(scene.ways[0].whole).per_prompt * prompts;
-            } else if scene.cut(k, prompts, taken, held[k + 1], hold) {
-                let ways = &scene.ways[k];
-                clock += ways.head.per_prompt * prompts;
-                if b == 0 {
-                    clock -= ways.ramp_ns;
-                }
-                transit = Some((k + 1, prompts));
-            } else {
-                let whole = scene.ways[k].whole;
-                let uncut = whole.at(f64::from(b), prompts);
-                clock += uncut - scene.ns[k] - scene.ns_per_row[k] * f64::from(b);
-                end = last;
+            None if self.owed > 0.0 && self.owed >= scene.chunk => {
+                (0, std::mem::take(&mut self.owed))
             }
-        }
-        clock += scene.ns[k] + scene.ns_per_row[k] * f64::from(b) + scene.gap_ns;
+            None => {
+                let held = &self.held[..=last];
+                (choose(held, self.all_held, self.waiting, hold, ready), 0.0)
+            }
+        };
+        let taken = self.take(scene, k);
+        let b = taken[0] + taken[1];
+        // Where rows that go on with prompt rows are at the end.
+        let end = if prompts > 0.0 {
+            self.carry(scene, k, prompts, taken)
+        } else {
+            k
+        };
+        let clock = &mut self.now.1;
+        *clock += scene.ns[k] + scene.ns_per_row[k] * f64::from(b) + scene.gap_ns;
         let mut out = 0;
         for (kind, &n) in taken.iter().enumerate() {
             let gone = if end == last {
                 n
             } else {
-                rng.binomial(n, scene.exits[k][kind])
+                self.rng.binomial(n, scene.exits[k][kind])
             };
-            rows[k][kind] -= n;
-            rows[0][kind] += gone;
+            self.rows[k][kind] -= n;
+            self.rows[0][kind] += gone;
             if end < last {
-                rows[k + 1][kind] += n - gone;
+                self.rows[k + 1][kind] += n - gone;
             }
             out += gone;
         }
         if end < last {
-            held[k + 1] += b - out;
-            all_held += b - out;
-            clock += scene.pending_ns[k] * f64::from(out);
+            self.held[k + 1] += b - out;
+            self.all_held += b - out;
+            self.now.1 += scene.pending_ns[k] * f64::from(out);
         }
-        waiting += out;
-        made += u64::from(out);
-        owed += f64::from(out) * scene.prompt_rows;
-        if k == last && started {
-            latest = (made, clock);
-            first = first.or(Some(latest));
+        self.waiting += out;
+        self.now.0 += u64::from(out);
+        self.owed += f64::from(out) * scene.prompt_rows;
+        if k == last && self.started {
+            self.latest = self.now;
+            self.first = self.first.or(Some(self.now));
         }
     }
-    if let Some(f) = first.filter(|f| f.0 < latest.0) {
-        (made0, clock0) = f;
-        (made, clock) = latest;
+
+    /// Rows of each kind for window `k`, in the order of their arrival: the kinds
+    /// as they are mixed there.
+    fn take(&mut self, scene: &Scene, k: usize) -> [u32; KINDS] {
+        let (there, most) = match k {
+            0 => (self.waiting, scene.batch),
+            _ => (self.held[k], scene.deep_batch),
+        };
+        let b = there.min(most);
+        let often = if b == there || there == 0 {
+            self.rows[k][1]
+        } else {
+            let (rows, b, there) = (u64::from(self.rows[k][1]), u64::from(b), u64::from(there));
+            ((rows * b + there / 2) / there) as u32
+        };
+        if k == 0 {
+            self.waiting -= b;
+        } else {
+            self.held[k] -= b;
+            self.all_held -= b;
+        }
+        [b - often, often]
     }
-    let tokens = (made - made0) as f64 * scene.worth;
-    Outcome {
-        tokens,
-        ns: clock - clock0 + tokens * scene.prompt_ns,
-        passes: n,
+
+    /// Adds the time that prompt rows take beside the rows of window `k`, and
+    /// returns the window after which the rows are.
+    fn carry(&mut self, scene: &Scene, k: usize, prompts: f64, taken: [u32; KINDS]) -> usize {
+        let last = scene.windows - 1;
+        let rows = f64::from(taken[0] + taken[1]);
+        let clock = &mut self.now.1;
+        if k == last {
+            // The last window is the rest of the one before.
+            let before = k.checked_sub(1).map(|k| scene.ways[k].rest);
+            *clock += before.unwrap_or(scene.ways[0].whole).per_prompt * prompts;
+            return k;
+        }
+        let ways = &scene.ways[k];
+        if scene.cut(k, prompts, taken, self.held[k + 1], self.game.hold) {
+            *clock += ways.head.per_prompt * prompts;
+            if rows == 0.0 {
+                *clock -= ways.ramp_ns;
+            }
+            self.transit = Some((k + 1, prompts));
+            return k;
+        }
+        *clock += ways.whole.at(rows, prompts) - scene.ns[k] - scene.ns_per_row[k] * rows;
+        last
+    }
+
+    pub fn outcome(&self, scene: &Scene) -> Outcome {
+        let (from, to) = match self.first {
+            Some(first) if first.0 < self.latest.0 => (first, self.latest),
+            _ => (self.start, self.now),
+        };
+        let tokens = (to.0 - from.0) as f64 * scene.worth;
+        Outcome {
+            tokens,
+            ns: to.1 - from.1 + tokens * scene.prompt_ns,
+        }
     }
 }
 
@@ -402,11 +478,29 @@ mod tests {
         scene.ns[1] = 0.75 * t0;
         scene.ns_per_row[1] = 0.75 * t1;
         let off = 64.0 / (t0 + t1 * 64.0);
-        let got = play(&scene, 35, 1, 200, 40_000, 1 << 20, 3).rate() / off;
+        let rate = |hold, tokens| {
+            let game = Game {
+                hold,
+                ready: 1,
+                warm: 200,
+                tokens,
+                passes: u32::MAX,
+                seed: 3,
+            };
+            let mut r = Rollout::new(&scene, game);
+            // In parts, which makes no difference.
+            while r.run(&scene, 7) > 0 {}
+            let parts = r.outcome(&scene);
+            let mut r = Rollout::new(&scene, game);
+            r.run(&scene, u32::MAX);
+            assert_eq!(parts, r.outcome(&scene));
+            parts.rate() / off
+        };
+        let got = rate(35, 40_000);
         assert!((got / 1.689 - 1.0).abs() < 0.015, "{got}");
         // Held to the last: a cycle makes 64 / 0.2 tokens in E[max of 64
         // geometric variables] = 21.8 shallow windows and one deep one.
-        let paper = play(&scene, 64, 1, 200, 800_000, 1 << 22, 3).rate() / off;
+        let paper = rate(64, 800_000);
         assert!((paper / 0.818 - 1.0).abs() < 0.015, "{paper}");
     }
 }

@@ -301,6 +301,37 @@ mod tests {
         handle::ENGINES.remove(good).unwrap();
     }
 
+    /// A host may call from a destructor, while its own panic unwinds the thread.
+    #[test]
+    fn what_a_call_did_counts_and_not_what_its_thread_does() {
+        struct Calls(*mut drex_engine, bool);
+        impl Drop for Calls {
+            fn drop(&mut self) {
+                assert!(std::thread::panicking());
+                let status = with("drex_test", self.0, |_| {
+                    assert!(!self.1, "the call's own");
+                    Ok(())
+                });
+                let expect = if self.1 { DREX_ERROR_PANIC } else { DREX_OK };
+                assert_eq!(status, expect);
+            }
+        }
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(|_| {}));
+        for fails in [false, true] {
+            let h = handle::ENGINES.insert::<drex_engine>(instance()).unwrap();
+            let unwound = catch_unwind(AssertUnwindSafe(|| {
+                let _calls = Calls(h, fails);
+                panic!("the host's");
+            }));
+            assert!(unwound.is_err());
+            let expect = if fails { DREX_ERROR_PANIC } else { DREX_OK };
+            assert_eq!(with("drex_test", h, |_| Ok(())), expect);
+            handle::ENGINES.remove(h).unwrap();
+        }
+        std::panic::set_hook(hook);
+    }
+
     /// What a struct may become: 8 bytes more than programs have that know
     /// drex_plan_input.
     #[repr(C)]

@@ -48,7 +48,7 @@ pub enum Fault {
     Name {
         what: &'static str,
         got: String,
-        expected: &'static str,
+        expected: String,
     },
     Panic,
 }
@@ -150,7 +150,7 @@ impl fmt::Display for Fault {
             Fault::Name {
                 what,
                 ref got,
-                expected,
+                ref expected,
             } => write!(f, "{what} is \"{got}\"; expected one of {expected}"),
             Fault::Panic => f.write_str("internal error"),
         }

@@ -13,6 +13,7 @@ use super::error::{self, Fault};
 use super::handle;
 use super::types::*;
 use crate::core::config::{Config, Fill};
+use crate::core::counters::{Miss, Reason};
 use crate::core::engine::Agrees;
 use crate::core::error::Error;
 use crate::core::memory;
@@ -22,24 +23,6 @@ use crate::core::request::{RequestConfig, State};
 use crate::core::speculate::speculate;
 use crate::device::kv::{Layer, Layout, Side};
 use crate::instance::{Instance, Launch};
-
-const POLICIES: [(&CStr, Policy); 9] = [
-    (c"off", Policy::Off),
-    (c"eager", Policy::Eager),
-    (c"lazy", Policy::Lazy),
-    (c"median", Policy::Median),
-    (c"mean", Policy::Mean),
-    (c"latency", Policy::Latency),
-    (c"hold", Policy::Hold),
-    (c"art", Policy::Art),
-    (c"auto", Policy::Auto),
-];
-
-const METRICS: [(&CStr, Metric); 3] = [
-    (c"gap", Metric::Gap),
-    (c"maxprob", Metric::MaxProb),
-    (c"entropy", Metric::Entropy),
-];
 
 const STATUS_NAMES: [&CStr; 15] = [
     c"DREX_OK",
@@ -125,19 +108,41 @@ pub extern "C" fn drex_last_error() -> *const c_char {
 /// A policy's name in lower case, such as "hold"; NULL when unknown. Static.
 #[unsafe(no_mangle)]
 pub extern "C" fn drex_policy_name(policy: drex_policy) -> *const c_char {
-    name(&POLICIES, policy)
+    name(Policy::from_number(policy).map(Policy::c_name))
 }
 
 /// A metric's name in lower case, such as "gap"; NULL when unknown. Static.
 #[unsafe(no_mangle)]
 pub extern "C" fn drex_metric_name(metric: drex_metric) -> *const c_char {
-    name(&METRICS, metric)
+    name(Metric::from_number(metric).map(Metric::c_name))
 }
 
-fn name<T>(table: &[(&'static CStr, T)], i: u32) -> *const c_char {
-    table
-        .get(i as usize)
-        .map_or(std::ptr::null(), |(name, _)| name.as_ptr())
+/// A fill mode's name in lower case, such as "copy"; NULL when unknown. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_fill_name(fill: drex_fill_mode) -> *const c_char {
+    name(Fill::from_number(fill).map(Fill::c_name))
+}
+
+/// A decision's name in lower case, such as "exit"; NULL when unknown. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_decision_name(decision: drex_decision) -> *const c_char {
+    name(Decision::from_number(decision).map(Decision::c_name))
+}
+
+/// A flush reason's name in lower case, such as "deadline"; NULL when unknown. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_flush_reason_name(reason: drex_flush_reason) -> *const c_char {
+    name(Reason::from_number(reason).map(Reason::c_name))
+}
+
+/// A miss reason's name in lower case, such as "queue"; NULL when unknown. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn drex_miss_reason_name(reason: drex_miss_reason) -> *const c_char {
+    name(Miss::from_number(reason).map(Miss::c_name))
+}
+
+fn name(name: Option<&'static CStr>) -> *const c_char {
+    name.map_or(std::ptr::null(), CStr::as_ptr)
 }
 
 /// The policy of a name, exactly as drex_policy_name() writes it.
@@ -149,9 +154,9 @@ pub unsafe extern "C" fn drex_policy_from_name(
     out: *mut drex_policy,
 ) -> drex_status {
     call("drex_policy_from_name", || {
-        let expected = "off, eager, lazy, median, mean, latency, hold, art, auto";
+        let names = Policy::ALL.map(Policy::c_name);
         // SAFETY: the caller's contract.
-        unsafe { from_name(&POLICIES, name, out, expected) }
+        unsafe { from_name(&names, name, out) }
     })
 }
 
@@ -164,16 +169,31 @@ pub unsafe extern "C" fn drex_metric_from_name(
     out: *mut drex_metric,
 ) -> drex_status {
     call("drex_metric_from_name", || {
+        let names = Metric::ALL.map(Metric::c_name);
         // SAFETY: the caller's contract.
-        unsafe { from_name(&METRICS, name, out, "gap, maxprob, entropy") }
+        unsafe { from_name(&names, name, out) }
     })
 }
 
-unsafe fn from_name<T>(
-    table: &[(&'static CStr, T)],
+/// The fill mode of a name, exactly as drex_fill_name() writes it.
+///
+/// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_fill_from_name(
+    name: *const c_char,
+    out: *mut drex_fill_mode,
+) -> drex_status {
+    call("drex_fill_from_name", || {
+        let names = Fill::ALL.map(Fill::c_name);
+        // SAFETY: the caller's contract.
+        unsafe { from_name(&names, name, out) }
+    })
+}
+
+unsafe fn from_name(
+    names: &[&'static CStr],
     name: *const c_char,
     out: *mut u32,
-    expected: &'static str,
 ) -> Result<(), Fault> {
     if name.is_null() {
         return Err(Fault::Null("name"));
@@ -183,48 +203,29 @@ unsafe fn from_name<T>(
     }
     // SAFETY: the caller passes a C string.
     let name = unsafe { CStr::from_ptr(name) };
-    match table.iter().position(|(n, _)| *n == name) {
+    match names.iter().position(|n| *n == name) {
         Some(i) => {
             // SAFETY: not NULL.
             unsafe { out.write_unaligned(i as u32) };
             Ok(())
         }
-        None => Err(Fault::Name {
-            what: "name",
-            got: name.to_string_lossy().chars().take(64).collect(),
-            expected,
-        }),
+        None => {
+            let names: Vec<_> = names.iter().map(|n| n.to_string_lossy()).collect();
+            Err(Fault::Name {
+                what: "name",
+                got: name.to_string_lossy().chars().take(64).collect(),
+                expected: names.join(", "),
+            })
+        }
     }
 }
 
 fn metric(value: u32, expected: &'static str) -> Result<Metric, Error> {
-    METRICS
-        .get(value as usize)
-        .map(|&(_, m)| m)
-        .ok_or(Error::int("metric", value, expected))
+    Metric::from_number(value).ok_or(Error::int("metric", value, expected))
 }
 
 fn fill(value: u32, expected: &'static str) -> Result<Fill, Error> {
-    match value {
-        DREX_FILL_COPY => Ok(Fill::Copy),
-        DREX_FILL_POSTFILL => Ok(Fill::Postfill),
-        DREX_FILL_VERIFY => Ok(Fill::Verify),
-        DREX_FILL_PROPAGATE => Ok(Fill::Propagate),
-        _ => Err(Error::int("fill", value, expected)),
-    }
-}
-
-fn decision(d: Decision) -> drex_decision {
-    match d {
-        Decision::Exit => DREX_DECISION_EXIT,
-        Decision::Hold => DREX_DECISION_HOLD,
-        Decision::Stay => DREX_DECISION_STAY,
-        Decision::Gone => DREX_DECISION_GONE,
-        Decision::Pending => DREX_DECISION_PENDING,
-        Decision::Accept => DREX_DECISION_ACCEPT,
-        Decision::Replace => DREX_DECISION_REPLACE,
-        Decision::Drop => DREX_DECISION_DROP,
-    }
+    Fill::from_number(value).ok_or(Error::int("fill", value, expected))
 }
 
 fn reserved(value: u32) -> Result<(), Error> {
@@ -293,7 +294,7 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         let at = |i| unsafe { c.ramp_thresholds.add(i).read_unaligned() };
         (0..n).map(at).collect()
     };
-    let policy = POLICIES.get(c.policy as usize).map(|&(_, p)| p);
+    let policy = Policy::from_number(c.policy);
     reserved(c.reserved)?;
     Ok(Config {
         n_layers: c.n_layers,
@@ -659,7 +660,8 @@ pub unsafe extern "C" fn drex_plan(
 ///
 /// logits    the window's logits
 /// cells     [n_rows] the KV cell of each row, below n_cells of every bound
-///           layer; NULL only when no K/V is bound. Copied.
+///           layer; for a row whose request was removed, any number. NULL only
+///           when no K/V is bound. Copied.
 /// verdicts  [capacity] receives one per row, in their order
 /// capacity  at least n_rows
 ///
@@ -721,7 +723,7 @@ pub unsafe extern "C" fn drex_ramp(
         unsafe { instance.ramp(&logits, cells, confirm)? };
         for (i, row) in instance.engine.step_rows().iter().enumerate() {
             let verdict = drex_verdict {
-                decision: decision(row.decision),
+                decision: row.decision as drex_decision,
                 token: row.score.token,
                 confidence: row.score.confidence,
                 forced: row.forced.into(),
@@ -817,7 +819,11 @@ pub unsafe extern "C" fn drex_verify(
         })?;
         for (i, row) in instance.engine.step_rows().iter().enumerate() {
             // SAFETY: `capacity` is at least the number of rows.
-            unsafe { decisions.add(i).write_unaligned(decision(row.decision)) };
+            unsafe {
+                decisions
+                    .add(i)
+                    .write_unaligned(row.decision as drex_decision)
+            };
         }
         Ok(())
     })

@@ -6,7 +6,10 @@
 
 use std::ffi::c_void;
 
-use crate::core::counters::{MISSES, REASONS, WAIT_BUCKETS};
+use crate::core::config::Fill;
+use crate::core::counters::{MISSES, Miss, REASONS, Reason, WAIT_BUCKETS};
+use crate::core::metric::Metric;
+use crate::core::policy::{Decision, Policy};
 
 /// The version of this interface. It changes only when something that worked
 /// stops working; new functions, constants and fields at the end of structs
@@ -450,7 +453,7 @@ pub struct drex_plan_input {
 
 /// A row of the planned step.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct drex_row {
     /// The request's id.
     pub request: u64,
@@ -582,8 +585,8 @@ pub struct drex_verdict {
     /// The greatest logit's index, the lowest on a tie; -1 where confidence
     /// is NaN. For greedy hosts; others sample the row themselves.
     pub token: i32,
-    /// In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for a
-    /// row that is gone. -Inf beside other logits is a mask, and fine.
+    /// In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for GONE
+    /// and PENDING. -Inf beside other logits is a mask, and fine.
     pub confidence: f32,
     /// 1: an involuntary exit or an involuntary stay. A row is not asked, and
     /// does not count, at a ramp that the rule of DREX_POLICY_AUTO passes by and
@@ -789,6 +792,12 @@ pub struct drex_pages_stats {
 }
 
 const _: () = {
+    assert!(DREX_POLICY_AUTO == Policy::Auto as u32 && Policy::ALL.len() == 9);
+    assert!(DREX_METRIC_ENTROPY == Metric::Entropy as u32 && Metric::ALL.len() == 3);
+    assert!(DREX_FILL_PROPAGATE == Fill::Propagate as u32 && Fill::ALL.len() == 4);
+    assert!(DREX_DECISION_DROP == Decision::Drop as u32 && Decision::ALL.len() == 8);
+    assert!(DREX_FLUSH_PROMPT == Reason::Prompt as u32);
+    assert!(DREX_MISS_RUN == Miss::Run as u32);
     assert!(DREX_NO_PAGE == crate::core::pages::NO_PAGE);
     assert!(DREX_MAX_RAMPS == crate::core::MAX_RAMPS);
     assert!(DREX_WAIT_BUCKETS == WAIT_BUCKETS);

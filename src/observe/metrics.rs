@@ -4,12 +4,9 @@
 
 use std::fmt::{Display, Write};
 
-use super::REASONS;
-use crate::core::counters::WAIT_BUCKETS;
+use crate::core::counters::{Miss, Reason, WAIT_BUCKETS};
 use crate::core::engine::Engine;
 use crate::core::policy::Policy;
-
-const MISSES: [&str; 4] = ["host", "queue", "held", "run"];
 
 const COUNTER: &str = "counter";
 const GAUGE: &str = "gauge";
@@ -124,7 +121,10 @@ fn served(t: &mut Text, e: &Engine) {
         ("drex_deadline_misses_total", COUNTER),
         "Late tokens by where most of their time went.",
         "cause",
-        MISSES.iter().zip(c.misses.iter().map(Some)),
+        Miss::ALL
+            .map(Miss::name)
+            .iter()
+            .zip(c.misses.iter().map(Some)),
     );
     t.one("drex_steps_total", COUNTER, "Completed steps.", c.steps);
     t.one(
@@ -150,7 +150,11 @@ fn served(t: &mut Text, e: &Engine) {
         ("drex_flushes_total", COUNTER),
         "Completed steps over held rows, by what caused them.",
         "reason",
-        REASONS.iter().zip(c.flushes.iter().map(Some)).skip(1),
+        Reason::ALL
+            .map(Reason::name)
+            .iter()
+            .zip(c.flushes.iter().map(Some))
+            .skip(1),
     );
     t.seconds(
         "drex_window_seconds",

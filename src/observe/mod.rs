@@ -21,9 +21,6 @@ use crate::core::policy::{Decision, Policy};
 use nvtx::Profiler;
 use trace::Trace;
 
-/// By `Reason`.
-const REASONS: [&str; 7] = ["none", "fill", "age", "deadline", "idle", "stay", "prompt"];
-
 pub type Callback = unsafe extern "C" fn(*mut c_void, u32, *const c_char);
 
 /// Where an engine's events go besides a Rust host's own subscriber.

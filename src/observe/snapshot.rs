@@ -39,7 +39,7 @@ pub fn to_json(e: &Engine) -> String {
     json!({
         "drex_snapshot": 1,
         "now_ns": now,
-        "policy": format!("{:?}", k.policy).to_lowercase(),
+        "policy": k.policy.name(),
         "counters": {
             "tokens": c.tokens, "involuntary_exits": c.involuntary_exits,
             "involuntary_stays": c.involuntary_stays, "flushes": c.flushes,

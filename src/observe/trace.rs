@@ -6,7 +6,6 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use super::REASONS;
 use crate::core::MAX_RAMPS;
 use crate::core::counters::Reason;
 use crate::core::engine::Engine;
@@ -317,7 +316,7 @@ impl Text<'_> {
                      \"name\":\"[{layer_begin},{layer_end})\",\"args\":{{\"rows\":{rows},\
                      \"reason\":\"{}\",\"ramp\":{ramp},\"exits\":{exits},\"duration_ns\":{run_ns}}}}}",
                     us(end_ns - begin_ns),
-                    REASONS[reason as usize],
+                    reason.name(),
                 )
             }
             Event::Held { request, ramp, .. } => write!(

@@ -48,6 +48,7 @@ pub fn bench(json: bool, quick: bool) -> Result<()> {
     if !command.status().context("cannot run cargo")?.success() {
         bail!("the benchmarks failed");
     }
+    let steps = whole_steps()?;
     let mut all = Map::new();
     let core = home.join("core");
     let mut names: Vec<_> = std::fs::read_dir(&core)
@@ -70,13 +71,36 @@ pub fn bench(json: bool, quick: bool) -> Result<()> {
         );
     }
     if json {
-        println!("{}", json!({"median_ns": all}));
+        let mut out = json!({"median_ns": all});
+        for (key, value) in steps {
+            out[key] = value;
+        }
+        println!("{out}");
     } else {
         for (name, ns) in &all {
             println!("{name:40} {:>12.1} ns", ns.as_f64().unwrap_or(f64::NAN));
         }
+        for (name, us) in steps["step_us"].as_object().into_iter().flatten() {
+            println!("{name:50} {:>8.2} us", us.as_f64().unwrap_or(f64::NAN));
+        }
+        println!("worst_ratio_to_linear {}", steps["worst_ratio_to_linear"]);
     }
     Ok(())
+}
+
+/// What a whole step costs through the C ABI: the last line of that benchmark.
+fn whole_steps() -> Result<Map<String, Value>> {
+    let output = cargo()
+        .args(["bench", "--package", "drex", "--bench", "step"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!("the benchmark of whole steps failed");
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().last().unwrap_or_default();
+    serde_json::from_str(line).with_context(|| format!("not what the benchmark prints: {line}"))
 }
 
 /// Emptied of nothing: criterion compares with the run before.

@@ -155,6 +155,12 @@ static void errors() {
   EXPECT(none.error().text().find("ramp_layers") != std::string::npos);
   EXPECT(*drex::policy_from_name("auto") == drex::policy::automatic);
   EXPECT(*drex::metric_from_name("gap") == drex::metric::gap);
+  EXPECT(*drex::fill_from_name("verify") == drex::fill::verify);
+  EXPECT(drex::fill_from_name("").status() == DREX_ERROR_INVALID_ARGUMENT);
+  EXPECT(std::string(drex::name(drex::decision::pending)) == "pending");
+  EXPECT(std::string(drex::name(drex::fill::copy)) == "copy");
+  EXPECT(std::string(drex::flush_reason_name(DREX_FLUSH_AGE)) == "age");
+  EXPECT(std::string(drex::miss_reason_name(DREX_MISS_HELD)) == "held");
   EXPECT(drex::policy_from_name("x").value_or(drex::policy::off) == drex::policy::off);
   EXPECT(std::strcmp(drex::name(drex::policy::art), "art") == 0);
 

@@ -164,7 +164,7 @@ class drex_stats(Struct):
         ("misses", u64 * DREX_MAX_MISS_REASONS), ("searches", u64), ("rule_ramps", u32), ("rule_hold_rows", u32),
         ("rule_ready_rows", u32), ("reserved", u32), ("predicted_tokens_per_s", f64),
         ("predicted_off_tokens_per_s", f64), ("exit_share", f64 * DREX_MAX_RAMPS), ("pending_rows", u64),
-        ("rows_filled", u64), ("drafts", u64), ("drafts_accepted", u64), ("rows_dropped", u64),
+        ("rows_filled", u64), ("drafts", u64), ("drafts_accepted", u64), ("rows_dropped", u64), ("prompt_rows", u64), ("prompt_steps", u64),
     ]  # fmt: skip
 
 
@@ -200,6 +200,11 @@ FUNCTIONS = {
     "drex_metric_name": (text, u32),
     "drex_policy_from_name": (i32, text, P(u32)),
     "drex_metric_from_name": (i32, text, P(u32)),
+    "drex_fill_name": (text, u32),
+    "drex_decision_name": (text, u32),
+    "drex_flush_reason_name": (text, u32),
+    "drex_miss_reason_name": (text, u32),
+    "drex_fill_from_name": (i32, text, P(u32)),
     "drex_create": (i32, P(drex_config), P(void)),
     "drex_destroy": (i32, _engine),
     "drex_bind_kv": (i32, _engine, P(drex_kv_layer), u32),

@@ -12,14 +12,6 @@ use crate::core::policy::{Decision, Policy};
 use crate::core::prompts::Transit;
 use crate::core::request::State;
 
-/// The search for a rule takes at most this share of a window's time, where
-/// the host does not call for it itself.
-const REPLAN_SHARE: u64 = 200;
-/// About what a simulated window takes.
-const WINDOW_NS: u64 = 40;
-const REPLAN_MIN: u64 = 50;
-const REPLAN_MAX: u64 = 20_000;
-
 impl Engine {
     /// The planned step, if [`Engine::complete`] would end it.
     pub fn expect_complete(&self) -> Result<Step> {
@@ -103,8 +95,7 @@ impl Engine {
             let (auto, known) = self.auto_and_known();
             auto.step(tokens, duration_ns, load, allowed, known);
             if !self.host_replans {
-                let share = duration_ns / REPLAN_SHARE / WINDOW_NS;
-                self.replan_some(share.clamp(REPLAN_MIN, REPLAN_MAX) as u32);
+                self.replan_beside(duration_ns);
             }
         }
         Ok(())

@@ -8,6 +8,15 @@ use crate::core::config::Fill;
 use crate::core::error::{Error, Result};
 use crate::core::profile::Profile;
 
+/// The search takes at most this share of a window's time, where the host does not
+/// call for it itself.
+const REPLAN_SHARE: u64 = 200;
+/// About what a simulated window takes.
+const WINDOW_NS: u64 = 40;
+/// The least that is done at once, and the most.
+const REPLAN_MIN_NS: u64 = 16 * WINDOW_NS;
+const REPLAN_MAX_NS: u64 = 20_000 * WINDOW_NS;
+
 impl Engine {
     pub(super) fn auto_and_known(&mut self) -> (&mut Auto, Known<'_>) {
         let known = Known {
@@ -38,9 +47,22 @@ impl Engine {
         keep.map(|f| self.share_of(f)).sum()
     }
 
-    pub(super) fn replan_some(&mut self, windows: u32) -> bool {
-        let (auto, known) = self.auto_and_known();
-        auto.work(windows, known)
+    /// Does a share of the search that is small beside a window that took
+    /// `duration_ns`; 0: unknown.
+    pub(super) fn replan_beside(&mut self, duration_ns: u64) {
+        let share = match duration_ns {
+            0 => REPLAN_MIN_NS,
+            ns => (ns / REPLAN_SHARE).min(REPLAN_MAX_NS),
+        };
+        // What short windows leave adds up to a part that is worth its start.
+        let saved = self.replan_ns + share;
+        self.replan_ns = saved.min(share.max(REPLAN_MIN_NS));
+        if self.replan_ns >= REPLAN_MIN_NS {
+            let windows = (self.replan_ns / WINDOW_NS) as u32;
+            let (auto, known) = self.auto_and_known();
+            let spent = auto.work(windows, known);
+            self.replan_ns = self.replan_ns.saturating_sub(u64::from(spent) * WINDOW_NS);
+        }
     }
 
     /// Does up to about `windows` simulated windows' worth of the search for
@@ -48,14 +70,17 @@ impl Engine {
     /// leaves that work to the host. True when none is left.
     pub fn replan(&mut self, windows: u32) -> bool {
         self.host_replans = true;
-        self.replan_some(if windows == 0 { u32::MAX } else { windows })
+        let (auto, known) = self.auto_and_known();
+        auto.work(if windows == 0 { u32::MAX } else { windows }, known);
+        !auto.searching()
     }
 
     /// A whole search for a rule from what is known now.
     pub fn search_anew(&mut self) {
         let (auto, known) = self.auto_and_known();
         auto.begin(known);
-        self.replan_some(u32::MAX);
+        let (auto, known) = self.auto_and_known();
+        auto.work(u32::MAX, known);
     }
 
     /// Starts from times learned before.

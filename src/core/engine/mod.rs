@@ -121,6 +121,8 @@ pub struct Engine {
     prompts: Prompts,
     /// The host calls [`Engine::replan`] itself.
     host_replans: bool,
+    /// Time that the search may take and has not.
+    replan_ns: u64,
     decoding: usize,
     /// Those of them that exit often.
     often: usize,
@@ -158,6 +160,7 @@ impl Engine {
             gaps: Gaps::default(),
             prompts: Prompts::default(),
             host_replans: false,
+            replan_ns: 0,
             decoding: 0,
             often: 0,
             fills: [0; Fill::ALL.len()],

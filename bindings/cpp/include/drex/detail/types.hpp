@@ -71,6 +71,18 @@ inline const char *name(policy p) noexcept {
 inline const char *name(metric m) noexcept {
   return drex_metric_name(static_cast<drex_metric>(m));
 }
+inline const char *name(fill f) noexcept {
+  return drex_fill_name(static_cast<drex_fill_mode>(f));
+}
+inline const char *name(decision d) noexcept {
+  return drex_decision_name(static_cast<drex_decision>(d));
+}
+inline const char *flush_reason_name(drex_flush_reason r) noexcept {
+  return drex_flush_reason_name(r);
+}
+inline const char *miss_reason_name(drex_miss_reason r) noexcept {
+  return drex_miss_reason_name(r);
+}
 inline result<policy> policy_from_name(const char *text) {
   drex_policy p = 0;
   const drex_status s = drex_policy_from_name(text, &p);
@@ -82,6 +94,12 @@ inline result<metric> metric_from_name(const char *text) {
   const drex_status s = drex_metric_from_name(text, &m);
   if (s != DREX_OK) return error::last(s);
   return static_cast<metric>(m);
+}
+inline result<fill> fill_from_name(const char *text) {
+  drex_fill_mode f = 0;
+  const drex_status s = drex_fill_from_name(text, &f);
+  if (s != DREX_OK) return error::last(s);
+  return static_cast<fill>(f);
 }
 
 // drex.h's structs with their initializers. All fields are there; the setters are
