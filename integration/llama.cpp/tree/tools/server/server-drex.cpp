@@ -686,9 +686,6 @@ int32_t server_drex::run(llama_batch_ext * batch) {
             llama_synchronize(ctx);
         }
         ban_tokens();
-        if (fetches) {
-            fetch_logits(0, step.n_rows);
-        }
     }
     if (step.ramp != DREX_NO_RAMP && stream && step.n_rows > 0) {
         enqueued = false;
@@ -883,7 +880,7 @@ void server_drex::fetch_logits() {
         }
         const bool known = slot.greedy && verdicts[i].token >= 0;
         slot.top = known ? verdicts[i].token : LLAMA_TOKEN_NULL;
-        return !known && (!fetches || slot.raw); // fetched before its banned tokens had their logits back
+        return !known && !fetches;
     };
 
     for (size_t i = 0, first = 0; i <= step_rows.size(); ++i) {
