@@ -31,13 +31,17 @@ pub const TESTS: fn() -> Vec<Test> = || {
 };
 
 /// A folder of a test's own, gone at its end.
-struct Folder(PathBuf);
+pub struct Folder(PathBuf);
 
 impl Folder {
-    fn new(name: &str) -> Result<Folder> {
+    pub fn new(name: &str) -> Result<Folder> {
         let path = std::env::temp_dir().join(format!("drex-{name}-{}", std::process::id()));
         fs::create_dir_all(&path)?;
         Ok(Folder(path))
+    }
+
+    pub fn path(&self) -> String {
+        self.0.to_string_lossy().into_owned()
     }
 
     fn file(&self, name: &str) -> String {
