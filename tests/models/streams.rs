@@ -26,7 +26,7 @@ pub fn requests(fill: &str) -> Vec<Value> {
         "iterator", "returns", "the", "borrowed", "value", "of", "a", "slice",
     ];
     let request = |i: usize| {
-        let n = if i % 2 == 0 { 90 } else { 6 };
+        let n = if i.is_multiple_of(2) { 90 } else { 6 };
         let prompt: Vec<_> = (0..n)
             .map(|j| words[(i + j * (1 + i % 3)) % words.len()])
             .collect();
