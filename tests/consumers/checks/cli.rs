@@ -10,10 +10,11 @@ use super::{guide, libraries};
 use crate::programs::SMOKE;
 use crate::{cache, install, kit::Kit};
 
-fn xtask(args: &[&str]) -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe().context("xtask finds itself")?);
+fn xtask(args: &[&str]) -> Command {
+    let mut command = drex_build::cargo::cargo();
+    command.args(["run", "--quiet", "--package", "xtask", "--"]);
     command.args(args);
-    Ok(command)
+    command
 }
 
 pub fn install(kit: &Kit) -> Result<()> {
@@ -39,7 +40,7 @@ pub fn install(kit: &Kit) -> Result<()> {
         "--destdir",
         text,
     ];
-    complete(&kit.succeed(&mut xtask(&args)?)?, &dest)?;
+    complete(&kit.succeed(&mut xtask(&args))?, &dest)?;
     let root = dest.join("opt/drex");
     let lib = root.join("lib/multi/arch");
     for name in cache::files(&dest, &|_| false)? {
@@ -68,7 +69,7 @@ pub fn install(kit: &Kit) -> Result<()> {
     kit.count(1, 0, 0);
     kit.run(&[], &exe, SMOKE)?;
 
-    let tree = kit.succeed(&mut xtask(&["install", "--build-tree"])?)?;
+    let tree = kit.succeed(&mut xtask(&["install", "--build-tree"]))?;
     let tree = tree.lines().find_map(|l| l.split_once("-Ddrex_DIR="));
     let tree = PathBuf::from(tree.context("no drex_DIR")?.1);
     ensure!(tree.join("libdrex.so.0").exists() && tree.join("drex.pc").is_file());
@@ -97,7 +98,7 @@ pub fn install(kit: &Kit) -> Result<()> {
         ),
         (&["install", "--prefix", "/dev/null/x"], 1, "/dev/null/x"),
     ] {
-        let out = xtask(args)?.output()?;
+        let out = xtask(args).output()?;
         let said = String::from_utf8_lossy(&out.stderr);
         ensure!(
             out.status.code() == Some(code) && said.contains(words),
