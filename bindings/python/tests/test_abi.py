@@ -78,7 +78,7 @@ class Layout(unittest.TestCase):
         self.assertEqual(count, {name: len(f) - 1 for name, f in _abi.FUNCTIONS.items()})
         # A pointer where the header has one, and a number of the right size where it has none.
         sizes = {"uint8_t": 1, "uint32_t": 4, "int32_t": 4, "uint64_t": 8, "size_t": 8, "double": 8, "float": 4}
-        sizes.update({f"drex_{n}": 4 for n in ("policy", "metric", "status", "fill_mode", "decision", "device", "log_level")})
+        sizes.update({f"drex_{n}": 4 for n in ("policy", "metric", "status", "fill_mode", "decision", "flush_reason", "miss_reason", "device", "log_level")})
         for name, args in theirs.items():
             for text, ours in zip(args.split(","), _abi.FUNCTIONS.get(name, [None])[1:]):
                 pointer = "*" in text or re.search(r"\bdrex_(log_callback|trace_sink)\b", text) is not None

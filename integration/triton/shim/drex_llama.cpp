@@ -359,6 +359,15 @@ const float * drex_llama_window_logits(const drex_llama * l) {
     const ggml_tensor * t = plain_logits(l);
     return t ? static_cast<const float *>(t->data) : nullptr;
 }
+int32_t drex_llama_ban(drex_llama * l, int32_t i, const int32_t * tokens, int32_t n_tokens) {
+    static float none = -INFINITY; // written whenever the device comes to it
+    for (int32_t k = 0; k < n_tokens; ++k) {
+        if (!llama_layer_range_edit_logits(l->ctx, tokens[k], i, 1, &none, true)) {
+            return -1;
+        }
+    }
+    return 0;
+}
 void drex_llama_forget(drex_llama * l, int32_t sequence) {
     llama_memory_seq_rm(llama_get_memory(l->ctx), sequence, -1, -1);
 }

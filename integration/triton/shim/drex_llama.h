@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 /* Changes with anything below. */
-#define DREX_LLAMA_VERSION 4
+#define DREX_LLAMA_VERSION 5
 
 typedef struct drex_llama drex_llama;
 typedef struct drex_llama_sampler drex_llama_sampler;
@@ -106,6 +106,8 @@ const float *drex_llama_logits(drex_llama *llama, int32_t i);
 /* [n_outputs][n_vocab] of the last window, in the order of its outputs, where it left them; NULL when they do not lie like
  * this. */
 const float *drex_llama_window_logits(const drex_llama *llama);
+/* Row i of the last window's outputs gives these tokens no logit from here on. Not 0: there are no such logits. */
+int32_t drex_llama_ban(drex_llama *llama, int32_t i, const int32_t *tokens, int32_t n_tokens);
 /* Frees all cells of a sequence; -1: of all sequences. */
 void drex_llama_forget(drex_llama *llama, int32_t sequence);
 /* The tokens of a sequence from a position on are void: those that come next take their cells. */

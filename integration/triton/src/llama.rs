@@ -12,7 +12,7 @@ use crate::settings::Settings;
 use crate::triton::error::Failure;
 
 /// `DREX_LLAMA_VERSION` of the header that is declared here.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 const LIBRARY: &str = "libdrex_llama.so";
 
 #[repr(C)]
@@ -70,6 +70,7 @@ functions! {
     cells: fn(Handle) -> *const u32;
     logits: fn(Handle, i32) -> *const f32;
     window_logits: fn(Handle) -> *const f32;
+    ban: fn(Handle, i32, *const i32, i32) -> i32;
     forget: fn(Handle, i32);
     rollback: fn(Handle, i32, i32);
     sampler_new: fn(Handle, *const SamplerParams, *const i32, i32) -> Handle;
@@ -413,6 +414,11 @@ impl Decoder for Llama {
         // SAFETY: only asks.
         let data = unsafe { (self.f.window_logits)(self.handle) };
         (!data.is_null()).then_some(data)
+    }
+
+    fn ban(&mut self, i: usize, tokens: &[i32]) -> bool {
+        // SAFETY: so many tokens.
+        unsafe { (self.f.ban)(self.handle, i as i32, tokens.as_ptr(), tokens.len() as i32) == 0 }
     }
 
     fn logits(&mut self, i: usize) -> Option<&[f32]> {

@@ -100,6 +100,8 @@ pub trait Decoder {
     fn cells(&self) -> *const u32;
     /// The logits of the last window's outputs, one after another, where the device has them.
     fn window_logits(&self) -> Option<*const f32>;
+    /// Output i of the last window gives these tokens no logit from here on. False: there are no such logits.
+    fn ban(&mut self, i: usize, tokens: &[i32]) -> bool;
     /// The logits of the last window's row i in host memory. `None`: it is no output.
     fn logits(&mut self, i: usize) -> Option<&[f32]>;
 

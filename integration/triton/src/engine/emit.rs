@@ -2,7 +2,7 @@
 //! From a row's logits to a token that the client gets.
 
 use super::decoder::Decoder;
-use super::{Engine, Event, Finish};
+use super::{Engine, Event, Finish, Slot};
 use crate::triton::error::Failure;
 
 /// A request's last token, the text that comes with it, and why it is the last.
@@ -11,28 +11,48 @@ pub(super) struct End(i32, String, Finish);
 /// A token was given out; there may be an end to it.
 pub(super) type Emitted = Result<Option<End>, Failure>;
 
+/// Tokens that the next one of a request may not be.
+fn banned<S>(slot: &Slot<S>, ends: &[i32]) -> Vec<i32> {
+    let early = (slot.output.len() as u32) < slot.sampling.min_tokens;
+    let mut banned = Vec::new();
+    if slot.sampling.ignore_eos || early {
+        banned.extend_from_slice(ends);
+    }
+    if early {
+        banned.extend_from_slice(&slot.sampling.stop_token_ids);
+    }
+    for word in &slot.bad {
+        if let [before @ .., last] = &word[..]
+            && slot.output.ends_with(before)
+        {
+            banned.push(*last);
+        }
+    }
+    banned
+}
+
 impl<D: Decoder> Engine<D> {
+    /// What is scored is what can be emitted: at a ramp, banned tokens have no logit. `slots`: whose row each output is.
+    pub(super) fn ban(&mut self, slots: &[usize]) -> Result<(), Failure> {
+        for (i, &at) in slots.iter().enumerate() {
+            let Some(slot) = &self.slots[at] else {
+                continue;
+            };
+            let banned = banned(slot, &self.ends);
+            if !banned.is_empty() && !self.decoder.ban(i, &banned) {
+                return Err(Failure::internal("a row gave no logits"));
+            }
+        }
+        Ok(())
+    }
+
     /// Chooses the token of a row of the last window, and gives it out if it is not the request's last one: that is for
     /// `end()`. `known`: the row's most likely token.
     pub(super) fn emit(&mut self, at: usize, row: usize, known: Option<i32>) -> Emitted {
         let Some(slot) = &mut self.slots[at] else {
             return Ok(None);
         };
-        let early = (slot.output.len() as u32) < slot.sampling.min_tokens;
-        let mut banned = Vec::new();
-        if slot.sampling.ignore_eos || early {
-            banned.extend_from_slice(&self.ends);
-        }
-        if early {
-            banned.extend_from_slice(&slot.sampling.stop_token_ids);
-        }
-        for word in &slot.bad {
-            if let [before @ .., last] = &word[..]
-                && slot.output.ends_with(before)
-            {
-                banned.push(*last);
-            }
-        }
+        let banned = banned(slot, &self.ends);
         let token = match (&mut slot.sampler, known) {
             (Some(sampler), _) => self.decoder.sample(sampler, row, &banned)?,
             (None, Some(token)) if !banned.contains(&token) => token,

@@ -354,6 +354,15 @@ impl Decoder for Fake {
     fn window_logits(&self) -> Option<*const f32> {
         Some(self.last_logits.as_ptr())
     }
+    fn ban(&mut self, i: usize, tokens: &[i32]) -> bool {
+        let Some(logits) = self.last_logits.chunks_mut(VOCAB as usize).nth(i) else {
+            return false;
+        };
+        for &token in tokens {
+            logits[token as usize] = f32::NEG_INFINITY;
+        }
+        true
+    }
     fn logits(&mut self, i: usize) -> Option<&[f32]> {
         let at = (*self.places.get(i)?)?;
         self.last_logits.chunks(VOCAB as usize).nth(at)

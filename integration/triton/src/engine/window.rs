@@ -238,6 +238,7 @@ impl<D: Decoder> Engine<D> {
         self.advance_prompts(step);
         let ramp = step.at_ramp();
         if ramp && n > 0 {
+            self.ban(&step.slots[..n])?;
             self.score(info.n_rows)?;
         }
         let end = now_ns();
