@@ -70,7 +70,7 @@ fn per_row(case: Case, batch: u32) -> f64 {
         let own: Vec<_> = plan.rows.iter().filter(|r| r.back == 0).collect();
         let mut done: Vec<u64> = own.iter().map(|r| r.request).collect();
         if ramp {
-            let out = |id: u64| (id.wrapping_mul(0x9e37_79b9) + i) % 4 > 0;
+            let out = |id: u64| !(id.wrapping_mul(0x9e37_79b9) + i).is_multiple_of(4);
             let logits: Vec<[f32; 2]> = plan
                 .ids()
                 .iter()
