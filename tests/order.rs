@@ -166,16 +166,16 @@ fn the_order_is_the_headers() {
             rows.push((row, deadline, None));
         }
         for _ in 0..1500 {
-            for k in 0..rows.len() {
+            for (k, one) in rows.iter_mut().enumerate() {
                 let id = k as u64;
                 let state = h.e.info(id).unwrap().state;
                 if state == DREX_REQUEST_IDLE && h.draw(3) > 0 {
                     h.e.ready(id, h.now).unwrap();
-                    let (mut row, deadline, last) = rows[k];
+                    let (mut row, deadline, last) = *one;
                     // A deadline runs from the last token, or the first start.
                     let from = last.unwrap_or(h.now);
                     row.due = (deadline > 0).then_some(from + deadline);
-                    rows[k].2 = Some(from);
+                    one.2 = Some(from);
                     h.arrive(false, row);
                 }
             }

@@ -141,7 +141,7 @@ mod tests {
             let key = nodes.key(node);
             if set.remove(&key) {
                 heap.remove(&mut nodes, node);
-            } else if rng.bits() % 3 > 0 {
+            } else if !rng.bits().is_multiple_of(3) {
                 nodes.0[node as usize].0 = rng.bits() % 50;
                 set.insert(nodes.key(node));
                 heap.push(&mut nodes, node);
