@@ -264,7 +264,11 @@ impl Host {
         let ramp = step.ramp != DREX_NO_RAMP;
         for i in 0..self.rows.len() {
             // Three of four are confident.
-            self.logits[i][1] = if self.draw() % 4 > 0 { 20.0 } else { 0.0 };
+            self.logits[i][1] = if !self.draw().is_multiple_of(4) {
+                20.0
+            } else {
+                0.0
+            };
             self.cells[i] = self.rows[i].request as u32;
         }
         let begin = cpu_time();
