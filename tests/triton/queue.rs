@@ -42,7 +42,9 @@ fn running(server: &Triton) -> Result<Vec<f64>> {
 
 fn one_queue(bench: &Bench) -> Result<()> {
     let server = start(bench, "0")?;
-    let log = fs::read_to_string(server.log())?;
+    // Servers of tests before have written to the same file.
+    let all = fs::read_to_string(server.log())?;
+    let log = all.rsplit("\"loading: ").next().unwrap_or_default();
     let threads = log.matches(", 1 threads, on the CPU").count();
     ensure!(threads == 2, "2 threads for two instances: {log}");
     // Six at once for four slots: four run, whichever instance the server asks, and two are refused.
