@@ -512,9 +512,14 @@ impl Report {
         }
         let foreign = mean(&self.cells.iter().map(|c| c.foreign_cpu).collect::<Vec<_>>());
         if foreign > 0.1 {
+            let little = if foreign > 0.25 {
+                ": these figures mean little"
+            } else {
+                ""
+            };
             let _ = writeln!(
                 out,
-                "Other programs kept {foreign:.2} cores busy: these figures mean little."
+                "Other programs kept {foreign:.2} cores busy meanwhile{little}."
             );
         }
         out
