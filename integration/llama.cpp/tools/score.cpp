@@ -7,7 +7,7 @@
 // over prompt and output (the lowest id where logits tie), "nll": the output's negative log likelihood}, and with
 // --margins "margins": per token, by how much the logit of the full model's choice exceeds the token's (0 = agrees).
 // With --choices also "choices": per token, that argmax, and "gaps": per token, the probability of the best token less that
-// of the second best, over all tokens. -ctk q8_0 sets the type of the KV cache (f16 by default).
+// of the second best, over the tokens that can be chosen. -ctk q8_0 sets the type of the KV cache (f16 by default).
 // "ignore_eos" leaves end-of-generation tokens out of the choice, as the option of that name does in llama-server; the
 // likelihood is over all tokens either way.
 
@@ -258,17 +258,25 @@ int main(int argc, char ** argv) {
             const float * logits = llama_get_logits_ith(ctx, s.prompt.size() - 1 + i);
             int32_t       best   = -1;
             float         max    = -INFINITY;
+            float         first  = -INFINITY; // of those that can be chosen
             float         second = -INFINITY;
             for (int32_t t = 0; t < n_vocab; t++) {
-                second = std::max(second, std::min(max, logits[t]));
-                max    = std::max(max, logits[t]);
-                if (!(s.ignore_eos && eog[t]) && (best < 0 || logits[t] > logits[best])) {
+                max = std::max(max, logits[t]);
+                if (s.ignore_eos && eog[t]) {
+                    continue;
+                }
+                second = std::max(second, std::min(first, logits[t]));
+                first  = std::max(first, logits[t]);
+                if (best < 0 || logits[t] > logits[best]) {
                     best = t;
                 }
             }
-            double sum = 0.0;
+            double sum = 0.0, sum_chosen = 0.0;
             for (int32_t t = 0; t < n_vocab; t++) {
                 sum += std::exp((double) logits[t] - max);
+                if (!(s.ignore_eos && eog[t])) {
+                    sum_chosen += std::exp((double) logits[t] - first);
+                }
             }
             const llama_token emitted = s.output[i];
             agree += emitted == best;
@@ -280,7 +288,7 @@ int main(int argc, char ** argv) {
             }
             if (choices) {
                 char number[32];
-                snprintf(number, sizeof(number), "%s%.9g", i ? "," : "", (1.0 - std::exp((double) second - max)) / sum);
+                snprintf(number, sizeof(number), "%s%.9g", i ? "," : "", (1.0 - std::exp((double) second - first)) / sum_chosen);
                 gap_text += number;
                 best_text += (i ? "," : "") + std::to_string(best);
             }
