@@ -568,6 +568,10 @@ struct llama_layer_ranges {
         if (!dynamic_cast<llama_kv_cache *>(memory) && !dynamic_cast<llama_kv_cache_iswa *>(memory)) {
             return refuse(model, "its KV cache is neither a plain one nor one with sliding windows");
         }
+        if (model.altup_proj) {
+            // several hidden rows for each token, which a graph that is cut cannot even be built with
+            return refuse(model, "later layers read the token embeddings");
+        }
         for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
             if (!hparams.has_kv(il)) {
                 return refuse(model, "layer " + std::to_string(il) + " reads the K and V of an earlier layer");

@@ -816,7 +816,9 @@ void server_drex::finish(uint64_t n_kv) {
 
         check(drex_ramp(engine, &logits, llama_layer_range_cells(ctx), verdicts.data(), verdicts.size()));
         unban_tokens();
-        check(drex_fill(engine));
+        if (why_no_copy.empty()) {
+            check(drex_fill(engine)); // without K/V nobody has fill copy, and nothing is drex's to fill
+        }
         t_ran = now_ns(); // scoring and filling are part of what a ramp costs
     } else if (has_drafts()) {
         check(drex_verify(engine, agreed.data(), step.n_rows, decisions.data(), decisions.size()));
