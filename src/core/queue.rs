@@ -128,10 +128,6 @@ impl Queues {
         self.queues[q].len as usize
     }
 
-    pub fn is_empty(&self, q: usize) -> bool {
-        self.queues[q].len == 0
-    }
-
     pub fn node(&self, handle: u32) -> &Node {
         &self.nodes.0[handle as usize]
     }

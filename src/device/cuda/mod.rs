@@ -620,7 +620,7 @@ impl Device for Cuda {
         Ok(())
     }
 
-    unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize, weighted: bool) -> Result<()> {
+    unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize) -> Result<()> {
         let stream = logits.stream.cast();
         let capturing = {
             let _current = self.enter()?;
@@ -634,8 +634,9 @@ impl Device for Cuda {
             // Nothing orders one stream's results before the other's.
             self.wait()?;
         }
+        // The rows' metrics are not known yet: nothing is left out.
         // SAFETY: the same contract.
-        unsafe { self.launch_ramp(logits, n_rows, weighted)? };
+        unsafe { self.launch_ramp(logits, n_rows, true)? };
         if capturing {
             self.ramp_captured = true;
         } else {
