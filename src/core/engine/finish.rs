@@ -79,11 +79,10 @@ impl Engine {
         self.prompts.made(tokens);
         self.end_step();
         if self.config.policy == Policy::Auto {
-            let prompt_rows = self.prompts.per_token();
             let load = Load {
                 requests: self.decoding as u32,
                 often: self.often as u32,
-                prompt_rows,
+                prompt_rows: self.prompts.per_token(),
                 chunk: self.prompts.chunk(),
                 gap_ns: self.gaps.gap_ns(),
                 prompt_ns: self.gaps.prompt_ns_per_token(),
@@ -311,6 +310,7 @@ impl Engine {
     fn end_step(&mut self) {
         self.step = None;
         self.ramped = false;
+        self.verified = false;
         self.rows.clear();
     }
 }
