@@ -673,8 +673,8 @@ pub unsafe extern "C" fn drex_plan(
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
 /// CALL_ORDER when no step is planned, when it ends at the last layer, when
 /// it had its verdicts, when cells are missing, or when logits.enqueued is 1
-/// and nothing was enqueued; DEVICE. After a failure, the call may be made
-/// again.
+/// and nothing was enqueued, or other logits were; DEVICE. After a failure, the
+/// call may be made again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_ramp(
     engine: *mut drex_engine,

@@ -79,7 +79,7 @@ pub struct Cuda {
     stream: CUstream,
     /// A graph reads the list of rows.
     rows_captured: bool,
-    /// What was enqueued and not scored yet.
+    /// Enqueued, and not scored yet.
     enqueued: Option<Enqueued>,
     /// Graphs bring results, of their captures' rows.
     ramp_captured: bool,
@@ -95,22 +95,27 @@ struct Enqueued {
 impl Enqueued {
     /// Another ramp's results are no answer for these logits.
     fn check(&self, logits: &Logits, n_rows: usize) -> Result<()> {
-        let other = |what| Err(Error::CallOrder(what));
-        let l = &self.logits;
-        if l.data != logits.data || l.row_stride != logits.row_stride {
-            return other("logits.data or row_stride_bytes is not what drex_ramp_enqueue had");
-        }
-        if l.dtype != logits.dtype || l.n_vocab != logits.n_vocab {
-            return other("logits.dtype or n_vocab is not what drex_ramp_enqueue had");
-        }
-        if self.n_rows != n_rows {
-            return other("logits.n_rows is not what drex_ramp_enqueue had");
-        }
-        if l.n_top != logits.n_top {
-            return other("logits.n_top is not what drex_ramp_enqueue had");
-        }
-        if l.stream != logits.stream {
-            return other("logits.stream is not what drex_ramp_enqueue had");
+        let fields = |l: &Logits, n_rows: usize| {
+            [
+                ("logits.data", l.data as u64),
+                ("logits.row_stride_bytes", l.row_stride as u64),
+                ("logits.dtype", l.dtype as u64),
+                ("logits.n_vocab", l.n_vocab as u64),
+                ("logits.n_rows", n_rows as u64),
+                ("logits.n_top", l.n_top as u64),
+                ("logits.stream", l.stream as u64),
+            ]
+        };
+        let pairs = fields(logits, n_rows).into_iter();
+        for ((field, value), (_, before)) in pairs.zip(fields(&self.logits, self.n_rows)) {
+            if value != before {
+                return Err(Error::Changed {
+                    field,
+                    value,
+                    call: "drex_ramp_enqueue",
+                    before,
+                });
+            }
         }
         Ok(())
     }
