@@ -40,7 +40,7 @@ pub struct Instance {
     filled: bool,
 }
 
-/// Who starts the device's work.
+/// The starter of the device's work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Launch {
     /// This call.
@@ -265,7 +265,7 @@ impl Instance {
         Ok(())
     }
 
-    /// What is asked of each row of the ramp. A function of its own, so that
+    /// Lists what is asked of each row of the ramp. A function of its own, so that
     /// what comes after does not take registers from its loop.
     ///
     /// # Safety

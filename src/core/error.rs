@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What can go wrong. Errors carry values, not strings, so that failing
-//! allocates nothing; the text is made where it is asked for.
+//! Errors carry values, not strings, so that failing allocates nothing; the text
+//! is made where it is asked for.
 
 use std::fmt;
 
@@ -41,7 +41,7 @@ pub enum Error {
     /// A field or argument has a value that it may not have.
     Invalid {
         field: &'static str,
-        /// Which element, where the field is an array.
+        /// The element, where the field is an array.
         index: Option<usize>,
         value: Value,
         expected: &'static str,

@@ -66,7 +66,7 @@ pub struct Queues {
 
 struct Rows(Vec<Node>);
 
-/// What a row brings along.
+/// A row's own part of its [`Node`].
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
     pub seq: u64,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What drex does with the host's tensors, on whatever device they lie.
+//! Work on the host's tensors, on whatever device they lie.
 
 use std::ffi::c_void;
 
@@ -45,7 +45,7 @@ pub struct Logits {
     pub enqueued: bool,
 }
 
-/// What a device's scratch memory is made for.
+/// The sizes that a device's scratch memory is made for.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Limits {
     /// Most rows of a step.

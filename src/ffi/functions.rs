@@ -83,7 +83,7 @@ pub extern "C" fn drex_status_name(status: drex_status) -> *const c_char {
         .as_ptr()
 }
 
-/// What a status means in general, such as "another thread is inside a call on
+/// The general meaning of a status, such as "another thread is inside a call on
 /// this handle"; "unknown status" for a number that this version does not
 /// know. drex_last_error() says what it was in particular. Static; never NULL.
 #[unsafe(no_mangle)]
@@ -512,7 +512,7 @@ pub unsafe extern "C" fn drex_request_remove(engine: *mut drex_engine, id: u64) 
     })
 }
 
-/// What is known of a request.
+/// A request's state and counters.
 ///
 /// out  its size is set by the caller
 ///

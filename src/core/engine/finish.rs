@@ -100,7 +100,7 @@ impl Engine {
         Ok(())
     }
 
-    /// What a row waited before its step was planned, which did not fail it.
+    /// Counts how long a row waited until its step was planned.
     fn count_wait(&mut self, row: StepRow, planned_ns: u64) {
         let ns = planned_ns.saturating_sub(row.since_ns);
         let held = matches!(row.origin, Origin::Held(_));
@@ -128,7 +128,7 @@ impl Engine {
         if row.back > 0 {
             let settled = row.origin != Origin::Pending;
             if let Some(ramp) = ramp {
-                // It stays pending, further on.
+                // The row stays pending, further on.
                 if settled {
                     self.wait_at(row.request, ramp, row.slot, true, now_ns);
                 }

@@ -31,7 +31,7 @@ struct Frame {
 }
 
 impl Frame {
-    /// What the planner sees.
+    /// The engine as the planner sees it.
     fn view<'a>(
         &self,
         config: &'a Config,

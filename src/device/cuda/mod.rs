@@ -429,7 +429,7 @@ fn check_transposed(sides: &[Side]) -> Result<()> {
 }
 
 impl Cuda {
-    /// That the device can read there.
+    /// Whether the device can read there.
     fn check_pointer(&self, field: &'static str, i: usize, side: &Side) -> Result<()> {
         /// CU_POINTER_ATTRIBUTE_DEVICE_POINTER
         const DEVICE_POINTER: i32 = 3;
@@ -497,8 +497,8 @@ impl Cuda {
         let one = u64::from(most.next_multiple_of(COPY_THREADS));
         let mut threads = one * u64::from(groups);
         if args.cells.there != 0 {
-            // It may have fewer when the launch runs, which then are spread over
-            // more layers.
+            // The list may have fewer when the launch runs, which then are spread
+            // over more layers.
             let fewer = (2 * u64::from(BUSY)).min(one * u64::from(targets));
             threads = threads.max(fewer);
         }
@@ -782,8 +782,8 @@ impl Device for Cuda {
     fn plan_rows(&mut self, slots: &mut dyn ExactSizeIterator<Item = u32>) -> Result<()> {
         let given_up = self.enqueued.take().is_some();
         if given_up {
-            // What the step enqueued must not come after this. Tried once: the
-            // host may have taken its stream down with the step.
+            // The step's results must not come after this. Tried once: the host may
+            // have taken its stream down with the step.
             self.wait()?;
         }
         if given_up || self.ramp_captured {
