@@ -4,12 +4,12 @@
 //! complete, in both orders of ready and complete. One line of JSON on stdout.
 
 use std::ffi::c_void;
-use std::mem::size_of;
 use std::ptr;
 use std::time::Duration;
 
-use drex::ffi::functions::*;
-use drex::ffi::types::*;
+#[path = "../tests/common/mod.rs"]
+mod common;
+use common::*;
 
 /// Logits of a row: few, so that the scores are the least part of a step.
 const VOCAB: usize = 4;
@@ -20,7 +20,7 @@ const STEPS_A_RUN: u32 = 16;
 const WARM_UP: usize = 4;
 
 /// What a case has on top of rows that exit or are held.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Case {
     name: &'static str,
     deadlines: bool,
@@ -81,32 +81,8 @@ const CASES: [Case; 8] = [
     },
 ];
 
-macro_rules! sized {
-    ($t:ty) => {{
-        // SAFETY: a struct of numbers and pointers, for which 0 is a value.
-        let mut v: $t = unsafe { std::mem::zeroed() };
-        v.size = size_of::<$t>() as u32;
-        v
-    }};
-}
-
-fn ok(status: drex_status) {
-    assert_eq!(status, DREX_OK);
-}
-
-/// Of this thread: what other processes take does not count.
-fn cpu_time() -> Duration {
-    let mut t = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: writes the time.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
-    Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
-}
-
 struct Host {
-    engine: *mut drex_engine,
+    engine: Engine,
     batch: u32,
     case: Case,
     ready_first: bool,
@@ -118,13 +94,6 @@ struct Host {
     cells: Vec<u32>,
     done: Vec<u64>,
     _kv: Vec<Vec<u8>>,
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        // SAFETY: a handle.
-        ok(unsafe { drex_destroy(self.engine) });
-    }
 }
 
 impl Host {
@@ -147,9 +116,7 @@ impl Host {
         if case.deadlines {
             c.token_deadline_ns = 1_000_000_000;
         }
-        let mut engine = ptr::null_mut();
-        // SAFETY: valid pointers, here and below.
-        ok(unsafe { drex_create(&c, &mut engine) });
+        let engine = Engine::new(&c);
         let cells = requests;
         let mut kv: Vec<Vec<u8>> = Vec::new();
         let mut layers = Vec::new();
@@ -166,7 +133,7 @@ impl Host {
             layers.push(l);
         }
         // SAFETY: the tensors live as long as the engine.
-        ok(unsafe { drex_bind_kv(engine, layers.as_ptr(), LAYERS) });
+        ok(unsafe { drex_bind_kv(engine.raw, layers.as_ptr(), LAYERS) }).unwrap();
         let mut host = Host {
             engine,
             batch,
@@ -182,20 +149,13 @@ impl Host {
             _kv: kv,
         };
         for id in 0..u64::from(requests) {
-            let mut r = sized!(drex_request_config);
-            r.metric = DREX_METRIC_DEFAULT;
-            r.fill = DREX_FILL_DEFAULT;
-            r.threshold = f32::NAN;
-            r.id = id;
-            r.priority = if case.priorities {
+            let priority = if case.priorities {
                 host.draw() as i32 % 8
             } else {
                 0
             };
-            // SAFETY: valid pointers.
-            ok(unsafe { drex_request_add(engine, &r) });
-            // SAFETY: a handle.
-            ok(unsafe { drex_request_ready(engine, id, 0, 0) });
+            host.engine.add_with(id, |r| r.priority = priority).unwrap();
+            host.engine.ready(id, 0).unwrap();
         }
         host
     }
@@ -215,7 +175,8 @@ impl Host {
         // SAFETY: room for `batch` rows, of which as many are written as it says.
         unsafe {
             let rows = self.rows.as_mut_ptr();
-            ok(drex_plan(self.engine, &input, rows, self.batch, &mut step));
+            let raw = self.engine.raw;
+            ok(drex_plan(raw, &input, rows, self.batch, &mut step)).unwrap();
             self.rows.set_len(step.n_rows as usize);
         }
         step
@@ -229,24 +190,20 @@ impl Host {
         // SAFETY: as many rows, cells and verdicts as the step has.
         unsafe {
             let (cells, out) = (self.cells.as_ptr(), self.verdicts.as_mut_ptr());
-            ok(drex_ramp(self.engine, &l, cells, out, self.batch));
+            ok(drex_ramp(self.engine.raw, &l, cells, out, self.batch)).unwrap();
             self.verdicts.set_len(self.rows.len());
-            ok(drex_fill(self.engine));
         }
+        self.engine.fill().unwrap();
     }
 
     fn ready(&self) {
         for &id in &self.done {
-            // SAFETY: a handle.
-            ok(unsafe { drex_request_ready(self.engine, id, 0, self.now) });
+            self.engine.ready(id, self.now).unwrap();
         }
     }
 
     fn complete(&self) {
-        let mut c = sized!(drex_completion);
-        (c.now_ns, c.duration_ns) = (self.now, 900);
-        // SAFETY: valid pointers.
-        ok(unsafe { drex_complete(self.engine, &c) });
+        self.engine.complete(self.now, 900).unwrap();
     }
 
     /// Runs a step. Its rows, and the time within drex.
@@ -256,8 +213,7 @@ impl Host {
         let begin = cpu_time();
         if self.case.abandon {
             self.plan();
-            // SAFETY: a handle.
-            ok(unsafe { drex_abandon(self.engine) });
+            self.engine.abandon().unwrap();
         }
         let step = self.plan();
         spent += cpu_time() - begin;

@@ -40,7 +40,7 @@ pub struct Instance {
     filled: bool,
 }
 
-/// Who starts the device's work.
+/// The starter of the device's work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Launch {
     /// This call.
@@ -112,10 +112,6 @@ impl Instance {
         Ok(())
     }
 
-    pub fn kv_bound(&self) -> bool {
-        self.kv.is_some()
-    }
-
     pub fn plan(&mut self, now_ns: u64, capacity: usize, n_prompts: u32) -> Result<Option<Step>> {
         self.watch.look();
         let _range = self.watch.range(Name::Plan);
@@ -160,9 +156,8 @@ impl Instance {
                 why: "no step has more rows than that",
             });
         }
-        // SAFETY: by this function's contract. Whose rows they will be, and
-        // under what metric, is not known in a capture: nothing is left out.
-        unsafe { self.device.enqueue(logits, n_rows, true) }
+        // SAFETY: by this function's contract.
+        unsafe { self.device.enqueue(logits, n_rows) }
     }
 
     fn check_top(&self, logits: &Logits) -> Result<()> {
@@ -270,7 +265,7 @@ impl Instance {
         Ok(())
     }
 
-    /// What is asked of each row of the ramp. A function of its own, so that
+    /// Lists what is asked of each row of the ramp. A function of its own, so that
     /// what comes after does not take registers from its loop.
     ///
     /// # Safety

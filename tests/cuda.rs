@@ -189,6 +189,14 @@ impl World {
         Bytes::new(self.cuda, &all)
     }
 
+    /// Logits of which every row is sure.
+    fn sure(&self) -> Bytes {
+        let mut row = vec![0.0; self.shape.n_vocab];
+        row[5] = 40.0;
+        let row = rows::bytes(&row, self.shape.dtype);
+        Bytes::new(self.cuda, &row.repeat(self.shape.rows as usize))
+    }
+
     fn describe(&self, logits: &mut Bytes) -> drex_logits {
         let mut l = sized!(drex_logits);
         l.dtype = self.shape.dtype as u32;
@@ -1046,20 +1054,7 @@ fn another_ramps_results_are_no_answer() {
     let _alone = alone();
     let world = World::new(SHAPE, true).unwrap();
     let raw = world.engine.raw;
-    let sure = Bytes::new(
-        true,
-        &rows::bytes(
-            &(0..SHAPE.rows as usize)
-                .flat_map(|_| {
-                    let mut row = vec![0.0; SHAPE.n_vocab];
-                    row[5] = 40.0;
-                    row
-                })
-                .collect::<Vec<f32>>(),
-            SHAPE.dtype,
-        ),
-    );
-    let mut sure = sure;
+    let mut sure = world.sure();
     let l = world.describe(&mut sure);
     let ready = |now| (0..SHAPE.rows).for_each(|id| world.engine.ready(id.into(), now).unwrap());
     ready(1);
@@ -1087,7 +1082,10 @@ fn another_ramps_results_are_no_answer() {
         );
         assert!(text().contains(what), "{}", text());
     };
-    refused(&asked, "logits.n_rows is not what drex_ramp_enqueue had");
+    refused(
+        &asked,
+        "logits.n_rows is 7, but in drex_ramp_enqueue it was 1",
+    );
     // SAFETY: the logits are there.
     ok(unsafe { drex_ramp_enqueue(raw, &full) }).unwrap();
     let change = |set: fn(&mut drex_logits)| {
@@ -1095,17 +1093,31 @@ fn another_ramps_results_are_no_answer() {
         set(&mut l);
         l
     };
-    refused(&change(|l| l.n_top -= 1), "n_top is not");
-    refused(&change(|l| l.n_vocab -= 1), "n_vocab is not");
+    let before = |field, value: u64, before: u64| {
+        format!("{field} is {value}, but in drex_ramp_enqueue it was {before}")
+    };
+    refused(&change(|l| l.n_top -= 1), &before("logits.n_top", 2, 3));
+    refused(
+        &change(|l| l.n_vocab -= 1),
+        &before("logits.n_vocab", 8999, 9000),
+    );
     refused(
         &change(|l| l.row_stride_bytes += 64),
-        "row_stride_bytes is not",
+        &before("logits.row_stride_bytes", 36064, 36000),
     );
     refused(
-        &change(|l| l.data = l.data.wrapping_byte_add(64)),
-        "logits.data or",
+        &change(|l| l.dtype = DREX_DTYPE_F16),
+        &before("logits.dtype", 1, 0),
     );
-    refused(&change(|l| l.stream = ptr::null_mut()), "stream is not");
+    let data = full.data as u64;
+    refused(
+        &change(|l| l.data = l.data.wrapping_byte_add(64)),
+        &before("logits.data", data + 64, data),
+    );
+    refused(
+        &change(|l| l.stream = ptr::null_mut()),
+        &before("logits.stream", 0, STREAM as u64),
+    );
     let host = World::new(SHAPE, false).unwrap();
     let want = host.token(1).unwrap();
     close(&world.verdicts(&asked).unwrap(), &want);
@@ -1121,10 +1133,7 @@ fn a_graph_with_too_few_rows_lets_no_other_out() {
     let _alone = alone();
     let world = World::new(SHAPE, true).unwrap();
     let graph = ptr::without_provenance_mut::<c_void>(0x201);
-    let mut row = vec![0.0; SHAPE.n_vocab];
-    row[5] = 40.0;
-    let all: Vec<f32> = (0..SHAPE.rows).flat_map(|_| row.clone()).collect();
-    let mut sure = Bytes::new(true, &rows::bytes(&all, SHAPE.dtype));
+    let mut sure = world.sure();
     let mut l = world.describe(&mut sure);
     for now in [1, 11] {
         for id in 0..SHAPE.rows {

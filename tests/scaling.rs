@@ -5,20 +5,7 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::*;
-
-/// Of this thread: a noisy machine takes longer, but does no more work.
-fn cpu_time() -> Duration {
-    let mut t = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: writes the time.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
-    Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
-}
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -96,6 +83,7 @@ fn per_row(case: Case, batch: u32) -> f64 {
             best = best.min(spent.as_secs_f64() / f64::from(plan.step.n_rows));
         }
     }
+    assert!(best.is_finite(), "{case:?}: no step had many rows");
     best
 }
 

@@ -7,8 +7,8 @@
 //! second. It is cut into rollouts, so that a call does a bounded part of it.
 //! A search starts when what it would run on has moved.
 //!
-//! What is not tried is not learned, so a small share of the tokens is made
-//! under another rule: full passes while early exit is on, all ramps while it
+//! Only a rule that is tried is learned of, so a small share of the tokens is made
+//! under another one: full passes while early exit is on, all ramps while it
 //! is not. A ramp's chance is taken a standard error too high, so that a rule
 //! is dropped for what is known of it, not for what is not.
 
@@ -25,12 +25,12 @@ const PROBE_RAMPS: u64 = 80;
 /// The first probes come sooner: what the first windows of a process took may
 /// say little. The distance grows by half each time.
 const PROBE_FIRST: u64 = 4;
-/// The same for full passes, which cost more.
+/// [`PROBE_RAMPS`] for full passes, which cost more.
 const PROBE_OFF: u64 = 320;
 /// A probe that loses the inverse of this of its time waits twice as long.
 const IMPATIENT: f64 = 10.0;
-/// What probes may lose, as a share of all time so far, and on top of it in
-/// full passes at the start.
+/// Bounds of what probes lose: a share of all time so far, and on top of it so
+/// many full passes at the start.
 const PROBE_SHARE: f64 = 0.01;
 const PROBE_PASSES: f64 = 0.1;
 /// Weight of a step in the usual time of a token.
@@ -51,10 +51,10 @@ const READY: [f32; 4] = [0.0, 0.0625, 0.125, 0.25];
 const FINALISTS: usize = 10;
 /// Windows of one rollout at most.
 const PASSES: u32 = 400;
-/// What the beginning of a rollout, or a step of the search, takes, in windows.
+/// Cost of the beginning of a rollout, or of a step of the search, in windows.
 const STEP_WINDOWS: u32 = 4;
 
-/// What the host told, besides times and exits.
+/// The host's load, besides times and exits.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Load {
     pub requests: u32,
@@ -74,7 +74,7 @@ pub struct Load {
     pub done: f64,
 }
 
-/// What probes lose, in time: where a pass takes long, so does a probe, and a
+/// Time that probes lose: where a pass takes long, so does a probe, and a
 /// window of a shape that never ran before may take several times as long.
 #[derive(Debug, Clone, Copy, Default)]
 struct Losses {
@@ -88,7 +88,7 @@ struct Losses {
     probe_ns: f64,
     probe_tokens: f64,
     done: f64,
-    /// What the last probe of full passes and of ramps lost.
+    /// Loss of the last probe of full passes, and of ramps.
     last_ns: [f64; 2],
 }
 
@@ -119,14 +119,14 @@ impl Losses {
         self.lost_ns += loss.max(0.0);
     }
 
-    /// One more probe that loses what the last one did is within bounds.
+    /// Another probe that loses what the last one did is within bounds.
     fn allow(&self, ramps: bool, pass_ns: f64) -> bool {
         let next = self.lost_ns + self.last_ns[usize::from(ramps)];
         next <= PROBE_SHARE * self.elapsed_ns + PROBE_PASSES * pass_ns
     }
 }
 
-/// What times and exits are known by.
+/// The sources of times and exits.
 #[derive(Clone, Copy)]
 pub struct Known<'a> {
     pub cost: &'a CostModel,
@@ -140,7 +140,7 @@ struct Candidate {
     rate: f64,
 }
 
-/// What a search ran on, to see when it has moved.
+/// The numbers that a search ran on, to see when they have moved.
 #[derive(Debug, Clone, Copy)]
 struct Basis {
     requests: f64,
@@ -611,7 +611,7 @@ impl Auto {
         }
     }
 
-    /// What a rule is played on.
+    /// The scene that a rule is played on.
     fn scene(&self, rule: Rule, known: Known) -> Scene {
         let Known { cost, exits, .. } = known;
         let profile = cost.profile();
@@ -686,7 +686,7 @@ impl Auto {
         }
     }
 
-    /// What full passes make on the scene: every token rides along in one, and
+    /// Outcome of full passes on the scene: every token rides along in one, and
     /// prompt rows in the same.
     fn full_passes(&self) -> Outcome {
         let s = &self.scene;
@@ -698,7 +698,7 @@ impl Auto {
         }
     }
 
-    /// What it changes that exited rows stay pending: they go deep later on,
+    /// Enters into the scene that exited rows stay pending: they go deep later on,
     /// at most so many of a request, and a draft may turn out wrong.
     fn keep(&self, scene: &mut Scene, ramps: &[usize; MAX_RAMPS], acceptance: &Acceptance) {
         let (keeping, verifying) = (self.load.keeping, self.load.verifying);

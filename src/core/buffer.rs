@@ -29,7 +29,6 @@ pub struct Buffer {
     requests: Vec<u32>,
     free: Vec<u32>,
     queues: Queues,
-    ramps: usize,
     held: u32,
 }
 
@@ -41,7 +40,6 @@ impl Buffer {
             // the arena's first rows.
             free: memory::free_list(n_slots as u32)?,
             queues: Queues::new(n_slots + max_requests, 1 + 2 * ramps)?,
-            ramps,
             held: 0,
         })
     }
@@ -104,10 +102,6 @@ impl Buffer {
         self.held
     }
 
-    pub fn ramps(&self) -> usize {
-        self.ramps
-    }
-
     pub fn push_ready(&mut self, request: u32, e: Entry) {
         let handle = self.ready_handle(request);
         self.queues.push(READY, handle, e);
@@ -127,11 +121,6 @@ impl Buffer {
     pub fn set_ready_due(&mut self, request: u32, due_ns: u64) {
         let handle = self.ready_handle(request);
         self.queues.set_due(handle, due_ns);
-    }
-
-    /// When this request's token became ready.
-    pub fn ready_node(&self, request: u32) -> &Node {
-        self.queues.node(self.ready_handle(request))
     }
 
     pub fn push(&mut self, ramp: usize, slot: u32, stay: bool, e: Entry) {

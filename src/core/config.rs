@@ -18,8 +18,8 @@ named! {
         /// Computed: the token's row stays pending until its request next goes
         /// through the skipped layers.
         Postfill = c"postfill",
-        /// The same, and what the full model says there decides: the token is a
-        /// draft until then.
+        /// Computed as by `Postfill`, and what the full model says there decides: the
+        /// token is a draft until then.
         Verify = c"verify",
         /// Projected by the skipped layers from the hidden row as it is, by the
         /// host.

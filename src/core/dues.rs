@@ -23,7 +23,7 @@ impl Place {
     };
 }
 
-/// What a heap needs of its nodes.
+/// A heap's access to its nodes.
 pub trait Nodes {
     type Key: Ord;
     fn key(&self, node: u32) -> Self::Key;
@@ -72,7 +72,7 @@ impl Heap {
     }
 }
 
-/// One heap of two; a root has no siblings.
+/// Makes one heap of two; a root has no siblings.
 fn meld(nodes: &mut impl Nodes, a: u32, b: u32) -> u32 {
     let (top, below) = match (a, b) {
         (NONE, _) => return b,
@@ -89,8 +89,8 @@ fn meld(nodes: &mut impl Nodes, a: u32, b: u32) -> u32 {
     top
 }
 
-/// One heap of siblings: in pairs from the first on, then the pairs from the last
-/// back.
+/// Makes one heap of siblings: in pairs from the first on, then the pairs from the
+/// last back.
 fn join(nodes: &mut impl Nodes, first: u32) -> u32 {
     let alone = |nodes: &mut _, node| {
         let place = Nodes::place(nodes, node);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What can go wrong. Errors carry values, not strings, so that failing
-//! allocates nothing; the text is made where it is asked for.
+//! Errors carry values, not strings, so that failing allocates nothing; the text
+//! is made where it is asked for.
 
 use std::fmt;
 
@@ -41,7 +41,7 @@ pub enum Error {
     /// A field or argument has a value that it may not have.
     Invalid {
         field: &'static str,
-        /// Which element, where the field is an array.
+        /// The element, where the field is an array.
         index: Option<usize>,
         value: Value,
         expected: &'static str,
@@ -68,6 +68,13 @@ pub enum Error {
     },
     /// A call that does not fit what was called before.
     CallOrder(&'static str),
+    /// A field has another value than in the call that this one ends.
+    Changed {
+        field: &'static str,
+        value: u64,
+        call: &'static str,
+        before: u64,
+    },
     /// Something preallocated is full, or an array is too short.
     Capacity {
         field: &'static str,
@@ -154,7 +161,7 @@ impl Error {
             Error::Invalid { .. } | Error::Conflict { .. } => Kind::Invalid,
             Error::UnknownRequest { .. } => Kind::UnknownRequest,
             Error::DuplicateRequest { .. } => Kind::DuplicateRequest,
-            Error::NotIdle { .. } | Error::CallOrder(_) => Kind::CallOrder,
+            Error::NotIdle { .. } | Error::CallOrder(_) | Error::Changed { .. } => Kind::CallOrder,
             Error::Capacity { .. } => Kind::Capacity,
             Error::Unsupported { .. } | Error::KvLayers { .. } => Kind::Unsupported,
             Error::Device(_) | Error::Driver { .. } => Kind::Device,
@@ -204,6 +211,12 @@ impl fmt::Display for Error {
                 write!(f, "request {id} is {state}; expected it to be idle")
             }
             Error::CallOrder(text) => f.write_str(text),
+            Error::Changed {
+                field,
+                value,
+                call,
+                before,
+            } => write!(f, "{field} is {value}, but in {call} it was {before}"),
             Error::Capacity {
                 field,
                 value,

@@ -16,7 +16,7 @@ named! {
     }
 }
 
-/// What one row's logits come down to, whatever device looked at them.
+/// Sums over one row's logits, whatever device looked at them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Moments {
     /// The greatest logit.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Enumerations whose values have a number and a name that programs see. This is
-//! where both are spelled.
+//! Enumerations whose values have a number and a name that programs see, both
+//! spelled here.
 
 /// An enumeration, numbered from 0 in the order of its values.
 macro_rules! named {

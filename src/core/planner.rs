@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What to run next, and over which rows. Every policy comes down to the same
+//! The choice of the next window, and of its rows. Every policy comes down to the same
 //! three numbers: the ramps that are looked at, the held rows that make a
 //! queue due, and the ready rows below which held ones go first.
 
@@ -20,7 +20,7 @@ pub const STARVE_AFTER: u64 = 8;
 /// time of its remaining layers at the latest, where `max_hold_ns` is 0: with
 /// requests that always exit, it would wait for ever.
 pub const HOLD_TIMES: f64 = 8.0;
-/// The same in plans of any kind, while no time is known.
+/// [`HOLD_TIMES`] in plans of any kind, while no time is known.
 pub const HOLD_PLANS_MAX: u64 = 256;
 /// A flush that must meet a deadline starts this much earlier than predicted.
 const MARGIN: f64 = 1.1;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Who leaves at a ramp. Pure functions of the rows' confidences.
+//! The choice of the rows that leave at a ramp. Pure functions of the rows' confidences.
 
 use super::names::named;
 
@@ -44,7 +44,7 @@ impl Decision {
 }
 
 impl Policy {
-    /// What becomes of a confident row that may not exit.
+    /// The decision on a confident row that may not exit.
     pub fn otherwise(self) -> Decision {
         match self {
             Policy::Hold | Policy::Art | Policy::Auto => Decision::Hold,

@@ -66,7 +66,7 @@ pub struct Queues {
 
 struct Rows(Vec<Node>);
 
-/// What a row brings along.
+/// A row's own part of its [`Node`].
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
     pub seq: u64,
@@ -126,10 +126,6 @@ impl Queues {
 
     pub fn len(&self, q: usize) -> usize {
         self.queues[q].len as usize
-    }
-
-    pub fn is_empty(&self, q: usize) -> bool {
-        self.queues[q].len == 0
     }
 
     pub fn node(&self, handle: u32) -> &Node {

@@ -179,7 +179,7 @@ impl Requests {
         })
     }
 
-    /// Those alive, in no order.
+    /// The requests alive, in no order.
     pub fn iter(&self) -> impl Iterator<Item = &Request> {
         let taken = self.table.iter().filter(|&&i| i != 0);
         taken.map(|&i| &self.items[i as usize - 1])

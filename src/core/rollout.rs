@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a threshold rule would bring, by playing the queue forward on row
+//! The rate that a threshold rule would bring, by playing the queue forward on row
 //! counts: no requests, no rows, just how many wait where. It mirrors
 //! [`super::planner`], and runs in tens of nanoseconds a window.
 
@@ -28,7 +28,7 @@ impl Rule {
         ready: 0.0,
     };
 
-    /// What the shares refer to: no more than two batches' worth of rows
+    /// Rows that the shares refer to: no more than two batches' worth of rows
     /// matter, however many requests there are.
     pub fn scale(requests: usize, batch: usize) -> f32 {
         requests.min(2 * batch) as f32
@@ -43,14 +43,14 @@ impl Rule {
     }
 }
 
-/// What a rollout runs on.
+/// The numbers that a rollout runs on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scene {
     /// Requests in decode, of each kind.
     pub requests: [u32; KINDS],
     /// B
     pub batch: u32,
-    /// The same behind the first window, where pending rows come along.
+    /// B behind the first window, where pending rows come along.
     pub deep_batch: u32,
     /// Prompt work between windows per token emitted: a request that ends is
     /// replaced, and its prompt runs before anything else.
@@ -68,14 +68,14 @@ pub struct Scene {
     pub windows: usize,
     pub ns: [f64; MAX_RAMPS + 1],
     pub ns_per_row: [f64; MAX_RAMPS + 1],
-    /// The same of a pass over prompt rows that could be cut after the window.
+    /// Times of a pass over prompt rows that could be cut after the window.
     pub ways: [Ways; MAX_RAMPS],
-    /// What an exit there costs such a pass, see [`Riders::exit_ns`].
+    /// Cost of an exit there to such a pass, see [`Riders::exit_ns`].
     pub exit_ns: [f64; MAX_RAMPS],
     /// Chance to exit at the end of each window but the last, in 1/1024, for
     /// each kind.
     pub exits: [[u32; KINDS]; MAX_RAMPS],
-    /// What an exit there costs later on, as a pending row of the windows
+    /// Cost of an exit there later on, as a pending row of the windows
     /// behind it: each is taken along once, whenever that is.
     pub pending_ns: [f64; MAX_RAMPS],
     /// Tokens that come out, as a share of those that exit or pass the last
@@ -207,8 +207,8 @@ pub struct Game {
 
 /// A rule played on a scene, some windows at a time.
 ///
-/// What counts lies between two flushes to the last layer, so that rows held
-/// at the end were held at the start; without two, it is all after `warm`.
+/// The part that counts lies between two flushes to the last layer, so that rows
+/// held at the end were held at the start; without two, it is all after `warm`.
 /// Play starts shortly before a flush, with the rows that are held longest.
 #[derive(Debug, Clone)]
 pub struct Rollout {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What drex does with the host's tensors, on whatever device they lie.
+//! Work on the host's tensors, on whatever device they lie.
 
 use std::ffi::c_void;
 
@@ -45,7 +45,7 @@ pub struct Logits {
     pub enqueued: bool,
 }
 
-/// What a device's scratch memory is made for.
+/// The sizes that a device's scratch memory is made for.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Limits {
     /// Most rows of a step.
@@ -96,12 +96,12 @@ pub trait Device: Send {
     /// The layers that [`Device::fill`] will be called with; `None`: no more.
     fn bind(&mut self, kv: Option<&kv::Kv>) -> Result<()>;
 
-    /// Starts scoring `n_rows` rows. May be called in a stream capture; then
-    /// each replay starts it.
+    /// Starts scoring `n_rows` rows, whatever their metrics will be. May be called
+    /// in a stream capture; then each replay starts it.
     ///
     /// # Safety
     /// The rows may be read until they were scored.
-    unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize, weighted: bool) -> Result<()>;
+    unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize) -> Result<()>;
 
     /// Scores row i of the logits under `metrics[i]` into `out[i]`; `None`
     /// leaves a row out. A row's score depends on nothing but that row.

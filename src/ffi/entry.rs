@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What every function does on its way in and out: the panic boundary, and
+//! The way in and out of every function: the panic boundary, and
 //! reading and writing of structs that begin with their size.
 
 use std::any::Any;
@@ -332,7 +332,7 @@ mod tests {
         std::panic::set_hook(hook);
     }
 
-    /// What a struct may become: 8 bytes more than programs have that know
+    /// A struct as it may become: 8 bytes more than programs have that know
     /// drex_plan_input.
     #[repr(C)]
     #[derive(Debug, Clone, Copy, PartialEq)]
@@ -355,7 +355,7 @@ mod tests {
             n_prompt_rows: 2,
             now_ns: 3,
         };
-        // What lies behind the program's struct is not ours.
+        // The memory behind the program's struct is not ours.
         let mut memory = [old, old];
         let p = memory.as_mut_ptr().cast::<Grown>();
         // SAFETY: as many bytes as `size` says.

@@ -9,7 +9,7 @@ use std::fmt::{self, Write};
 use super::types::*;
 use crate::core::error::{Error, Kind, Name};
 
-/// What a call can fail with.
+/// The ways in which a call can fail.
 #[derive(Debug)]
 pub enum Fault {
     Core(Error),
@@ -17,7 +17,7 @@ pub enum Fault {
     /// A struct is smaller than its first version.
     Small {
         what: &'static str,
-        /// Which element, where it is an array.
+        /// The element, where it is an array.
         index: Option<usize>,
         size: u32,
         least: usize,

@@ -83,7 +83,7 @@ pub extern "C" fn drex_status_name(status: drex_status) -> *const c_char {
         .as_ptr()
 }
 
-/// What a status means in general, such as "another thread is inside a call on
+/// The general meaning of a status, such as "another thread is inside a call on
 /// this handle"; "unknown status" for a number that this version does not
 /// know. drex_last_error() says what it was in particular. Static; never NULL.
 #[unsafe(no_mangle)]
@@ -512,7 +512,7 @@ pub unsafe extern "C" fn drex_request_remove(engine: *mut drex_engine, id: u64) 
     })
 }
 
-/// What is known of a request.
+/// A request's state and counters.
 ///
 /// out  its size is set by the caller
 ///
@@ -673,8 +673,8 @@ pub unsafe extern "C" fn drex_plan(
 /// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
 /// CALL_ORDER when no step is planned, when it ends at the last layer, when
 /// it had its verdicts, when cells are missing, or when logits.enqueued is 1
-/// and nothing was enqueued; DEVICE. After a failure, the call may be made
-/// again.
+/// and nothing was enqueued, or other logits were; DEVICE. After a failure, the
+/// call may be made again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_ramp(
     engine: *mut drex_engine,

@@ -233,7 +233,7 @@ pub unsafe extern "C" fn drex_pages_release(
     })
 }
 
-/// What is used, shared and copied.
+/// Counts of pages used, shared and copied.
 ///
 /// out  its size is set by the caller
 ///

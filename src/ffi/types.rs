@@ -81,7 +81,7 @@ pub const DREX_ERROR_PANIC: drex_status = 13;
 /// return this: see chapter 5.
 pub const DREX_ERROR_MEMORY: drex_status = 14;
 
-/// Who leaves at a ramp: DREX_POLICY_*. A row is *confident* when its
+/// The rule by which rows leave at a ramp: DREX_POLICY_*. A row is *confident* when its
 /// confidence is at least its threshold. Under every policy, a row whose
 /// confidence is NaN and a row whose threshold is above 1 go on.
 ///
@@ -147,7 +147,7 @@ pub type drex_fill_mode = u32;
 /// State-copy: K and V of the last computed layer at the token's cell are
 /// copied to all skipped layers.
 pub const DREX_FILL_COPY: drex_fill_mode = 0;
-/// They are computed. The token's hidden row stays in the arena, *pending*,
+/// K and V of the skipped layers are computed. The token's hidden row stays in the arena, *pending*,
 /// and goes along when its request next goes through the skipped layers:
 /// exactly what the full model would have put there for this text.
 pub const DREX_FILL_POSTFILL: drex_fill_mode = 1;
@@ -185,11 +185,11 @@ pub const DREX_DEVICE_HOST: drex_device = 0;
 /// thread, and the engine works in that one: see chapter 7.
 pub const DREX_DEVICE_CUDA: drex_device = 1;
 
-/// What a request is doing: DREX_REQUEST_*.
+/// The state of a request: DREX_REQUEST_*.
 pub type drex_request_state = u32;
 
-/// It has no token to run: its prompt is being processed, or the host is
-/// sampling.
+/// The request has no token to run: its prompt is being processed, or the host
+/// is sampling.
 pub const DREX_REQUEST_IDLE: drex_request_state = 0;
 /// A token waits for the first window.
 pub const DREX_REQUEST_READY: drex_request_state = 1;
@@ -201,7 +201,7 @@ pub const DREX_REQUEST_HELD: drex_request_state = 3;
 /// Why a step runs: DREX_FLUSH_*.
 pub type drex_flush_reason = u32;
 
-/// It is no flush: ready rows and prompt rows run through the first window.
+/// Ready rows and prompt rows run through the first window.
 pub const DREX_FLUSH_NONE: drex_flush_reason = 0;
 /// Enough rows were held.
 pub const DREX_FLUSH_FILL: drex_flush_reason = 1;
@@ -236,7 +236,7 @@ pub const DREX_MISS_RUN: drex_miss_reason = 3;
 /// DREX_MAX_MISS_REASONS.
 pub const DREX_MISS_REASONS: usize = 4;
 
-/// What becomes of a row at a ramp: DREX_DECISION_*.
+/// The decision on a row at a ramp, or by drex_verify(): DREX_DECISION_*.
 pub type drex_decision = u32;
 
 /// Emit the token from the ramp's logits; the row is done.
@@ -263,7 +263,7 @@ pub struct drex_engine {
     _opaque: [u8; 0],
 }
 
-/// What an engine is made from. Everything is copied; no pointer is kept.
+/// The description of an engine. Everything is copied; no pointer is kept.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_config {
@@ -287,7 +287,7 @@ pub struct drex_config {
     pub max_requests: u32,
     /// B: most decode rows in one pass, pending ones included, 1..1048576.
     pub max_batch: u32,
-    /// Who leaves at a ramp.
+    /// The rule by which rows leave at a ramp.
     pub policy: drex_policy,
     /// How sure a row is, for requests that do not name a metric; not
     /// DREX_METRIC_DEFAULT.
@@ -373,7 +373,7 @@ pub struct drex_kv_layer {
     pub v_elem_stride: u64,
 }
 
-/// What a request is made from.
+/// The description of a request.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_request_config {
@@ -403,13 +403,13 @@ pub struct drex_request_config {
     pub max_tokens: u64,
 }
 
-/// What is known of a request.
+/// A request's state and counters.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_request_info {
     /// sizeof(drex_request_info), set by the caller
     pub size: u32,
-    /// What it is doing.
+    /// The state that it is in.
     pub state: drex_request_state,
     /// Where its row is held, else DREX_NO_RAMP.
     pub ramp: u32,
@@ -436,7 +436,7 @@ pub struct drex_request_info {
     pub n_pending: u32,
 }
 
-/// What drex_plan() is told.
+/// The input of drex_plan().
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_plan_input {
@@ -467,7 +467,8 @@ pub struct drex_row {
     pub back: u32,
 }
 
-/// What drex_plan() says: run layers [layer_begin, layer_end) over the rows.
+/// The window that drex_plan() chose: run layers [layer_begin, layer_end) over the
+/// rows.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_step {
@@ -501,7 +502,8 @@ pub struct drex_step {
 /// with its token: 1, or 0 where the host would not emit that token. It runs on
 /// the thread and inside the call of drex_ramp(), once for each such row, so a
 /// call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return: no
-/// exception, no longjmp.
+/// exception, no longjmp. Rows that EAGER, MEDIAN or MEAN force out are not asked
+/// about.
 /// Since 0.2.
 pub type drex_confirm_callback =
     Option<unsafe extern "C" fn(user_data: *mut c_void, row: u32, token: i32) -> u32>;
@@ -576,7 +578,7 @@ pub struct drex_arena {
     pub stream: *mut c_void,
 }
 
-/// What a ramp says about a row.
+/// A ramp's verdict on a row.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_verdict {
@@ -594,7 +596,7 @@ pub struct drex_verdict {
     pub forced: u32,
 }
 
-/// What drex_complete() is told.
+/// The input of drex_complete().
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct drex_completion {
@@ -705,7 +707,7 @@ pub struct drex_stats {
     pub reserved: u32,
     /// AUTO: tokens per second that the last search predicted for its rule.
     pub predicted_tokens_per_s: f64,
-    /// The same for full passes.
+    /// AUTO: tokens per second that it predicted for full passes.
     pub predicted_off_tokens_per_s: f64,
     /// Measured share of rows that are confident at each ramp, of those
     /// scored there that were scored nowhere before; NaN before the first.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What an engine tells about itself: log events, a snapshot, metrics, a trace,
+//! An engine's reports about itself: log events, a snapshot, metrics, a trace,
 //! ranges for a profiler. All of it is off until asked for, and off costs a test
 //! of one flag per call.
 
@@ -72,7 +72,7 @@ macro_rules! log {
     };
 }
 
-/// What a step's end is compared with.
+/// The counters that a step's end is compared with.
 pub struct Before {
     misses: u64,
     marks: Marks,

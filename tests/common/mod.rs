@@ -6,6 +6,7 @@
 
 use std::ffi::{CStr, c_void};
 use std::ptr;
+use std::time::Duration;
 
 pub use drex::ffi::functions::*;
 pub use drex::ffi::pages::*;
@@ -44,6 +45,17 @@ pub fn text() -> String {
     // SAFETY: the thread's own text.
     let text = unsafe { CStr::from_ptr(drex_last_error()) };
     text.to_str().unwrap().to_owned()
+}
+
+/// Of this thread: a noisy machine takes longer, but does no more work.
+pub fn cpu_time() -> Duration {
+    let mut t = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: writes the time.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut t) };
+    Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -79,11 +79,10 @@ impl Engine {
         self.prompts.made(tokens);
         self.end_step();
         if self.config.policy == Policy::Auto {
-            let prompt_rows = self.prompts.per_token();
             let load = Load {
                 requests: self.decoding as u32,
                 often: self.often as u32,
-                prompt_rows,
+                prompt_rows: self.prompts.per_token(),
                 chunk: self.prompts.chunk(),
                 gap_ns: self.gaps.gap_ns(),
                 prompt_ns: self.gaps.prompt_ns_per_token(),
@@ -101,7 +100,7 @@ impl Engine {
         Ok(())
     }
 
-    /// What a row waited before its step was planned, which did not fail it.
+    /// Counts how long a row waited until its step was planned.
     fn count_wait(&mut self, row: StepRow, planned_ns: u64) {
         let ns = planned_ns.saturating_sub(row.since_ns);
         let held = matches!(row.origin, Origin::Held(_));
@@ -129,7 +128,7 @@ impl Engine {
         if row.back > 0 {
             let settled = row.origin != Origin::Pending;
             if let Some(ramp) = ramp {
-                // It stays pending, further on.
+                // The row stays pending, further on.
                 if settled {
                     self.wait_at(row.request, ramp, row.slot, true, now_ns);
                 }
@@ -311,6 +310,7 @@ impl Engine {
     fn end_step(&mut self) {
         self.step = None;
         self.ramped = false;
+        self.verified = false;
         self.rows.clear();
     }
 }

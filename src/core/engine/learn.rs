@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What the engine learns from the windows that ran, and the search for a rule over it.
+//! Learning from the windows that ran, and the search for a rule with what is known.
 
 use super::Engine;
 use crate::core::auto::{Auto, Known};
@@ -54,7 +54,7 @@ impl Engine {
             0 => REPLAN_MIN_NS,
             ns => (ns / REPLAN_SHARE).min(REPLAN_MAX_NS),
         };
-        // What short windows leave adds up to a part that is worth its start.
+        // The shares of short windows add up to a part that is worth its start.
         let saved = self.replan_ns + share;
         self.replan_ns = saved.min(share.max(REPLAN_MIN_NS));
         if self.replan_ns >= REPLAN_MIN_NS {

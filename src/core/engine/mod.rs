@@ -33,7 +33,7 @@ impl Step {
     }
 }
 
-/// What the host is to run.
+/// A window for the host to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Step {
     pub layer_begin: u32,
@@ -99,12 +99,12 @@ impl StepRow {
     }
 }
 
-/// What the full model says to a draft.
+/// The full model's word on a draft.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Agrees {
     No,
     Yes,
-    /// The same token, and the request's last: what was made after it is void.
+    /// Yes, and the token is the request's last: what was made after it is void.
     AndEnds,
 }
 
@@ -124,9 +124,9 @@ pub struct Engine {
     /// Time that the search may take and has not.
     replan_ns: u64,
     decoding: usize,
-    /// Those of them that exit often.
+    /// Requests in decode that exit often.
     often: usize,
-    /// Those of them that fill their holes in each way.
+    /// Requests in decode that fill their holes in each way.
     fills: [usize; Fill::ALL.len()],
     acceptance: Acceptance,
     /// Requests alive that may exit at each ramp.

@@ -4,8 +4,10 @@
 
 use super::{Engine, Origin, Step, StepRow};
 use crate::core::NONE;
+use crate::core::buffer::Buffer;
 use crate::core::carrier::{Riders, Ways};
-use crate::core::config::Fill;
+use crate::core::config::{Config, Fill};
+use crate::core::cost::CostModel;
 use crate::core::counters::Reason;
 use crate::core::error::{Error, Result};
 use crate::core::metric::Score;
@@ -14,7 +16,7 @@ use crate::core::policy::{Decision, Policy};
 use crate::core::prompts::Transit;
 use crate::core::request::{Request, State};
 
-/// What a plan is made with.
+/// The terms of a plan.
 #[derive(Clone, Copy)]
 struct Frame {
     marks: Marks,
@@ -24,6 +26,27 @@ struct Frame {
     /// Prompt rows that are on their way, else a pass for those that wait.
     transit: Option<Transit>,
     carrier: Option<Carrier>,
+    /// Rows of a request in a deep window, pending ones included.
+    rows_each: f64,
+}
+
+impl Frame {
+    /// The engine as the planner sees it.
+    fn view<'a>(
+        &self,
+        config: &'a Config,
+        buffer: &'a mut Buffer,
+        cost: &'a CostModel,
+    ) -> View<'a> {
+        View {
+            config,
+            buffer,
+            cost,
+            marks: self.marks,
+            rows_each: self.rows_each,
+            carrier: self.carrier,
+        }
+    }
 }
 
 /// Rows that a plan took.
@@ -44,8 +67,8 @@ impl Engine {
         self.plan_with(now_ns, capacity, n_prompts, |_| Ok(()))
     }
 
-    /// The same, where `prepare` has the last word: where it fails with the rows of
-    /// the step, nothing has happened.
+    /// [`Engine::plan`], where `prepare` has the last word: where it fails with the
+    /// rows of the step, nothing has happened.
     pub fn plan_with(
         &mut self,
         now_ns: u64,
@@ -86,8 +109,7 @@ impl Engine {
                 why: "the pending rows of a request run in one window; give max_batch",
             });
         }
-        let runs = choice != Choice::Nothing && (carries || !self.rows.is_empty());
-        if !runs {
+        if !carries && self.rows.is_empty() {
             self.tick(now_ns);
             self.prompts.carried |= n_prompts > 0;
             if choice == Choice::Nothing {
@@ -130,8 +152,6 @@ impl Engine {
             choice,
             only_meets: end.is_some_and(|r| looked_at >> r & 1 == 0),
         });
-        self.ramped = false;
-        self.verified = false;
         Ok(self.step)
     }
 
@@ -153,6 +173,7 @@ impl Engine {
             room,
             transit,
             carrier,
+            rows_each: 1.0 + f64::from(self.pending.total()) / self.decoding.max(1) as f64,
         }
     }
 
@@ -160,21 +181,8 @@ impl Engine {
         if let Some(t) = frame.transit {
             return Choice::Flush(t.ramp, Reason::Prompt);
         }
-        let rows_each = self.rows_each();
-        let view = View {
-            config: &self.config,
-            buffer: &mut self.buffer,
-            cost: &self.cost,
-            marks: frame.marks,
-            rows_each,
-            carrier: frame.carrier,
-        };
+        let view = frame.view(&self.config, &mut self.buffer, &self.cost);
         self.planner.choose(&view, now_ns, frame.limit)
-    }
-
-    /// Rows of a request in a deep window, pending ones included.
-    fn rows_each(&self) -> f64 {
-        1.0 + f64::from(self.pending.total()) / self.decoding.max(1) as f64
     }
 
     /// Takes the rows of a choice out of their queues.
@@ -183,7 +191,6 @@ impl Engine {
         let mut taken = Taken::default();
         let after = choice.ramp();
         let first = after.map_or(0, |r| r + 1);
-        let rows_each = self.rows_each();
         let (requests, pending, mut left) = (&self.requests, &self.pending, frame.room);
         let along = |r: &Request| match after {
             Some(ramp) if pending.total() > 0 => pending.at(&r.pending, ramp),
@@ -203,14 +210,7 @@ impl Engine {
             }
             taken.unfit == 0
         };
-        let mut view = View {
-            config: &self.config,
-            buffer: &mut self.buffer,
-            cost: &self.cost,
-            marks: frame.marks,
-            rows_each,
-            carrier: frame.carrier,
-        };
+        let mut view = frame.view(&self.config, &mut self.buffer, &self.cost);
         let picked = self
             .planner
             .pick(&mut view, choice, now_ns, frame.limit, &mut fits);

@@ -178,7 +178,7 @@ impl Engine {
             }
         }
         while let Some(slot) = self.pending.pop(&mut chain) {
-            // Those in the step give theirs back with it.
+            // Rows in the step give their slots back with it.
             if self.rows[in_step.clone()].iter().all(|r| r.slot != slot) {
                 self.buffer.return_slot(slot);
             }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a ramp, or the full model, says of each row.
+//! The verdicts of a ramp, or of the full model, on each row.
 
 use super::{Agrees, Engine, Step, StepRow};
 use crate::core::config::Fill;
@@ -161,7 +161,7 @@ impl Engine {
         Ok(())
     }
 
-    /// It is time for [`Engine::verify`], for so many rows.
+    /// Whether [`Engine::verify`] may be called now, with so many rows.
     pub fn expect_verify(&self, n_rows: usize) -> Result<()> {
         match &self.step {
             None => {

@@ -79,7 +79,7 @@ pub struct Cuda {
     stream: CUstream,
     /// A graph reads the list of rows.
     rows_captured: bool,
-    /// What was enqueued and not scored yet.
+    /// Enqueued, and not scored yet.
     enqueued: Option<Enqueued>,
     /// Graphs bring results, of their captures' rows.
     ramp_captured: bool,
@@ -95,22 +95,27 @@ struct Enqueued {
 impl Enqueued {
     /// Another ramp's results are no answer for these logits.
     fn check(&self, logits: &Logits, n_rows: usize) -> Result<()> {
-        let other = |what| Err(Error::CallOrder(what));
-        let l = &self.logits;
-        if l.data != logits.data || l.row_stride != logits.row_stride {
-            return other("logits.data or row_stride_bytes is not what drex_ramp_enqueue had");
-        }
-        if l.dtype != logits.dtype || l.n_vocab != logits.n_vocab {
-            return other("logits.dtype or n_vocab is not what drex_ramp_enqueue had");
-        }
-        if self.n_rows != n_rows {
-            return other("logits.n_rows is not what drex_ramp_enqueue had");
-        }
-        if l.n_top != logits.n_top {
-            return other("logits.n_top is not what drex_ramp_enqueue had");
-        }
-        if l.stream != logits.stream {
-            return other("logits.stream is not what drex_ramp_enqueue had");
+        let fields = |l: &Logits, n_rows: usize| {
+            [
+                ("logits.data", l.data as u64),
+                ("logits.row_stride_bytes", l.row_stride as u64),
+                ("logits.dtype", l.dtype as u64),
+                ("logits.n_vocab", l.n_vocab as u64),
+                ("logits.n_rows", n_rows as u64),
+                ("logits.n_top", l.n_top as u64),
+                ("logits.stream", l.stream as u64),
+            ]
+        };
+        let pairs = fields(logits, n_rows).into_iter();
+        for ((field, value), (_, before)) in pairs.zip(fields(&self.logits, self.n_rows)) {
+            if value != before {
+                return Err(Error::Changed {
+                    field,
+                    value,
+                    call: "drex_ramp_enqueue",
+                    before,
+                });
+            }
         }
         Ok(())
     }
@@ -424,7 +429,7 @@ fn check_transposed(sides: &[Side]) -> Result<()> {
 }
 
 impl Cuda {
-    /// That the device can read there.
+    /// Whether the device can read there.
     fn check_pointer(&self, field: &'static str, i: usize, side: &Side) -> Result<()> {
         /// CU_POINTER_ATTRIBUTE_DEVICE_POINTER
         const DEVICE_POINTER: i32 = 3;
@@ -492,8 +497,8 @@ impl Cuda {
         let one = u64::from(most.next_multiple_of(COPY_THREADS));
         let mut threads = one * u64::from(groups);
         if args.cells.there != 0 {
-            // It may have fewer when the launch runs, which then are spread over
-            // more layers.
+            // The list may have fewer when the launch runs, which then are spread
+            // over more layers.
             let fewer = (2 * u64::from(BUSY)).min(one * u64::from(targets));
             threads = threads.max(fewer);
         }
@@ -620,7 +625,7 @@ impl Device for Cuda {
         Ok(())
     }
 
-    unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize, weighted: bool) -> Result<()> {
+    unsafe fn enqueue(&mut self, logits: &Logits, n_rows: usize) -> Result<()> {
         let stream = logits.stream.cast();
         let capturing = {
             let _current = self.enter()?;
@@ -634,8 +639,9 @@ impl Device for Cuda {
             // Nothing orders one stream's results before the other's.
             self.wait()?;
         }
+        // The rows' metrics are not known yet: nothing is left out.
         // SAFETY: the same contract.
-        unsafe { self.launch_ramp(logits, n_rows, weighted)? };
+        unsafe { self.launch_ramp(logits, n_rows, true)? };
         if capturing {
             self.ramp_captured = true;
         } else {
@@ -776,8 +782,8 @@ impl Device for Cuda {
     fn plan_rows(&mut self, slots: &mut dyn ExactSizeIterator<Item = u32>) -> Result<()> {
         let given_up = self.enqueued.take().is_some();
         if given_up {
-            // What the step enqueued must not come after this. Tried once: the
-            // host may have taken its stream down with the step.
+            // The step's results must not come after this. Tried once: the host may
+            // have taken its stream down with the step.
             self.wait()?;
         }
         if given_up || self.ramp_captured {

@@ -46,7 +46,7 @@ impl Device for Host {
     }
 
     /// The calling thread does it, in [`Device::score`].
-    unsafe fn enqueue(&mut self, _: &Logits, _: usize, _: bool) -> Result<()> {
+    unsafe fn enqueue(&mut self, _: &Logits, _: usize) -> Result<()> {
         Err(NO_GRAPHS)
     }
 
