@@ -237,7 +237,13 @@ ggml_tensor * llama_layer_range_build_cut(const llm_graph_context & gctx, ggml_t
         keep_inputs(gctx);
     }
 
-    if (il + 1 == range.il_begin) {
+    const bool enters = il + 1 == range.il_begin;
+    const bool leaves = il + 1 == range.il_end && !range.is_last();
+    if ((enters || leaves) && (cur->ne[0] != gctx.n_embd || ggml_nrows(cur) != gctx.n_tokens)) {
+        throw std::runtime_error("a layer ends in another shape than one row for each token");
+    }
+
+    if (enters) {
         if (!range.project) {
             gctx.gf = range.gf_live;
         }
@@ -251,11 +257,7 @@ ggml_tensor * llama_layer_range_build_cut(const llm_graph_context & gctx, ggml_t
         return range.entered;
     }
 
-    if (il + 1 == range.il_end && !range.is_last()) {
-        if (cur->ne[0] != gctx.n_embd || ggml_nrows(cur) != gctx.n_tokens) {
-            throw std::runtime_error("a layer ends in another shape than one row for each token");
-        }
-
+    if (leaves) {
         ggml_tensor * out = ggml_set_rows(gctx.ctx0, range.hidden, cur, range.arena_idx);
         gctx.cb(out, "range_leave", -1);
         range.left = out;
@@ -568,10 +570,6 @@ struct llama_layer_ranges {
         if (!dynamic_cast<llama_kv_cache *>(memory) && !dynamic_cast<llama_kv_cache_iswa *>(memory)) {
             return refuse(model, "its KV cache is neither a plain one nor one with sliding windows");
         }
-        if (model.altup_proj) {
-            // several hidden rows for each token, which a graph that is cut cannot even be built with
-            return refuse(model, "later layers read the token embeddings");
-        }
         for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
             if (!hparams.has_kv(il)) {
                 return refuse(model, "layer " + std::to_string(il) + " reads the K and V of an earlier layer");
@@ -698,7 +696,8 @@ struct llama_layer_ranges {
 
         std::string why;
         try {
-            // a graph that stops early may have other shapes than its builder expects, if there are inputs for each layer
+            // Later sides first: a graph that stops early may have other shapes than its builder expects, where there are inputs
+            // for each layer. Later layers that read such inputs are refused before.
             for (int32_t il = 1; il < n_layer && why.empty(); ++il) {
                 auto * gf = build(il, n_layer);
                 why = check_graph(res, gf, range.entered);
