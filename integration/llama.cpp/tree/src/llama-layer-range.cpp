@@ -753,6 +753,9 @@ struct llama_layer_ranges {
                 return "layers have K and V of different sizes";
             }
         }
+        if (caches.size() > 1 && hparams.is_swa(0)) {
+            return "all layers have a sliding window"; // llama_layer_range_cells() are those of the other cache
+        }
 
         // the rotations that come before a layer's K is stored
         std::vector<const ggml_tensor *> first, cur;
