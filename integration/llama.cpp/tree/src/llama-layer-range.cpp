@@ -16,6 +16,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 //
 // llama_row_places
@@ -545,10 +546,14 @@ struct llama_layer_ranges {
         return *caches[caches.size() > 1 && ctx.model.hparams.is_swa(il) ? 1 : 0];
     }
 
-    static const char * refuse(const llama_model & model, const std::string & reason) {
+    static const char * keep(std::string reason) {
         static thread_local std::string text;
-        text = std::string("the architecture ") + llm_arch_name(model.arch) + " cannot run layer ranges: " + reason;
+        text = std::move(reason);
         return text.c_str();
+    }
+
+    static const char * refuse(const llama_model & model, const std::string & reason) {
+        return keep(std::string("the architecture ") + llm_arch_name(model.arch) + " cannot run layer ranges: " + reason);
     }
 
     // nullptr: the memory can be cut
@@ -591,7 +596,7 @@ struct llama_layer_ranges {
             return why;
         }
         if (params.il_arena < 0 || params.il_arena >= (int32_t) hparams.n_layer()) {
-            return "il_arena is not a layer of the model";
+            return keep("il_arena = " + std::to_string(params.il_arena) + " is not in [0, " + std::to_string(hparams.n_layer()) + ")");
         }
         if (cparams.embeddings || cparams.pooling_type != LLAMA_POOLING_TYPE_NONE || !cparams.causal_attn) {
             return "layer ranges need a causal context without embeddings and pooling";
@@ -629,7 +634,7 @@ struct llama_layer_ranges {
         auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(params.il_arena));
         res->buf_hidden.reset(ggml_backend_alloc_ctx_tensors_from_buft(res->ctx_hidden.get(), buft));
         if (!res->buf_hidden) {
-            return "failed to allocate the arena";
+            return keep("failed to allocate the arena of " + std::to_string(params.n_rows) + " rows");
         }
 
         res->rows    .resize(params.n_rows);

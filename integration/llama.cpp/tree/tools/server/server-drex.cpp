@@ -191,9 +191,7 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     range.max_bytes    = size_t(p.graphs_mib) << 20;
     range.il_arena     = std::min<int32_t>(ramp_layers[0], n_layer - 1);
     if (const char * why = llama_layer_range_init(ctx, range)) {
-        char arch[64] = "?";
-        llama_model_meta_val_str(model, "general.architecture", arch, sizeof(arch));
-        throw std::runtime_error(string_format("architecture %s: %s", arch, why));
+        throw std::runtime_error(why);
     }
     bind_device(config, params);
 
