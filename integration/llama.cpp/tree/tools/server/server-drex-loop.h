@@ -193,7 +193,7 @@ bool decode_drex_window(drex_prompt & prompt) {
     return false;
 }
 
-// These requests end, and nothing is left of them in the memory. The others go on.
+// Ends these requests, and nothing is left of them in the memory. The others go on.
 void end_drex_requests(drex_prompt & prompt, std::vector<int> ids, const std::string & err) {
     for (size_t i = 0; i < ids.size(); ++i) {
         const auto & slot = slots[ids[i]];

@@ -12,15 +12,13 @@
 #include <sstream>
 #include <stdexcept>
 
-// a failed call leaves no half-done work behind; its text names the field and the value
-static void check(drex_status status) {
+void server_drex::check(drex_status status) {
     if (status != DREX_OK) {
         throw std::runtime_error(drex_last_error());
     }
 }
 
-// where an exception would end the server, or end requests that have nothing to do with it
-static void warn(drex_status status) {
+void server_drex::warn(drex_status status) {
     if (status != DREX_OK) {
         SRV_ERR("early exit: %s\n", drex_last_error());
     }
@@ -523,8 +521,6 @@ void server_drex::add(int id_slot, const server_task & task, bool same_lora) {
     slots[id_slot] = {};
     slots[id_slot].added  = true;
     slots[id_slot].fill    = mode;
-    slots[id_slot].verify  = mode == DREX_FILL_VERIFY;
-    slots[id_slot].project = mode == DREX_FILL_PROPAGATE;
     slots[id_slot].id     = config.id;
     slots[id_slot].strict  = strict;
     slots[id_slot].grammar = !s.grammar.empty();
@@ -568,7 +564,7 @@ int server_drex::remove(int id_slot) {
         record << json({{"e", "remove"}, {"t", now_ns()}, {"id", slot.id}}).dump() << std::endl;
     }
     // with fill verify, such tokens are not among the prompt's
-    const int res = slot.verify ? 0 : std::max<int>(unfinished || hole, in.n_pending + (in.slot != DREX_NO_SLOT));
+    const int res = slot.verifies() ? 0 : std::max<int>(unfinished || hole, in.n_pending + (in.slot != DREX_NO_SLOT));
     slot = {};
 
     return res;
@@ -587,10 +583,10 @@ void server_drex::settle(int id_slot) {
 
 bool server_drex::ran(int id_slot, llama_token token) {
     auto & slot = slots[id_slot];
-    if (slot.verify) {
+    if (slot.verifies()) {
         slot.ahead.push_back(token);
     }
-    return !slot.verify;
+    return !slot.verifies();
 }
 
 void server_drex::verified(int id_slot) {
@@ -607,7 +603,7 @@ bool server_drex::approximates(size_t i) const {
 }
 
 llama_token server_drex::drafted(size_t i) const {
-    const bool yes = step.ramp != DREX_NO_RAMP && verdicts[i].decision == DREX_DECISION_EXIT && slots[step_rows[i].id_slot].verify;
+    const bool yes = step.ramp != DREX_NO_RAMP && verdicts[i].decision == DREX_DECISION_EXIT && slots[step_rows[i].id_slot].verifies();
     return yes ? verdicts[i].token : LLAMA_TOKEN_NULL;
 }
 
@@ -652,7 +648,7 @@ bool server_drex::plan(int n_prompt_rows, int n_rows_max) {
             last++;
         }
         const bool ran    = !is_first() && plan_rows[last].back == 0;
-        const bool verify = slots[id_slot].verify;
+        const bool verify = slots[id_slot].verifies();
         const int  offset = int(slots[id_slot].ahead.size()) - (ran ? 1 : 0) - int(plan_rows[i].back);
 
         step_rows .push_back({ id_slot, offset, verify, verify && plan_rows[i].back > 0, false });
@@ -702,7 +698,7 @@ int32_t server_drex::run(llama_batch_ext * batch) {
     return ret;
 }
 
-// What is scored is what can be emitted: banned tokens have no logit while drex looks at the rows.
+// Tokens are scored that can be emitted: banned tokens have no logit while drex looks at the rows.
 void server_drex::ban_tokens() {
     size_t n_raw = 0;
     for (const auto & r : step_rows) {
@@ -831,15 +827,15 @@ void server_drex::finish(uint64_t n_kv) {
         if (done) {
             slot.busy = false;
         }
-        if (slot.project && done && !last) {
+        if (slot.projects() && done && !last) {
             to_project.push_back({ r.id_slot, positions[i], int32_t(plan_rows[i].slot) });
             project_layer = step.layer_end;
         }
         step_rows[i].emit = done && !r.verify && plan_rows[i].back == 0;
-        if (slot.verify && done && !last) {
+        if (slot.verifies() && done && !last) {
             slot.n_drafts++;
         }
-        if (slot.verify && last) {
+        if (slot.verifies() && last) {
             slot.n_drafts = 0;
         }
     }
