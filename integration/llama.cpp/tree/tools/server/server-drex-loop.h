@@ -79,7 +79,7 @@ bool drex_refuses_lora(const server_task & task, const std::vector<common_adapte
 
 void drex_ready() {
     for (const auto & slot : slots) {
-        if (slot.state != SLOT_STATE_GENERATING) {
+        if (slot.state != SLOT_STATE_GENERATING || drex->busy(slot.id)) {
             continue;
         }
         const int n_drafts = drex->n_drafts(slot.id);

@@ -572,9 +572,6 @@ int server_drex::remove(int id_slot) {
 
 void server_drex::settle(int id_slot) {
     auto & slot = slots[id_slot];
-    if (slot.busy) {
-        return;
-    }
     uint32_t n = 0;
     check(drex_request_settle(engine, slot.id, now_ns(), &n));
     GGML_ASSERT(n > 0);
@@ -609,9 +606,6 @@ llama_token server_drex::drafted(size_t i) const {
 
 void server_drex::ready(int id_slot, int n_kv) {
     auto & slot = slots[id_slot];
-    if (slot.busy) {
-        return;
-    }
     check(drex_request_ready(engine, slot.id, n_kv, now_ns()));
     slot.busy = true;
 }

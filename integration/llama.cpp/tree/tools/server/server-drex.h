@@ -60,7 +60,7 @@ struct server_drex {
     // returns how many of the slot's last prompt tokens have not gone through all layers: their cells must not be reused
     int remove(int id_slot);
 
-    // the slot has a sampled token to decode, unless it is under way already
+    // the slot, which is not busy, has a sampled token to decode
     void ready(int id_slot, int n_kv);
 
     // in place of ready(): first the full model is to say what it thinks of the slot's drafts
