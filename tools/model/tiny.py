@@ -246,7 +246,7 @@ def gpt_oss(m):
 
 def deepseek2(m):
     """Multi-head latent attention: keys and values share one compressed row."""
-    rank, rope = 48, 16
+    rank, rope, key = 32, 32, 64
     m.moe_keys()
     m.keys(
         leading_dense_block_count=m.layers,
@@ -257,7 +257,7 @@ def deepseek2(m):
             "attention.head_count_kv": 1,
             "attention.key_length": rank + rope,
             "attention.value_length": rank,
-            "attention.key_length_mla": HEAD,
+            "attention.key_length_mla": key,
             "attention.value_length_mla": HEAD,
             "rope.dimension_count": rope,
         },
@@ -268,9 +268,9 @@ def deepseek2(m):
         m.norm(b + "attn_q_a_norm", rank)
         m.norm(b + "attn_kv_a_norm", rank)
         m.tensor(b + "attn_q_a.weight", m.width, rank)
-        m.tensor(b + "attn_q_b.weight", rank, m.heads * HEAD)
+        m.tensor(b + "attn_q_b.weight", rank, m.heads * key)
         m.tensor(b + "attn_kv_a_mqa.weight", m.width, rank + rope)
-        m.tensor(b + "attn_k_b.weight", HEAD - rope, rank, m.heads)
+        m.tensor(b + "attn_k_b.weight", key - rope, rank, m.heads)
         m.tensor(b + "attn_v_b.weight", rank, HEAD, m.heads)
         m.tensor(b + "attn_output.weight", m.heads * HEAD, m.width)
         m.feed_forward(b)

@@ -5,7 +5,7 @@
 // Decodes the same tokens twice: with full passes, and cut into ranges, and compares every logit bit by bit.
 // Without --regroup both run the same groups of rows, which must agree in every build. With --regroup the ranges run over
 // shuffled subsets of rows (rows are held back at random) together with chunks of the prompts, which agrees bit for bit in
-// the exact build. That build alone is not enough for F16 and F32 caches: ggml's flash attention on a CPU takes another path
+// the exact build. F16 and F32 caches need more than this build: ggml's flash attention on a CPU takes another path
 // for a single row over 512 or more cells, and for 64 or more rows. A quantised cache always takes the same one, hence Q8_0
 // in the large cases. Prints a line per case and exits 1 at the first difference.
 
@@ -36,7 +36,7 @@ struct chunk {
 
 static const int max_chunk = 70;
 
-// One logit of each row is read and written where the logits are, and nothing else changes.
+// A logit of each row is read and written where the logits are, and nothing else changes.
 static bool edits_logits(llama_context * ctx, int n_rows, int n_vocab) {
     const llama_token token = 7;
 

@@ -1,4 +1,4 @@
-// What the tests of layer ranges share: contexts, and batches of rows.
+// Shared by the tests of layer ranges: contexts, and batches of rows.
 
 #pragma once
 

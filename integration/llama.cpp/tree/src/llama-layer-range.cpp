@@ -16,6 +16,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 //
 // llama_row_places
@@ -237,7 +238,13 @@ ggml_tensor * llama_layer_range_build_cut(const llm_graph_context & gctx, ggml_t
         keep_inputs(gctx);
     }
 
-    if (il + 1 == range.il_begin) {
+    const bool enters = il + 1 == range.il_begin;
+    const bool leaves = il + 1 == range.il_end && !range.is_last();
+    if ((enters || leaves) && (cur->ne[0] != gctx.n_embd || ggml_nrows(cur) != gctx.n_tokens)) {
+        throw std::runtime_error("a layer ends in another shape than one row for each token");
+    }
+
+    if (enters) {
         if (!range.project) {
             gctx.gf = range.gf_live;
         }
@@ -251,11 +258,7 @@ ggml_tensor * llama_layer_range_build_cut(const llm_graph_context & gctx, ggml_t
         return range.entered;
     }
 
-    if (il + 1 == range.il_end && !range.is_last()) {
-        if (cur->ne[0] != gctx.n_embd || ggml_nrows(cur) != gctx.n_tokens) {
-            throw std::runtime_error("a layer ends in another shape than one row for each token");
-        }
-
+    if (leaves) {
         ggml_tensor * out = ggml_set_rows(gctx.ctx0, range.hidden, cur, range.arena_idx);
         gctx.cb(out, "range_leave", -1);
         range.left = out;
@@ -543,10 +546,14 @@ struct llama_layer_ranges {
         return *caches[caches.size() > 1 && ctx.model.hparams.is_swa(il) ? 1 : 0];
     }
 
-    static const char * refuse(const llama_model & model, const std::string & reason) {
+    static const char * keep(std::string reason) {
         static thread_local std::string text;
-        text = std::string("the architecture ") + llm_arch_name(model.arch) + " cannot run layer ranges: " + reason;
+        text = std::move(reason);
         return text.c_str();
+    }
+
+    static const char * refuse(const llama_model & model, const std::string & reason) {
+        return keep(std::string("the architecture ") + llm_arch_name(model.arch) + " cannot run layer ranges: " + reason);
     }
 
     // nullptr: the memory can be cut
@@ -567,10 +574,6 @@ struct llama_layer_ranges {
         }
         if (!dynamic_cast<llama_kv_cache *>(memory) && !dynamic_cast<llama_kv_cache_iswa *>(memory)) {
             return refuse(model, "its KV cache is neither a plain one nor one with sliding windows");
-        }
-        if (model.altup_proj) {
-            // several hidden rows for each token, which a graph that is cut cannot even be built with
-            return refuse(model, "later layers read the token embeddings");
         }
         for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
             if (!hparams.has_kv(il)) {
@@ -593,7 +596,7 @@ struct llama_layer_ranges {
             return why;
         }
         if (params.il_arena < 0 || params.il_arena >= (int32_t) hparams.n_layer()) {
-            return "il_arena is not a layer of the model";
+            return keep("il_arena = " + std::to_string(params.il_arena) + " is not in [0, " + std::to_string(hparams.n_layer()) + ")");
         }
         if (cparams.embeddings || cparams.pooling_type != LLAMA_POOLING_TYPE_NONE || !cparams.causal_attn) {
             return "layer ranges need a causal context without embeddings and pooling";
@@ -631,7 +634,7 @@ struct llama_layer_ranges {
         auto * buft = ggml_backend_dev_buffer_type(model.dev_layer(params.il_arena));
         res->buf_hidden.reset(ggml_backend_alloc_ctx_tensors_from_buft(res->ctx_hidden.get(), buft));
         if (!res->buf_hidden) {
-            return "failed to allocate the arena";
+            return keep("failed to allocate the arena of " + std::to_string(params.n_rows) + " rows");
         }
 
         res->rows    .resize(params.n_rows);
@@ -698,7 +701,8 @@ struct llama_layer_ranges {
 
         std::string why;
         try {
-            // a graph that stops early may have other shapes than its builder expects, if there are inputs for each layer
+            // Later sides first: a graph that stops early may have other shapes than its builder expects, where there are inputs
+            // for each layer. Later layers that read such inputs are refused before.
             for (int32_t il = 1; il < n_layer && why.empty(); ++il) {
                 auto * gf = build(il, n_layer);
                 why = check_graph(res, gf, range.entered);
@@ -753,6 +757,9 @@ struct llama_layer_ranges {
             if (hparams.n_embd_k_gqa(il) != hparams.n_embd_k_gqa(0) || hparams.n_embd_v_gqa(il) != hparams.n_embd_v_gqa(0)) {
                 return "layers have K and V of different sizes";
             }
+        }
+        if (caches.size() > 1 && hparams.is_swa(0)) {
+            return "all layers have a sliding window"; // llama_layer_range_cells() are those of the other cache
         }
 
         // the rotations that come before a layer's K is stored

@@ -75,8 +75,8 @@ void server_drex::open_files(const common_params & params, bool is_resume) {
 
 void server_drex::open_profile() {
     std::string text;
-    if (read_profile(profile, text) && drex_profile_load(engine, text.c_str()) != DREX_OK) {
-        throw std::runtime_error(drex_last_error());
+    if (read_profile(profile, text)) {
+        check(drex_profile_load(engine, text.c_str()));
     }
     probe_profile(profile);
 }
@@ -87,9 +87,7 @@ void server_drex::save_profile() const {
         return; // nothing was learned
     }
     std::string text(n + 1, 0);
-    if (drex_profile_save(engine, &text[0], text.size(), &n) != DREX_OK) {
-        throw std::runtime_error(drex_last_error());
-    }
+    check(drex_profile_save(engine, &text[0], text.size(), &n));
     text.resize(n);
 
     // a server that is killed here must not leave half a file

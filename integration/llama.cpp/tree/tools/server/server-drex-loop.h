@@ -79,7 +79,7 @@ bool drex_refuses_lora(const server_task & task, const std::vector<common_adapte
 
 void drex_ready() {
     for (const auto & slot : slots) {
-        if (slot.state != SLOT_STATE_GENERATING) {
+        if (slot.state != SLOT_STATE_GENERATING || drex->busy(slot.id)) {
             continue;
         }
         const int n_drafts = drex->n_drafts(slot.id);
@@ -193,7 +193,7 @@ bool decode_drex_window(drex_prompt & prompt) {
     return false;
 }
 
-// These requests end, and nothing is left of them in the memory. The others go on.
+// Ends these requests, and nothing is left of them in the memory. The others go on.
 void end_drex_requests(drex_prompt & prompt, std::vector<int> ids, const std::string & err) {
     for (size_t i = 0; i < ids.size(); ++i) {
         const auto & slot = slots[ids[i]];

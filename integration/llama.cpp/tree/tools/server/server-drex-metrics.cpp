@@ -1,17 +1,10 @@
-// What early exit tells about itself: timings of a response, /slots, /metrics.
+// Figures of early exit: timings of a response, /slots, /metrics.
 
 #include "server-drex.h"
 
 #include <cmath>
 #include <iterator>
 #include <sstream>
-
-// an exception here would end the server, or end requests that have nothing to do with it
-static void warn(drex_status status) {
-    if (status != DREX_OK) {
-        SRV_ERR("early exit: %s\n", drex_last_error());
-    }
-}
 
 drex_request_info server_drex::info(int id_slot) const {
     drex_request_info res = DREX_REQUEST_INFO_INITIALIZER;

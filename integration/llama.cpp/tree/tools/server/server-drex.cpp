@@ -12,15 +12,13 @@
 #include <sstream>
 #include <stdexcept>
 
-// a failed call leaves no half-done work behind; its text names the field and the value
-static void check(drex_status status) {
+void server_drex::check(drex_status status) {
     if (status != DREX_OK) {
         throw std::runtime_error(drex_last_error());
     }
 }
 
-// where an exception would end the server, or end requests that have nothing to do with it
-static void warn(drex_status status) {
+void server_drex::warn(drex_status status) {
     if (status != DREX_OK) {
         SRV_ERR("early exit: %s\n", drex_last_error());
     }
@@ -191,9 +189,7 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     range.max_bytes    = size_t(p.graphs_mib) << 20;
     range.il_arena     = std::min<int32_t>(ramp_layers[0], n_layer - 1);
     if (const char * why = llama_layer_range_init(ctx, range)) {
-        char arch[64] = "?";
-        llama_model_meta_val_str(model, "general.architecture", arch, sizeof(arch));
-        throw std::runtime_error(string_format("architecture %s: %s", arch, why));
+        throw std::runtime_error(why);
     }
     bind_device(config, params);
 
@@ -525,8 +521,6 @@ void server_drex::add(int id_slot, const server_task & task, bool same_lora) {
     slots[id_slot] = {};
     slots[id_slot].added  = true;
     slots[id_slot].fill    = mode;
-    slots[id_slot].verify  = mode == DREX_FILL_VERIFY;
-    slots[id_slot].project = mode == DREX_FILL_PROPAGATE;
     slots[id_slot].id     = config.id;
     slots[id_slot].strict  = strict;
     slots[id_slot].grammar = !s.grammar.empty();
@@ -570,7 +564,7 @@ int server_drex::remove(int id_slot) {
         record << json({{"e", "remove"}, {"t", now_ns()}, {"id", slot.id}}).dump() << std::endl;
     }
     // with fill verify, such tokens are not among the prompt's
-    const int res = slot.verify ? 0 : std::max<int>(unfinished || hole, in.n_pending + (in.slot != DREX_NO_SLOT));
+    const int res = slot.verifies() ? 0 : std::max<int>(unfinished || hole, in.n_pending + (in.slot != DREX_NO_SLOT));
     slot = {};
 
     return res;
@@ -578,9 +572,6 @@ int server_drex::remove(int id_slot) {
 
 void server_drex::settle(int id_slot) {
     auto & slot = slots[id_slot];
-    if (slot.busy) {
-        return;
-    }
     uint32_t n = 0;
     check(drex_request_settle(engine, slot.id, now_ns(), &n));
     GGML_ASSERT(n > 0);
@@ -589,10 +580,10 @@ void server_drex::settle(int id_slot) {
 
 bool server_drex::ran(int id_slot, llama_token token) {
     auto & slot = slots[id_slot];
-    if (slot.verify) {
+    if (slot.verifies()) {
         slot.ahead.push_back(token);
     }
-    return !slot.verify;
+    return !slot.verifies();
 }
 
 void server_drex::verified(int id_slot) {
@@ -609,15 +600,12 @@ bool server_drex::approximates(size_t i) const {
 }
 
 llama_token server_drex::drafted(size_t i) const {
-    const bool yes = step.ramp != DREX_NO_RAMP && verdicts[i].decision == DREX_DECISION_EXIT && slots[step_rows[i].id_slot].verify;
+    const bool yes = step.ramp != DREX_NO_RAMP && verdicts[i].decision == DREX_DECISION_EXIT && slots[step_rows[i].id_slot].verifies();
     return yes ? verdicts[i].token : LLAMA_TOKEN_NULL;
 }
 
 void server_drex::ready(int id_slot, int n_kv) {
     auto & slot = slots[id_slot];
-    if (slot.busy) {
-        return;
-    }
     check(drex_request_ready(engine, slot.id, n_kv, now_ns()));
     slot.busy = true;
 }
@@ -654,7 +642,7 @@ bool server_drex::plan(int n_prompt_rows, int n_rows_max) {
             last++;
         }
         const bool ran    = !is_first() && plan_rows[last].back == 0;
-        const bool verify = slots[id_slot].verify;
+        const bool verify = slots[id_slot].verifies();
         const int  offset = int(slots[id_slot].ahead.size()) - (ran ? 1 : 0) - int(plan_rows[i].back);
 
         step_rows .push_back({ id_slot, offset, verify, verify && plan_rows[i].back > 0, false });
@@ -704,7 +692,7 @@ int32_t server_drex::run(llama_batch_ext * batch) {
     return ret;
 }
 
-// What is scored is what can be emitted: banned tokens have no logit while drex looks at the rows.
+// Tokens are scored that can be emitted: banned tokens have no logit while drex looks at the rows.
 void server_drex::ban_tokens() {
     size_t n_raw = 0;
     for (const auto & r : step_rows) {
@@ -833,15 +821,15 @@ void server_drex::finish(uint64_t n_kv) {
         if (done) {
             slot.busy = false;
         }
-        if (slot.project && done && !last) {
+        if (slot.projects() && done && !last) {
             to_project.push_back({ r.id_slot, positions[i], int32_t(plan_rows[i].slot) });
             project_layer = step.layer_end;
         }
         step_rows[i].emit = done && !r.verify && plan_rows[i].back == 0;
-        if (slot.verify && done && !last) {
+        if (slot.verifies() && done && !last) {
             slot.n_drafts++;
         }
-        if (slot.verify && last) {
+        if (slot.verifies() && last) {
             slot.n_drafts = 0;
         }
     }

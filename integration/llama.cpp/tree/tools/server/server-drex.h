@@ -36,8 +36,8 @@ struct server_drex {
     server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume, const server_drex_figures & past);
     ~server_drex();
 
-    // A router hands its own options to the server of each model. One whose model has no exit layers runs without early exit,
-    // and says so.
+    // A router hands its own options to the server of each model. Without exit layers in the model's metadata the server runs
+    // without early exit, and says so.
     static void settle_policy(common_params & params);
 
     // warns where options have no effect
@@ -60,7 +60,7 @@ struct server_drex {
     // returns how many of the slot's last prompt tokens have not gone through all layers: their cells must not be reused
     int remove(int id_slot);
 
-    // the slot has a sampled token to decode, unless it is under way already
+    // the slot, which is not busy, has a sampled token to decode
     void ready(int id_slot, int n_kv);
 
     // in place of ready(): first the full model is to say what it thinks of the slot's drafts
@@ -111,7 +111,7 @@ struct server_drex {
     }
 
     // rows of requests with fill verify, at the last layer: they are verified before finish()
-    bool verifies(const row & r) const { return step.ramp == DREX_NO_RAMP && slots[r.id_slot].verify; }
+    bool verifies(const row & r) const { return step.ramp == DREX_NO_RAMP && slots[r.id_slot].verifies(); }
 
     // between run() and finish(): requests that end in between are removed after finish()
     void begin_verify() {
@@ -196,9 +196,7 @@ private:
     struct slot {
         bool     added = false;
         bool     busy  = false;
-        bool     verify = false;
         bool     leaving = false;
-        bool     project = false;
         drex_fill_mode fill = DREX_FILL_COPY;
         bool     greedy  = false; // takes the model's best token of those that are not banned
         bool     strict  = false;
@@ -215,6 +213,9 @@ private:
         int      n_drafts   = 0;
         uint64_t n_accepted = 0;
         uint64_t n_verified = 0;
+
+        bool verifies() const { return fill == DREX_FILL_VERIFY; }
+        bool projects() const { return fill == DREX_FILL_PROPAGATE; }
     };
 
     llama_context * ctx    = nullptr;
@@ -286,6 +287,12 @@ private:
         server_drex_figures            figures;
         std::vector<drex_request_info> infos; // one for each slot
     } seen;
+
+    // a failed call leaves no half-done work behind; its text names the field and the value
+    static void check(drex_status status);
+
+    // where an exception would end the server, or end requests that have nothing to do with it
+    static void warn(drex_status status);
 
     void look_aside();
     void bind_device(drex_config & config, const common_params & params);
