@@ -153,6 +153,8 @@ fn check(status: drex_status) -> Result<(), Failure> {
     if status == DREX_OK {
         return Ok(());
     }
+    /// Of the row that is looked at.
+    banned: Vec<i32>,
     // SAFETY: never NULL, valid until the thread's next failure.
     let text = unsafe { CStr::from_ptr(drex_last_error()) }.to_string_lossy();
     let code = match status {

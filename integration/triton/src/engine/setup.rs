@@ -93,6 +93,7 @@ impl<D: Decoder> Engine<D> {
             n_arena: arena,
             plan: vec![zeroed(); max_batch as usize],
             verdicts: vec![zeroed(); max_batch as usize],
+            banned: Vec::new(),
             window_ns: 0,
             settings,
             decoder,
