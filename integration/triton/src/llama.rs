@@ -5,14 +5,16 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use crate::engine::decoder::{Decoder, Device, LayerKv, Row, SamplerParams, Windows};
+use drex::ffi::types::drex_kv_layer;
+
+use crate::engine::decoder::{Decoder, Device, Row, SamplerParams, Windows};
 use crate::families::Graphs;
 use crate::loader;
 use crate::settings::Settings;
 use crate::triton::error::Failure;
 
 /// `DREX_LLAMA_VERSION` of the header that is declared here.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 const LIBRARY: &str = "libdrex_llama.so";
 
 #[repr(C)]
@@ -60,7 +62,7 @@ functions! {
     exit_head: fn(Handle) -> *const c_char;
     windows: fn(Handle, u32, u32, u32) -> *const c_char;
     device: fn(Handle, *mut i32, *mut *mut c_void) -> *const c_char;
-    layer: fn(Handle, i32, *mut LayerKv) -> i32;
+    layer: fn(Handle, i32, *mut drex_kv_layer) -> i32;
     tokenize: fn(Handle, *const c_char, i32, i32, *mut i32, i32) -> i32;
     piece: fn(Handle, i32, i32, *mut c_char, i32) -> i32;
     longest: fn(Handle) -> usize;
@@ -330,10 +332,10 @@ impl Decoder for Llama {
         }
     }
 
-    fn layer(&self, layer: u32) -> Option<LayerKv> {
+    fn layer(&self, layer: u32) -> Option<drex_kv_layer> {
         // SAFETY: plain data, written when the answer is not 0.
         unsafe {
-            let mut kv: LayerKv = std::mem::zeroed();
+            let mut kv: drex_kv_layer = std::mem::zeroed();
             ((self.f.layer)(self.handle, layer as i32, &mut kv) != 0).then_some(kv)
         }
     }
