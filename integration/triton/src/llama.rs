@@ -184,10 +184,12 @@ impl Vocab {
         self.longest
     }
 
-    /// `special`: special tokens are read, and those added that a text begins with.
-    pub fn tokenize(&self, text: &str, special: bool) -> Result<Vec<i32>, Failure> {
-        let length = i32::try_from(text.len())
-            .map_err(|_| Failure::invalid(format!("text_input has {} bytes", text.len())))?;
+    /// `what` is named in the error. `special`: special tokens are read, and those added that a text begins with.
+    pub fn tokenize(&self, what: &str, text: &str, special: bool) -> Result<Vec<i32>, Failure> {
+        let length = i32::try_from(text.len()).map_err(|_| {
+            let (is, most) = (text.len(), i32::MAX);
+            Failure::invalid(format!("{what} has {is} bytes, the most is {most}"))
+        })?;
         let mut tokens = vec![0; text.len() + 16];
         loop {
             // SAFETY: reads the text's bytes, writes at most the vector's length.
@@ -202,7 +204,7 @@ impl Vocab {
                 )
             };
             if n == i32::MIN {
-                return Err(Failure::invalid("text_input cannot be tokenized"));
+                return Err(Failure::invalid(format!("{what} cannot be tokenized")));
             }
             if n >= 0 {
                 tokens.truncate(n as usize);
@@ -290,13 +292,9 @@ impl Decoder for Llama {
 
     fn device(&mut self) -> Result<Device, Failure> {
         let (mut cuda, mut stream) = (0, std::ptr::null_mut());
-        // SAFETY: two places to write to; NULL or a static text comes back.
+        // SAFETY: two places to write to.
         let why = unsafe { (self.f.device)(self.handle, &mut cuda, &mut stream) };
-        if !why.is_null() {
-            // SAFETY: a static text.
-            let why = unsafe { CStr::from_ptr(why) }.to_string_lossy();
-            return Err(Failure::unsupported(why.into_owned()));
-        }
+        supported(why)?;
         Ok(Device {
             cuda: cuda != 0,
             stream,
@@ -320,16 +318,11 @@ impl Decoder for Llama {
 
     fn windows(&mut self, windows: Windows) -> Result<(), Failure> {
         let n_rows = windows.n_slots + windows.n_prompts;
-        // SAFETY: NULL or a static text.
-        unsafe {
-            let why = (self.f.windows)(self.handle, n_rows, windows.n_graphs, windows.n_rows_graph);
-            if why.is_null() {
-                return Ok(());
-            }
-            Err(Failure::unsupported(
-                CStr::from_ptr(why).to_string_lossy().into_owned(),
-            ))
-        }
+        // SAFETY: plain numbers.
+        let why = unsafe {
+            (self.f.windows)(self.handle, n_rows, windows.n_graphs, windows.n_rows_graph)
+        };
+        supported(why)
     }
 
     fn layer(&self, layer: u32) -> Option<drex_kv_layer> {
@@ -479,6 +472,16 @@ impl Decoder for Llama {
         unsafe { (self.f.perf)(self.handle, &mut graphs) };
         graphs
     }
+}
+
+/// From the library's reason why it cannot run a model; NULL where it can.
+fn supported(why: *const c_char) -> Result<(), Failure> {
+    if why.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the text lives until the thread's next call.
+    let why = unsafe { CStr::from_ptr(why) }.to_string_lossy();
+    Err(Failure::unsupported(why))
 }
 
 fn columns(rows: &[Row]) -> (Vec<i32>, Vec<i32>, Vec<i32>) {
