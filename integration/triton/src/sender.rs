@@ -255,12 +255,7 @@ impl Entry {
     /// Sends what was not sent yet, and the end if there is one.
     fn send(&mut self, end: Option<(Finish, Figures)>) -> Result<(), Failure> {
         let mut outputs = Vec::new();
-        let reason = match &end {
-            Some((Finish::Stop, _)) => "stop",
-            Some((Finish::Length, _)) => "length",
-            Some((Finish::Cancelled, _)) => "cancelled",
-            None => "",
-        };
+        let reason = end.as_ref().map_or("", |(how, _)| how.name());
         if self.want.text {
             outputs.push((c"text_output", Tensor::Text(&self.text)));
         }
