@@ -266,24 +266,19 @@ const char * drex_llama_device(drex_llama * l, int32_t * cuda, void ** stream) {
     }
 }
 
-int32_t drex_llama_layer(const drex_llama * l, int32_t layer, drex_llama_kv * out) {
+int32_t drex_llama_layer(const drex_llama * l, int32_t layer, drex_kv_layer * out) {
     llama_layer_range_kv kv;
-    if (!llama_layer_range_get_kv(l->ctx, layer, &kv)) {
+    if (!llama_layer_range_get_kv(l->ctx, layer, &kv) || kv.v_trans) { // V is transposed without flash attention only
         return 0;
     }
-    *out = {};
+    *out = DREX_KV_LAYER_INITIALIZER;
     out->n_cells       = kv.n_cells;
     out->k             = kv.k->data;
     out->k_row_bytes   = ggml_row_size(kv.k->type, kv.k->ne[0]);
     out->k_cell_stride = kv.k->nb[1];
     out->v             = kv.v->data;
     out->v_row_bytes   = ggml_row_size(kv.v->type, kv.v->ne[0]);
-    if (kv.v_trans) {
-        out->v_elem_bytes  = ggml_type_size(kv.v->type);
-        out->v_elem_stride = out->v_elem_bytes*kv.n_cells;
-    } else {
-        out->v_cell_stride = kv.v->nb[1];
-    }
+    out->v_cell_stride = kv.v->nb[1];
     return 1;
 }
 

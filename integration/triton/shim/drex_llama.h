@@ -11,12 +11,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "drex.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 /* Changes with anything below. */
-#define DREX_LLAMA_VERSION 5
+#define DREX_LLAMA_VERSION 6
 
 typedef struct drex_llama drex_llama;
 typedef struct drex_llama_sampler drex_llama_sampler;
@@ -32,14 +34,6 @@ typedef struct drex_llama_params {
   int32_t n_gpu_layers; /* 0: on the CPU; else all of them must fit on the GPU */
   int32_t main_gpu;
 } drex_llama_params;
-
-/* K and V of one layer, as drex_kv_layer wants them. */
-typedef struct drex_llama_kv {
-  void *k, *v;
-  uint64_t k_row_bytes, k_cell_stride, v_row_bytes, v_cell_stride, v_elem_bytes, v_elem_stride;
-  uint32_t n_cells;
-  uint32_t reserved;
-} drex_llama_kv;
 
 /* Graphs that were built, windows that used one again, graphs that were dropped for want of room, graphs kept. */
 typedef struct drex_llama_graphs {
@@ -73,16 +67,16 @@ size_t drex_llama_exit_layers(const drex_llama *llama, uint32_t *layers, size_t 
 const char *drex_llama_exit_head(const drex_llama *llama);
 
 /* After open: the hidden arena of n_rows rows. Graphs of windows of at most n_rows_graph rows are kept, n_graphs of them.
- * NULL, or why this model cannot run layer windows (static). */
+ * NULL, or why this model cannot run layer windows, valid until the thread's next call. */
 const char *drex_llama_windows(drex_llama *llama, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph);
 /* After windows: where layers, K/V and head are. *cuda: 1, and K/V and logits are device pointers, in order on *stream, whose
  * context is current on the calling thread; 0: in host memory. NULL, or why drex cannot work there (static). */
 const char *drex_llama_device(drex_llama *llama, int32_t *cuda, void **stream);
-/* 0: there is no such layer. */
-int32_t drex_llama_layer(const drex_llama *llama, int32_t layer, drex_llama_kv *out);
+/* K and V of a layer, as drex_bind_kv() takes them. 0: there is no such layer. */
+int32_t drex_llama_layer(const drex_llama *llama, int32_t layer, drex_kv_layer *out);
 
 /* As llama_tokenize(): the count, or minus the count when it is above n. special: special tokens are read, and those added
- * that a text begins with. This, piece, longest and is_end may be called from any thread at any time. */
+ * that a text begins with. tokenize, piece, longest and is_end may be called from any thread at any time. */
 int32_t drex_llama_tokenize(const drex_llama *llama, const char *text, int32_t length, int32_t special, int32_t *tokens,
                             int32_t n);
 /* special: those have a text too. */
@@ -113,7 +107,7 @@ void drex_llama_forget(drex_llama *llama, int32_t sequence);
 /* The tokens of a sequence from a position on are void: those that come next take their cells. */
 void drex_llama_rollback(drex_llama *llama, int32_t sequence, int32_t position);
 
-/* It has seen the prompt's tokens. */
+/* A sampler that has seen the prompt's tokens. */
 drex_llama_sampler *drex_llama_sampler_new(const drex_llama *llama, const drex_llama_sampling *params, const int32_t *prompt,
                                            int32_t n_prompt);
 void drex_llama_sampler_free(drex_llama_sampler *sampler);

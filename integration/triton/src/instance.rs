@@ -20,7 +20,7 @@ use crate::llama::{self, Llama, Vocab};
 use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::request::Asked;
-use crate::sender::{self, Message};
+use crate::sender::{self, Added, Message};
 use crate::triton::error::Failure;
 use crate::triton::reply::Reply;
 use crate::triton::statistics::Executions;
@@ -67,18 +67,12 @@ struct Inbox {
 }
 
 impl Inbox {
-    /// `message` adds the job's request to the sender.
-    fn put(&self, message: Message, job: impl FnOnce(Answer) -> Job) {
-        let Message::Add { id, .. } = message else {
-            return;
-        };
-        if let Err(mpsc::SendError(message)) = self.sender.send(message) {
-            if let Message::Add { reply, .. } = message {
-                reply.fail(Failure::unavailable(
-                    "the model's thread that sends has ended by a panic; load the model again",
-                ));
-            }
-            return;
+    /// Err: the sender is gone.
+    fn put(&self, added: Added, job: impl FnOnce(Answer) -> Job) -> Result<(), Reply> {
+        let id = added.id;
+        let sent = self.sender.send(Message::Add(Box::new(added)));
+        if let Err(mpsc::SendError(Message::Add(added))) = sent {
+            return Err(added.reply);
         }
         let sender = self.sender.clone();
         self.seat
@@ -88,6 +82,7 @@ impl Inbox {
                 let at = now_ns();
                 let _ = sender.send(Message::Event { id, event, at });
             }))));
+        Ok(())
     }
 }
 
@@ -229,16 +224,19 @@ impl Instance {
         };
         let id = self.model.next_id.fetch_add(1, Ordering::Relaxed);
         let cancelled = Arc::new(AtomicBool::new(false));
-        let message = Message::Add {
+        let added = Added {
             id,
-            reply: Box::new(reply),
+            reply,
             stream: asked.stream,
             want: asked.want,
             cancelled: cancelled.clone(),
             arrived: read.arrived_ns,
             open: Some(inbox.seat.open()),
         };
-        inbox.put(message, |answer| read.job(id, cancelled, answer));
+        if let Err(reply) = inbox.put(added, |answer| read.job(id, cancelled, answer)) {
+            let why = "the model's thread that sends has ended by a panic; load the model again";
+            self.refuse(reply, Failure::unavailable(why));
+        }
     }
 
     /// Answers a request that does not run.
@@ -427,9 +425,9 @@ mod tests {
     impl Bench {
         fn submit(&self, id: u64, text: &str) {
             let cancelled = Arc::new(AtomicBool::new(false));
-            let message = Message::Add {
+            let added = Added {
                 id,
-                reply: Box::new(host::reply()),
+                reply: host::reply(),
                 stream: true,
                 want: Want::default(),
                 cancelled: cancelled.clone(),
@@ -440,7 +438,7 @@ mod tests {
                 stop: vec![text.to_owned()],
                 ..Sampling::default()
             };
-            self.inbox.put(message, |answer| Job {
+            let put = self.inbox.put(added, |answer| Job {
                 id,
                 prompt: vec![1],
                 bad: Vec::new(),
@@ -449,6 +447,7 @@ mod tests {
                 cancelled,
                 answer,
             });
+            assert!(put.is_ok());
         }
 
         /// Runs the sender to its end; what each client was told.

@@ -35,7 +35,7 @@ impl Read {
                 prompt.len()
             )));
         }
-        let prompt = vocab.tokenize(prompt, true)?;
+        let prompt = vocab.tokenize("text_input", prompt, true)?;
         if prompt.is_empty() {
             return Err(Failure::invalid("text_input is empty"));
         }
@@ -61,7 +61,7 @@ impl Read {
         for word in &sampling.bad_words {
             // At the beginning of a line, and within.
             for text in [word.clone(), format!(" {}", word.trim_start())] {
-                let tokens = vocab.tokenize(&text, false)?;
+                let tokens = vocab.tokenize("bad_words", &text, false)?;
                 if !tokens.is_empty() && !bad.contains(&tokens) {
                     bad.push(tokens);
                 }

@@ -5,14 +5,16 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use crate::engine::decoder::{Decoder, Device, LayerKv, Row, SamplerParams, Windows};
+use drex::ffi::types::drex_kv_layer;
+
+use crate::engine::decoder::{Decoder, Device, Row, SamplerParams, Windows};
 use crate::families::Graphs;
 use crate::loader;
 use crate::settings::Settings;
 use crate::triton::error::Failure;
 
 /// `DREX_LLAMA_VERSION` of the header that is declared here.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 const LIBRARY: &str = "libdrex_llama.so";
 
 #[repr(C)]
@@ -60,7 +62,7 @@ functions! {
     exit_head: fn(Handle) -> *const c_char;
     windows: fn(Handle, u32, u32, u32) -> *const c_char;
     device: fn(Handle, *mut i32, *mut *mut c_void) -> *const c_char;
-    layer: fn(Handle, i32, *mut LayerKv) -> i32;
+    layer: fn(Handle, i32, *mut drex_kv_layer) -> i32;
     tokenize: fn(Handle, *const c_char, i32, i32, *mut i32, i32) -> i32;
     piece: fn(Handle, i32, i32, *mut c_char, i32) -> i32;
     longest: fn(Handle) -> usize;
@@ -182,10 +184,12 @@ impl Vocab {
         self.longest
     }
 
-    /// `special`: special tokens are read, and those added that a text begins with.
-    pub fn tokenize(&self, text: &str, special: bool) -> Result<Vec<i32>, Failure> {
-        let length = i32::try_from(text.len())
-            .map_err(|_| Failure::invalid(format!("text_input has {} bytes", text.len())))?;
+    /// `what` is named in the error. `special`: special tokens are read, and those added that a text begins with.
+    pub fn tokenize(&self, what: &str, text: &str, special: bool) -> Result<Vec<i32>, Failure> {
+        let length = i32::try_from(text.len()).map_err(|_| {
+            let (is, most) = (text.len(), i32::MAX);
+            Failure::invalid(format!("{what} has {is} bytes, the most is {most}"))
+        })?;
         let mut tokens = vec![0; text.len() + 16];
         loop {
             // SAFETY: reads the text's bytes, writes at most the vector's length.
@@ -200,7 +204,7 @@ impl Vocab {
                 )
             };
             if n == i32::MIN {
-                return Err(Failure::invalid("text_input cannot be tokenized"));
+                return Err(Failure::invalid(format!("{what} cannot be tokenized")));
             }
             if n >= 0 {
                 tokens.truncate(n as usize);
@@ -288,13 +292,9 @@ impl Decoder for Llama {
 
     fn device(&mut self) -> Result<Device, Failure> {
         let (mut cuda, mut stream) = (0, std::ptr::null_mut());
-        // SAFETY: two places to write to; NULL or a static text comes back.
+        // SAFETY: two places to write to.
         let why = unsafe { (self.f.device)(self.handle, &mut cuda, &mut stream) };
-        if !why.is_null() {
-            // SAFETY: a static text.
-            let why = unsafe { CStr::from_ptr(why) }.to_string_lossy();
-            return Err(Failure::unsupported(why.into_owned()));
-        }
+        supported(why)?;
         Ok(Device {
             cuda: cuda != 0,
             stream,
@@ -318,22 +318,17 @@ impl Decoder for Llama {
 
     fn windows(&mut self, windows: Windows) -> Result<(), Failure> {
         let n_rows = windows.n_slots + windows.n_prompts;
-        // SAFETY: NULL or a static text.
-        unsafe {
-            let why = (self.f.windows)(self.handle, n_rows, windows.n_graphs, windows.n_rows_graph);
-            if why.is_null() {
-                return Ok(());
-            }
-            Err(Failure::unsupported(
-                CStr::from_ptr(why).to_string_lossy().into_owned(),
-            ))
-        }
+        // SAFETY: plain numbers.
+        let why = unsafe {
+            (self.f.windows)(self.handle, n_rows, windows.n_graphs, windows.n_rows_graph)
+        };
+        supported(why)
     }
 
-    fn layer(&self, layer: u32) -> Option<LayerKv> {
+    fn layer(&self, layer: u32) -> Option<drex_kv_layer> {
         // SAFETY: plain data, written when the answer is not 0.
         unsafe {
-            let mut kv: LayerKv = std::mem::zeroed();
+            let mut kv: drex_kv_layer = std::mem::zeroed();
             ((self.f.layer)(self.handle, layer as i32, &mut kv) != 0).then_some(kv)
         }
     }
@@ -477,6 +472,16 @@ impl Decoder for Llama {
         unsafe { (self.f.perf)(self.handle, &mut graphs) };
         graphs
     }
+}
+
+/// From the library's reason why it cannot run a model; NULL where it can.
+fn supported(why: *const c_char) -> Result<(), Failure> {
+    if why.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the text lives until the thread's next call.
+    let why = unsafe { CStr::from_ptr(why) }.to_string_lossy();
+    Err(Failure::unsupported(why))
 }
 
 fn columns(rows: &[Row]) -> (Vec<i32>, Vec<i32>, Vec<i32>) {

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What /metrics says of a model's requests, whatever the instance: how they ended, and how long they took.
+//! A model's requests at /metrics, whatever the instance: how they ended, and how long they took.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::engine::Finish;
 use crate::families::{About, BETWEEN, BOUNDS, ENDED, FIRST, PROMPT_TOKENS, QUEUE, WAITING, WHOLE};
@@ -25,7 +24,9 @@ pub struct Load {
     /// By `REASONS`
     ended: Vec<Option<Metric>>,
     prompt_tokens: Option<Metric>,
-    waiting: Mutex<(Option<Metric>, usize)>,
+    waiting: Option<Metric>,
+    /// In `waiting`.
+    now_waiting: AtomicUsize,
     queue: Option<Metric>,
     first: Option<Metric>,
     between: Option<Metric>,
@@ -49,7 +50,8 @@ impl Load {
         Self {
             ended: REASONS.iter().map(ended).collect(),
             prompt_tokens: Metric::of(PROMPT_TOKENS.1, &base),
-            waiting: Mutex::new((Metric::of(WAITING.1, &base), 0)),
+            waiting: Metric::of(WAITING.1, &base),
+            now_waiting: AtomicUsize::new(0),
             queue: histogram(QUEUE),
             first: histogram(FIRST),
             between: histogram(BETWEEN),
@@ -66,17 +68,13 @@ impl Load {
 
     /// A request came to its end.
     pub fn finished(&self, how: Finish) {
-        self.ended(match how {
-            Finish::Stop => "stop",
-            Finish::Length => "length",
-            Finish::Cancelled => "cancelled",
-        });
+        self.ended(how.name());
     }
 
     /// A request ended with an error.
     pub fn ended_by(&self, failure: &Failure) {
         self.ended(match failure.code {
-            abi::ERROR_CANCELLED => "cancelled",
+            abi::ERROR_CANCELLED => Finish::Cancelled.name(),
             abi::ERROR_INVALID_ARG | abi::ERROR_UNSUPPORTED => "invalid",
             abi::ERROR_UNAVAILABLE => "unavailable",
             _ => "internal",
@@ -84,11 +82,10 @@ impl Load {
     }
 
     pub fn waiting(&self, n: usize) {
-        let mut now = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(metric), before) = &*now {
-            metric.add(n as f64 - *before as f64);
+        let before = self.now_waiting.swap(n, Ordering::Relaxed);
+        if let (Some(metric), true) = (&self.waiting, n != before) {
+            metric.add(n as f64 - before as f64);
         }
-        now.1 = n;
     }
 
     /// A request got a slot.

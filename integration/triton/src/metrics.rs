@@ -6,14 +6,16 @@
 
 use drex::ffi::types::DREX_WAIT_BUCKETS;
 
-use crate::families::{BOUNDS, FAMILIES, FLUSHES, HELD, MISSES, Over, RULES, Snapshot, WINDOW};
+use crate::families::{
+    BOUNDS, FAMILIES, FLUSHES, Family, HELD, MISSES, Over, RULES, Snapshot, WINDOW,
+};
 use crate::registry::{Label, Metric};
 use crate::triton::abi;
 
 type Labels = Vec<Label>;
 
 struct One {
-    family: usize,
+    family: &'static Family,
     index: usize,
     labels: Labels,
     /// None until the value is known.
@@ -44,8 +46,8 @@ impl Metrics {
             names.iter().map(labels).collect::<Vec<Labels>>()
         };
         let mut all = Vec::new();
-        for (family, about) in FAMILIES.iter().enumerate() {
-            let each: Vec<Labels> = match about.over {
+        for family in FAMILIES {
+            let each: Vec<Labels> = match family.over {
                 Over::One => vec![Vec::new()],
                 Over::Ramps => ramps
                     .iter()
@@ -57,7 +59,7 @@ impl Metrics {
                 Over::Rules => named("rule", &RULES),
             };
             // The first reason of a flush is that there was none.
-            let skip = usize::from(matches!(about.over, Over::Flushes));
+            let skip = usize::from(matches!(family.over, Over::Flushes));
             for (index, own) in each.into_iter().enumerate().skip(skip) {
                 all.push(One {
                     family,
@@ -111,7 +113,7 @@ impl Metrics {
 
     fn update_where(&mut self, now: &Snapshot, which: impl Fn(u32) -> bool) {
         for m in &mut self.all {
-            let about = &FAMILIES[m.family];
+            let about = m.family;
             if m.refused || !which(about.kind) {
                 continue;
             }
@@ -142,7 +144,7 @@ impl Drop for Metrics {
         let gauges = self
             .all
             .iter()
-            .filter(|m| FAMILIES[m.family].kind == abi::METRIC_GAUGE);
+            .filter(|m| m.family.kind == abi::METRIC_GAUGE);
         for m in gauges {
             if let Some(metric) = &m.metric {
                 metric.add(-m.last);

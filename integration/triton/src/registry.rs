@@ -3,7 +3,7 @@
 //!
 //! A server without metrics is no error: then there are none.
 
-use std::ffi::{CString, c_char};
+use std::ffi::CString;
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -15,14 +15,14 @@ use crate::triton::error::check;
 
 #[derive(Default)]
 struct Registry {
-    /// Those that the server refused are not among them.
+    /// Without those that the server refused.
     families: Vec<(&'static str, *mut abi::MetricFamily)>,
     build: Option<Metric>,
 }
 // SAFETY: Triton's metrics may be used from any thread.
 unsafe impl Send for Registry {}
 
-/// One for the process: two families of one name would be an error.
+/// There is one for the process: two families of one name would be an error.
 static MADE: Mutex<Registry> = Mutex::new(Registry {
     families: Vec::new(),
     build: None,
@@ -150,7 +150,7 @@ fn make(family: &str, labels: &[Label], args: *const abi::MetricArgs) -> Option<
                 abi::TRITONSERVER_ParameterNew(
                     name.as_ptr(),
                     abi::PARAMETER_STRING,
-                    value.as_ptr().cast::<c_char>().cast(),
+                    value.as_ptr().cast(),
                 )
                 .cast_const()
             })

@@ -51,7 +51,13 @@ pub struct Sampling {
 
 /// Fill modes by the numbers of drex.h.
 pub const FILLS: [&str; 4] = ["copy", "postfill", "verify", "propagate"];
-const FILLS_TEXT: &str = "copy, postfill, verify or propagate";
+pub const FILLS_TEXT: &str = "copy, postfill, verify or propagate";
+
+/// The number of a fill mode.
+pub fn fill(name: &str) -> Option<u32> {
+    let at = FILLS.iter().position(|known| *known == name);
+    at.map(|at| at as u32)
+}
 
 const METRICS: [(&str, u32); 3] = [
     ("gap", DREX_METRIC_GAP),
@@ -242,11 +248,8 @@ impl Sampling {
                 self.drex_metric = Some(*metric);
             }
             "drex_fill" => {
-                let known = value
-                    .as_str()
-                    .and_then(|text| FILLS.iter().position(|name| *name == text));
-                let fill = known.ok_or_else(|| wrong(name, value, FILLS_TEXT))?;
-                self.drex_fill = Some(fill as u32);
+                let fill = value.as_str().and_then(fill);
+                self.drex_fill = Some(fill.ok_or_else(|| wrong(name, value, FILLS_TEXT))?);
             }
             "drex_deadline_ms" => self.drex_deadline_ms = number(name, value, 0.0, 1e9)?,
             "drex_request_deadline_ms" => {

@@ -22,23 +22,30 @@ use crate::triton::statistics::Span;
 /// How often requests are asked whether they are cancelled.
 const POLL: Duration = Duration::from_millis(5);
 
+/// A request that is to be answered.
+pub struct Added {
+    pub id: u64,
+    pub reply: Reply,
+    pub stream: bool,
+    pub want: Want,
+    pub cancelled: Arc<AtomicBool>,
+    pub arrived: u64,
+    /// Dropped when the request is answered.
+    pub open: Option<Open>,
+}
+
 pub enum Message {
-    Add {
-        id: u64,
-        reply: Box<Reply>,
-        stream: bool,
-        want: Want,
-        cancelled: Arc<AtomicBool>,
-        arrived: u64,
-        /// Dropped when the request is answered.
-        open: Option<Open>,
-    },
+    Add(Box<Added>),
     /// What happened to a request, and when: the engine does not wait for the sender.
-    Event { id: u64, event: Event, at: u64 },
+    Event {
+        id: u64,
+        event: Event,
+        at: u64,
+    },
 }
 
 struct Entry {
-    reply: Box<Reply>,
+    reply: Reply,
     stream: bool,
     want: Want,
     cancelled: Cancelled,
@@ -124,15 +131,16 @@ pub fn run(
 impl Entries {
     fn handle(&mut self, message: Message, exiting: impl Fn() -> bool) {
         match message {
-            Message::Add {
-                id,
-                reply,
-                stream,
-                want,
-                cancelled,
-                arrived,
-                open,
-            } => {
+            Message::Add(added) => {
+                let Added {
+                    id,
+                    reply,
+                    stream,
+                    want,
+                    cancelled,
+                    arrived,
+                    open,
+                } = *added;
                 let text = want.prepend.clone().unwrap_or_default();
                 self.all.insert(
                     id,
@@ -255,12 +263,7 @@ impl Entry {
     /// Sends what was not sent yet, and the end if there is one.
     fn send(&mut self, end: Option<(Finish, Figures)>) -> Result<(), Failure> {
         let mut outputs = Vec::new();
-        let reason = match &end {
-            Some((Finish::Stop, _)) => "stop",
-            Some((Finish::Length, _)) => "length",
-            Some((Finish::Cancelled, _)) => "cancelled",
-            None => "",
-        };
+        let reason = end.as_ref().map_or("", |(how, _)| how.name());
         if self.want.text {
             outputs.push((c"text_output", Tensor::Text(&self.text)));
         }
@@ -321,18 +324,16 @@ mod tests {
             text: true,
             ..Want::default()
         };
-        let reply = Box::new(host::reply());
-        let cancel = cancelled.clone();
-        let message = Message::Add {
+        let added = Added {
             id,
-            reply,
+            reply: host::reply(),
             stream,
             want,
-            cancelled: cancel,
+            cancelled: cancelled.clone(),
             arrived: 40,
             open: None,
         };
-        sender.send(message).unwrap();
+        sender.send(Message::Add(Box::new(added))).unwrap();
         cancelled
     }
 

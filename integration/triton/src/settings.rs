@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::sampling::FILLS;
+use crate::sampling::{FILLS_TEXT, fill};
 use crate::triton::error::Failure;
 
 /// As llama-server's: types that a K/V cache can have.
@@ -103,10 +103,7 @@ impl Settings {
                 "policy" => out.policy = text.to_owned(),
                 "metric" => out.metric = text.to_owned(),
                 "fill" => {
-                    let known = FILLS.iter().position(|fill| *fill == text);
-                    out.fill = known
-                        .ok_or_else(|| wrong(name, text, "copy, postfill, verify or propagate"))?
-                        as u32;
+                    out.fill = fill(text).ok_or_else(|| wrong(name, text, FILLS_TEXT))?;
                 }
                 "exit_layers" => out.exit_layers = list(name, text, "layer numbers")?,
                 "threshold" => {

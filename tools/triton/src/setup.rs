@@ -241,6 +241,8 @@ pub fn backend(cache: &Cache, runtime: &Runtime, dir: &Path) -> Result<()> {
         .arg(cache::repo().join("integration/triton/shim/drex_llama.cpp"))
         .arg("-I")
         .arg(runtime.dir.join("include"))
+        .arg("-I")
+        .arg(cache::repo().join("include"))
         .arg("-L")
         .arg(&runtime.dir)
         .args(["-lllama", "-lggml", "-lggml-base"])

@@ -32,14 +32,13 @@ impl<D: Decoder> Engine<D> {
             } else if job.is_late(now) {
                 job.fail_late();
             } else if let Some(mut slot) = self.slot(job) {
-                let at = self.free.front().copied();
+                // Whoever is alone does not look at the cells of those that were.
+                let alone = self.free.len() == self.slots.len();
+                let at = self.free.pop_front();
                 let at = at.ok_or_else(|| Failure::internal("more requests than slots"))?;
                 let prompt_tokens = slot.prompt.len() as u32;
                 slot.answer.send(Event::Started { prompt_tokens });
-                // Whoever is alone does not look at the cells of those that were.
-                let alone = self.free.len() == self.slots.len();
                 self.decoder.forget((!alone).then_some(at as i32));
-                self.free.pop_front();
                 self.slots[at] = Some(slot);
                 continue;
             }

@@ -3,6 +3,8 @@
 
 use std::ffi::c_void;
 
+use drex::ffi::types::drex_kv_layer;
+
 use crate::families::Graphs;
 use crate::triton::error::Failure;
 
@@ -12,22 +14,6 @@ pub struct Row {
     pub token: i32,
     pub position: i32,
     pub sequence: i32,
-}
-
-/// K and V of a layer, as `drex_llama_kv` has them.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct LayerKv {
-    pub k: *mut c_void,
-    pub v: *mut c_void,
-    pub k_row_bytes: u64,
-    pub k_cell_stride: u64,
-    pub v_row_bytes: u64,
-    pub v_cell_stride: u64,
-    pub v_elem_bytes: u64,
-    pub v_elem_stride: u64,
-    pub n_cells: u32,
-    pub reserved: u32,
 }
 
 /// How a token is chosen, as `drex_llama_sampling` has it.
@@ -75,7 +61,7 @@ pub trait Decoder {
     fn n_context(&self) -> u32;
     /// A token that a text can begin with.
     fn bos(&self) -> i32;
-    /// That the model was trained with; empty: none.
+    /// Layers that the model was trained to exit at; empty: none.
     fn exit_layers(&self) -> Vec<u32>;
     fn exit_head(&self) -> String;
 
@@ -83,7 +69,8 @@ pub trait Decoder {
     fn windows(&mut self, windows: Windows) -> Result<(), Failure>;
     /// After `windows`.
     fn device(&mut self) -> Result<Device, Failure>;
-    fn layer(&self, layer: u32) -> Option<LayerKv>;
+    /// K and V of a layer.
+    fn layer(&self, layer: u32) -> Option<drex_kv_layer>;
 
     /// Layers [begin, end); `arena[i]` is the arena row of row i. The logits of the rows with `outputs` are wanted.
     fn window(

@@ -11,10 +11,10 @@ pub(super) struct End(i32, String, Finish);
 /// A token was given out; there may be an end to it.
 pub(super) type Emitted = Result<Option<End>, Failure>;
 
-/// Tokens that the next one of a request may not be.
-fn banned<S>(slot: &Slot<S>, ends: &[i32]) -> Vec<i32> {
+/// Lists the tokens that the next one of a request may not be.
+fn list_banned<S>(slot: &Slot<S>, ends: &[i32], banned: &mut Vec<i32>) {
     let early = (slot.output.len() as u32) < slot.sampling.min_tokens;
-    let mut banned = Vec::new();
+    banned.clear();
     if slot.sampling.ignore_eos || early {
         banned.extend_from_slice(ends);
     }
@@ -28,18 +28,18 @@ fn banned<S>(slot: &Slot<S>, ends: &[i32]) -> Vec<i32> {
             banned.push(*last);
         }
     }
-    banned
 }
 
 impl<D: Decoder> Engine<D> {
-    /// What is scored is what can be emitted: at a ramp, banned tokens have no logit. `slots`: whose row each output is.
+    /// Takes the logits of banned tokens at a ramp away, so that only what can be emitted is scored. `slots`: whose row each
+    /// output is.
     pub(super) fn ban(&mut self, slots: &[usize]) -> Result<(), Failure> {
         for (i, &at) in slots.iter().enumerate() {
             let Some(slot) = &self.slots[at] else {
                 continue;
             };
-            let banned = banned(slot, &self.ends);
-            if !banned.is_empty() && !self.decoder.ban(i, &banned) {
+            list_banned(slot, &self.ends, &mut self.banned);
+            if !self.banned.is_empty() && !self.decoder.ban(i, &self.banned) {
                 return Err(Failure::internal("a row gave no logits"));
             }
         }
@@ -52,14 +52,15 @@ impl<D: Decoder> Engine<D> {
         let Some(slot) = &mut self.slots[at] else {
             return Ok(None);
         };
-        let banned = banned(slot, &self.ends);
+        list_banned(slot, &self.ends, &mut self.banned);
+        let banned = &self.banned[..];
         let token = match (&mut slot.sampler, known) {
-            (Some(sampler), _) => self.decoder.sample(sampler, row, &banned)?,
+            (Some(sampler), _) => self.decoder.sample(sampler, row, banned)?,
             (None, Some(token)) if !banned.contains(&token) => token,
             (None, _) => {
                 let logits = self.decoder.logits(row);
                 let logits = logits.ok_or_else(|| Failure::internal("a row gave no logits"))?;
-                argmax(logits, &banned)?
+                argmax(logits, banned)?
             }
         };
         slot.next = token;

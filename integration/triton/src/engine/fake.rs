@@ -6,7 +6,10 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use super::decoder::{Decoder, Device, LayerKv, Row, SamplerParams, Windows};
+use drex::ffi::types::drex_kv_layer;
+
+use super::decoder::{Decoder, Device, Row, SamplerParams, Windows};
+use super::zeroed;
 use crate::families::Graphs;
 use crate::triton::error::Failure;
 
@@ -79,7 +82,7 @@ pub fn deep(tokens: &[i32]) -> i32 {
 }
 
 /// What a ramp says, and whether it is sure.
-fn guess(tokens: &[i32], layer: u32) -> (i32, bool) {
+pub fn guess(tokens: &[i32], layer: u32) -> (i32, bool) {
     let right = deep(tokens);
     let wrong = hash(tokens, u64::from(layer) + 2).is_multiple_of(5);
     let token = if wrong {
@@ -254,10 +257,10 @@ impl Decoder for Fake {
         })
     }
 
-    fn layer(&self, layer: u32) -> Option<LayerKv> {
+    fn layer(&self, layer: u32) -> Option<drex_kv_layer> {
         let address = |rows: &Vec<u32>| rows.as_ptr().cast_mut().cast::<c_void>();
-        // SAFETY: plain data.
-        let mut kv: LayerKv = unsafe { std::mem::zeroed() };
+        let mut kv: drex_kv_layer = zeroed();
+        kv.size = size_of::<drex_kv_layer>() as u32;
         kv.k = address(&self.k[layer as usize]);
         kv.v = address(&self.v[layer as usize]);
         (kv.k_row_bytes, kv.k_cell_stride) = (4, 4);

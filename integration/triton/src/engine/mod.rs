@@ -45,6 +45,16 @@ pub enum Finish {
     Cancelled,
 }
 
+impl Finish {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
 /// What drex knows of a request at its end.
 #[derive(Debug, Clone, Default)]
 pub struct Figures {
@@ -143,6 +153,8 @@ pub struct Engine<D: Decoder> {
     n_arena: u32,
     plan: Vec<drex_row>,
     verdicts: Vec<drex_verdict>,
+    /// Of the row that is looked at.
+    banned: Vec<i32>,
     pub window_ns: u64,
 }
 

@@ -3,6 +3,7 @@
 //!
 //! A request goes to the instance with most room. It waits only while no instance has any.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,15 +17,15 @@ use crate::triton::error::Failure;
 /// Why requests are refused while the model is unloaded.
 pub const UNLOADED: &str = "the model is being unloaded";
 
-/// What a member does.
+/// The state of a member's engine.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Runs,
-    /// It ends what it runs, and gets nothing more.
+    /// Ends what it runs, and gets nothing more.
     Leaves,
-    /// It gives up what it runs, and says why.
+    /// Gives up what it runs, and says why.
     Stops(&'static str),
-    /// Its engine is not there yet, or no more.
+    /// Is not there yet, or no more.
     Ended,
 }
 
@@ -55,6 +56,22 @@ pub struct Pool {
     waiting: Box<dyn Fn(usize) + Send + Sync>,
 }
 
+/// Requests that are told that they do not run, and why.
+#[derive(Default)]
+struct Refused {
+    jobs: Vec<Job>,
+    why: Cow<'static, str>,
+}
+
+impl Refused {
+    fn new(jobs: Vec<Job>, why: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            jobs,
+            why: why.into(),
+        }
+    }
+}
+
 impl State {
     /// Gives requests away while there is room; the instance with most of it comes first.
     fn give(&mut self) {
@@ -79,7 +96,7 @@ impl State {
     }
 
     /// A member gets nothing more. What it has not begun goes back, and is refused where nobody is left.
-    fn retire(&mut self, at: usize, mode: Mode, why: &'static str) -> Vec<Job> {
+    fn retire(&mut self, at: usize, mode: Mode, why: &'static str) -> Refused {
         let member = &mut self.members[at];
         member.mode = mode;
         for job in member.inbox.drain(..) {
@@ -88,10 +105,10 @@ impl State {
         }
         if self.any_runs() {
             self.give();
-            return Vec::new();
+            return Refused::default();
         }
         self.why = why;
-        self.queue.drain()
+        Refused::new(self.queue.drain(), why)
     }
 }
 
@@ -115,16 +132,16 @@ impl Pool {
     }
 
     /// Changes the state, refuses what comes back, and wakes whoever waits.
-    fn change(&self, f: impl FnOnce(&mut State) -> (Vec<Job>, Failure)) {
-        let (refused, failure) = {
+    fn change(&self, f: impl FnOnce(&mut State) -> Refused) {
+        let refused = {
             let mut state = self.lock();
             let done = f(&mut state);
             (self.waiting)(state.queue.len());
             done
         };
         self.wake.notify_all();
-        for mut job in refused {
-            job.answer.fail(failure.clone());
+        for mut job in refused.jobs {
+            job.answer.fail(Failure::unavailable(&*refused.why));
         }
     }
 
@@ -149,30 +166,34 @@ impl Pool {
         self.change(|state| {
             state.queue.push(job);
             if !state.any_runs() {
-                return (state.queue.drain(), Failure::unavailable(state.why));
+                return Refused::new(state.queue.drain(), state.why);
             }
             state.give();
-            let failure = Failure::unavailable(format!(
-                "{} requests wait, which is max_queue; try again later",
-                state.queue.most()
-            ));
-            (state.queue.too_many(), failure)
+            let jobs = state.queue.too_many();
+            if jobs.is_empty() {
+                return Refused::default();
+            }
+            let most = state.queue.most();
+            Refused::new(
+                jobs,
+                format!("{most} requests wait, which is max_queue; try again later"),
+            )
         });
     }
 
     /// Ends what waits and is cancelled, or waits for longer than its timeout.
     pub(super) fn sweep(&self) {
         let now = now_ns();
-        let (mut gone, mut late) = (Vec::new(), Vec::new());
-        {
+        let (mut gone, mut late) = {
             let mut state = self.lock();
             if state.queue.is_empty() {
                 return;
             }
-            gone.append(&mut state.queue.take(Job::is_cancelled));
-            late.append(&mut state.queue.take(|job| job.is_late(now)));
+            let gone = state.queue.take(Job::is_cancelled);
+            let late = state.queue.take(|job| job.is_late(now));
             (self.waiting)(state.queue.len());
-        }
+            (gone, late)
+        };
         gone.iter_mut().for_each(|job| job.answer.cancel());
         late.iter_mut().for_each(Job::fail_late);
     }
@@ -192,17 +213,14 @@ impl Stop for Pool {
     fn stop(&self) {
         self.exiting.store(true, Ordering::Relaxed);
         self.change(|state| {
-            let mut refused = Vec::new();
+            let mut jobs = Vec::new();
             for at in 0..state.members.len() {
                 if state.members[at].mode != Mode::Ended {
-                    refused.append(&mut state.retire(
-                        at,
-                        Mode::Stops(exit::EXITING),
-                        exit::EXITING,
-                    ));
+                    let stops = Mode::Stops(exit::EXITING);
+                    jobs.append(&mut state.retire(at, stops, exit::EXITING).jobs);
                 }
             }
-            (refused, Failure::unavailable(exit::EXITING))
+            Refused::new(jobs, exit::EXITING)
         });
     }
 
@@ -234,7 +252,7 @@ impl Seat {
             let member = &mut state.members[self.at];
             (member.mode, member.room) = (Mode::Runs, slots);
             state.give();
-            (Vec::new(), Failure::unavailable(UNLOADED))
+            Refused::default()
         });
     }
 
@@ -253,7 +271,7 @@ impl Seat {
         self.pool.change(|state| {
             state.members[self.at].room += 1;
             state.give();
-            (Vec::new(), Failure::unavailable(UNLOADED))
+            Refused::default()
         });
     }
 
@@ -263,11 +281,12 @@ impl Seat {
             let member = &mut state.members[self.at];
             member.room = slots.saturating_sub(member.inbox.len());
             state.give();
-            (Vec::new(), Failure::unavailable(UNLOADED))
+            Refused::default()
         });
     }
 
     /// Requests of the model that wait.
+    #[cfg(test)]
     pub fn waiting(&self) -> usize {
         self.pool.lock().queue.len()
     }
@@ -297,22 +316,20 @@ impl Seat {
         self.pool.change(|state| {
             let mode = state.members[self.at].mode;
             if mode != Mode::Runs {
-                return (Vec::new(), Failure::unavailable(UNLOADED));
+                return Refused::default();
             }
             let refused = state.retire(self.at, Mode::Leaves, UNLOADED);
             if !state.any_runs() {
                 state.members[self.at].mode = Mode::Stops(UNLOADED);
             }
-            (refused, Failure::unavailable(UNLOADED))
+            refused
         });
     }
 
     /// The engine is no more.
     pub fn ended(&self, why: &'static str) {
-        self.pool.change(|state| {
-            let refused = state.retire(self.at, Mode::Ended, why);
-            (refused, Failure::unavailable(why))
-        });
+        self.pool
+            .change(|state| state.retire(self.at, Mode::Ended, why));
     }
 
     /// A request comes in through this instance, and is not answered until the guard goes.
@@ -462,7 +479,6 @@ mod tests {
         bench.seats[1].freed();
         assert_eq!((bench.take(0), bench.take(1)), (vec![6], vec![7]));
         assert_eq!(*bench.waiting.lock().unwrap(), 1);
-        drop(bench.told);
     }
 
     #[test]
@@ -473,7 +489,7 @@ mod tests {
         });
         bench.seats[0].leave();
         assert_eq!(bench.seats[0].stopped(true), Some(UNLOADED));
-        // What it runs it ends.
+        // The requests that run end there.
         assert_eq!(bench.seats[0].stopped(false), None);
         assert_eq!(bench.take(1), [2, 4]);
         assert_eq!(bench.seats[1].waiting(), 2);

@@ -93,6 +93,7 @@ impl<D: Decoder> Engine<D> {
             n_arena: arena,
             plan: vec![zeroed(); max_batch as usize],
             verdicts: vec![zeroed(); max_batch as usize],
+            banned: Vec::new(),
             window_ns: 0,
             settings,
             decoder,
@@ -111,25 +112,13 @@ impl<D: Decoder> Engine<D> {
     }
 
     fn bind(&mut self) -> Result<(), Failure> {
-        let mut layers: Vec<drex_kv_layer> = Vec::new();
-        for layer in 0..self.decoder.n_layer() {
-            let kv = self
-                .decoder
-                .layer(layer)
-                .ok_or_else(|| Failure::unsupported(format!("layer {layer} has no K/V storage")))?;
-            let mut one: drex_kv_layer = zeroed();
-            one.size = size_of::<drex_kv_layer>() as u32;
-            one.n_cells = kv.n_cells;
-            one.k = kv.k;
-            one.v = kv.v;
-            one.k_row_bytes = kv.k_row_bytes;
-            one.k_cell_stride = kv.k_cell_stride;
-            one.v_row_bytes = kv.v_row_bytes;
-            one.v_cell_stride = kv.v_cell_stride;
-            one.v_elem_bytes = kv.v_elem_bytes;
-            one.v_elem_stride = kv.v_elem_stride;
-            layers.push(one);
-        }
+        let layer = |layer| {
+            let kv = self.decoder.layer(layer);
+            kv.ok_or_else(|| Failure::unsupported(format!("layer {layer} has no K/V storage")))
+        };
+        let layers: Result<Vec<drex_kv_layer>, _> =
+            (0..self.decoder.n_layer()).map(layer).collect();
+        let layers = layers?;
         // SAFETY: the tensors live as long as the context, which is closed after the engine.
         unsafe {
             check(drex_bind_kv(

@@ -118,3 +118,40 @@ fn ends_and_bans() {
         assert_eq!(tokens.len(), 12);
     }
 }
+
+#[test]
+fn a_row_that_is_sure_of_a_banned_token_does_not_leave() {
+    const ALLOWED: [i32; 2] = [7, 8];
+    const N: usize = 40;
+    for fill in ["copy", "verify"] {
+        let mut bench = Bench::new(settings("latency", fill));
+        let others = (1..fake::VOCAB as i32).filter(|token| !ALLOWED.contains(token));
+        let id = bench.push(Sampling {
+            stop_token_ids: others.collect(),
+            min_tokens: N as u32,
+            ..greedy(N as u32)
+        });
+        let answer = &bench.run()[&id];
+        assert_eq!(answer.tokens.len(), N);
+        assert!(answer.tokens.iter().all(|token| ALLOWED.contains(token)));
+        // Rows after the prompt, by what the ramps are sure of: something that is banned, something that is not.
+        let (mut stay, mut leave) = (0, 0);
+        for ran in 1..N {
+            let seen = [&prompt(id)[..], &answer.tokens[..ran]].concat();
+            let guesses = fake::RAMPS.map(|layer| fake::guess(&seen, layer));
+            let sure =
+                |of: fn(&i32) -> bool| guesses.iter().any(|(token, sure)| *sure && of(token));
+            if sure(|token| ALLOWED.contains(token)) {
+                leave += 1;
+            } else if sure(|_| true) {
+                stay += 1;
+            }
+        }
+        assert!(stay > N / 2, "{stay}");
+        if fill == "copy" {
+            assert_eq!(answer.figures.exits.iter().sum::<u64>(), leave);
+        } else {
+            assert_eq!(answer.figures.drafts, leave);
+        }
+    }
+}

@@ -36,10 +36,9 @@ struct Answer {
 }
 
 fn settings(policy: &str, fill: &str) -> Settings {
-    let fill = crate::sampling::FILLS.iter().position(|name| *name == fill);
     Settings {
         policy: policy.into(),
-        fill: fill.unwrap() as u32,
+        fill: crate::sampling::fill(fill).unwrap(),
         slots: 4,
         context: 64,
         batch: 32,
