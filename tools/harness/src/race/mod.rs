@@ -7,7 +7,6 @@ mod report;
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -18,6 +17,7 @@ pub use report::{Cell, Report, splice};
 
 use crate::{
     load::{self, Generation},
+    machine::{busy_seconds, cpu_seconds},
     metrics::Metrics,
     process::{self, Progress},
     server::Server,
@@ -148,16 +148,22 @@ impl Running {
     fn measure(&self, source: &mut dyn Counted, others: &[u32]) -> Result<Sample> {
         let mut run = || {
             let client = self.server.client;
-            let cpu = |pids: &[u32]| pids.iter().map(|pid| cpu_of(*pid)).sum::<f64>();
+            let cpu = |pids: &[u32]| pids.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>();
             let ours = [self.server.pid(), std::process::id()];
             let metrics = || client.metrics().unwrap_or_default();
-            let before = (metrics(), busy(), cpu(&ours), cpu(others), Instant::now());
+            let before = (
+                metrics(),
+                busy_seconds(),
+                cpu(&ours),
+                cpu(others),
+                Instant::now(),
+            );
             let outcome = load::drive(client.addr, "/completion", source, LIMITS)?;
             let wall = before.4.elapsed().as_secs_f64().max(1e-9);
             let (idle, mine) = (cpu(others) - before.3, cpu(&ours) - before.2);
             let mut sample = sample(source, &outcome)?;
             sample.idle_cpu = idle / wall;
-            sample.foreign_cpu = ((busy() - before.1 - mine - idle) / wall).max(0.0);
+            sample.foreign_cpu = ((busy_seconds() - before.1 - mine - idle) / wall).max(0.0);
             sample.counters = grown(&before.0, &metrics());
             Ok(sample)
         };
@@ -531,40 +537,6 @@ impl Race {
     }
 }
 
-/// Seconds of a core that a process used, its threads together; 0 where there is no `/proc`.
-fn cpu_of(pid: u32) -> f64 {
-    let read = || -> Option<f64> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name may hold blanks and brackets; it ends at the last one.
-        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-        Some(fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?)
-    };
-    read().unwrap_or(0.0) / ticks()
-}
-
-/// Seconds of all cores together that something ran on, what a hypervisor took included.
-fn busy() -> f64 {
-    let read = || -> Option<f64> {
-        let stat = fs::read_to_string("/proc/stat").ok()?;
-        let times: Vec<f64> = stat
-            .lines()
-            .next()?
-            .split_whitespace()
-            .skip(1)
-            .take(8)
-            .filter_map(|t| t.parse().ok())
-            .collect();
-        Some(times.iter().sum::<f64>() - times.get(3)? - times.get(4)?)
-    };
-    read().unwrap_or(0.0) / ticks()
-}
-
-fn ticks() -> f64 {
-    // SAFETY: a question without arguments by reference.
-    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    if ticks > 0 { ticks as f64 } else { 100.0 }
-}
-
 /// Mean of what the rounds say.
 fn over<T>(samples: &[&Sample], value: impl Fn(&Sample) -> T) -> f64
 where
@@ -666,16 +638,5 @@ mod tests {
         assert_eq!(field(&[10.0], &[3.9]).hopeless(), Some(1));
         assert_eq!(field(&[3.9], &[10.0]).hopeless(), Some(0));
         assert_eq!(field(&[10.0], &[4.1]).hopeless(), None);
-    }
-
-    #[test]
-    fn the_time_of_a_process_grows_while_it_works() {
-        let before = (cpu_of(std::process::id()), busy());
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_millis(120) {
-            std::hint::black_box(cpu_of(1));
-        }
-        assert!(cpu_of(std::process::id()) > before.0);
-        assert!(busy() > before.1);
     }
 }
