@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use drex_harness::stats::{median, ratio_interval};
+use drex_harness::stats::{median, ratio_interval, rounded};
 use serde_json::{Value, json};
 
 use crate::{command_line, known_threads, out_dir, parsed, show, today, unique};
@@ -337,9 +337,8 @@ fn report(results: &Value) -> Result<Value> {
             .filter_map(Value::as_f64)
             .collect();
         let interval = ratio_interval(&ratios);
-        let rounded = |value: f64| (value * 1e4).round() / 1e4;
-        cell["ratio_low"] = json!(interval.map(|i| rounded(i.0)));
-        cell["ratio_high"] = json!(interval.map(|i| rounded(i.1)));
+        cell["ratio_low"] = json!(interval.map(|i| rounded(i.0, 4)));
+        cell["ratio_high"] = json!(interval.map(|i| rounded(i.1, 4)));
         if cell["policy"] == "auto" {
             auto.extend(cell["ratio_to_stock"].as_f64());
         }

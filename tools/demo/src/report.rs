@@ -4,15 +4,11 @@
 
 use std::fmt::Write;
 
-use drex_harness::stats::median;
+use drex_harness::stats::{median, rounded};
 use drex_svg::escape;
 use serde_json::{Value, json};
 
-use crate::{
-    cells::{Cell, rounded},
-    options::base,
-    plot,
-};
+use crate::{cells::Cell, options::base, plot};
 
 const EXACT: &str = "Agreement was measured in a second run, in builds whose results do not depend on who shares a batch. \
                      The usual builds, without early exit, disagree with themselves in half a percent of the tokens.";

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use drex_build::process::Progress;
 
 pub use report::{Cell, Report, splice};
 
@@ -19,7 +20,6 @@ use crate::{
     load::{self, Generation},
     machine::{busy_seconds, cpu_seconds},
     metrics::Metrics,
-    process::{self, Progress},
     server::Server,
     stats::{mean, median},
     traffic::{Arrivals, CONTEXT, Chats, Counted, POISSON, Steady, TURNS_OF_CHAT, Text, Traffic},
@@ -168,12 +168,10 @@ impl Running {
             Ok(sample)
         };
         run().map_err(|error: anyhow::Error| {
-            let last = process::tail(self.server.log_path(), 12)
-                .unwrap_or_default()
-                .join("\n  ");
             error.context(format!(
-                "{}; its server's last lines:\n  {last}\n",
-                self.contender.name
+                "{}; its server's last lines:\n  {}\n",
+                self.contender.name,
+                self.server.last_lines(12)
             ))
         })
     }
@@ -186,10 +184,8 @@ fn grown(before: &Metrics, after: &Metrics) -> BTreeMap<String, f64> {
             out.insert(name.to_owned(), value - before.get(name).unwrap_or(0.0));
         }
     }
-    let old = before.by_label("drex_flushes_total", "reason");
-    for (reason, value) in after.by_label("drex_flushes_total", "reason") {
-        let was = old.iter().find(|(r, _)| *r == reason).map_or(0.0, |r| r.1);
-        out.insert(format!("flushes_{reason}"), value - was);
+    for (reason, value) in after.growth_by_label(before, "drex_flushes_total", "reason") {
+        out.insert(format!("flushes_{reason}"), value);
     }
     out
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{About, Contender, Field, LAYOUTS, STOCK, Sample, over, page};
 use crate::{
-    stats::{mean, median, quantile, quantile_ratio_interval, ratio_interval},
+    stats::{mean, median, quantile, quantile_ratio_interval, ratio_interval, rounded},
     traffic::{self, Traffic},
 };
 
@@ -157,12 +157,6 @@ pub struct Report {
 
 const INTERVAL: &str = "tokens/s: median of the rounds' paired ratios, 95 % interval by Student's t over their logarithms; times: \
                         quantiles of all rounds' requests together, 95 % interval by drawing the rounds anew";
-
-/// No more digits than mean something.
-fn rounded(value: f64, digits: i32) -> f64 {
-    let scale = 10_f64.powi(digits);
-    (value * scale).round() / scale
-}
 
 /// One of a sample's lists of times.
 type Times = for<'a> fn(&'a Sample) -> &'a [f64];
