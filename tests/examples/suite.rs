@@ -14,11 +14,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use drex_build::{cache, cargo, llama, process};
-use drex_harness::{
-    gguf, score, server,
-    suite::{self, Choice},
-};
+use drex_build::{cache, cargo, process};
+use drex_harness::suite::{self, Choice};
 
 #[derive(Parser)]
 #[command(
@@ -88,7 +85,7 @@ fn main() -> ExitCode {
 
 impl Kit {
     /// Lays the library out as an installation would, and compiles the examples.
-    pub fn build() -> Result<Kit> {
+    fn build() -> Result<Kit> {
         let library = cargo::build_library()?;
         let target = library.parent().and_then(Path::parent);
         let dir = target.context("no target folder")?.join("examples-test");

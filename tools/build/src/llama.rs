@@ -364,6 +364,14 @@ impl<'a> Llama<'a> {
         Ok(made)
     }
 
+    /// `drex-score`, compiled for an unpatched runtime.
+    pub fn scorer(&self, runtime: &Runtime) -> Result<PathBuf> {
+        self.tools(runtime)?
+            .into_iter()
+            .find(|tool| tool.ends_with("drex-score"))
+            .context("integration/llama.cpp/tools/score.cpp is missing")
+    }
+
     /// Compiles a program of ours that uses libllama's windows and libdrex.
     pub fn program(&self, runtime: &Runtime, source: &Path, name: &str) -> Result<PathBuf> {
         let lock = self.cache.lock()?;

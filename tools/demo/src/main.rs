@@ -71,11 +71,7 @@ fn run(options: &Options) -> Result<()> {
         ],
     };
     let runtimes = llama.ensure(kinds)?;
-    let scorer = llama
-        .tools(&runtimes[if exact { 2 } else { 0 }])?
-        .into_iter()
-        .find(|tool| tool.ends_with("drex-score"))
-        .context("integration/llama.cpp/tools/score.cpp is missing")?;
+    let scorer = llama.scorer(&runtimes[if exact { 2 } else { 0 }])?;
 
     let _machine = cache.lock_machine()?;
     machine::warn_if_busy();
