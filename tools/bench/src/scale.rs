@@ -18,7 +18,7 @@ use clap::{Args, ValueEnum};
 use drex_harness::stats::{median, ratio_interval, rounded};
 use serde_json::{Value, json};
 
-use crate::{command_line, known_threads, out_dir, parsed, show, today, unique};
+use crate::{command_line, known_threads, parsed, show, today, unique};
 use drex_build::{
     Source,
     cache::{self, Cache},
@@ -299,7 +299,7 @@ fn measure(options: &Options, program: &Path, model: &Path, out: &Path) -> Resul
 
 pub fn run(options: &Options) -> Result<()> {
     checked(options)?;
-    let out = out_dir(&options.out)?;
+    let out = cache::out_dir(&options.out)?;
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let runtime = llama.ensure_one(Kind::Patched)?;
