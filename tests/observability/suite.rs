@@ -165,11 +165,8 @@ fn nvtx_headers() -> Result<PathBuf> {
         let _lock = cache.lock()?;
         let python = Python::find(&cache)?;
         let (log, temp) = (cache.log("nvtx")?, cache.temp_dir()?);
-        let mut command = python.pip();
-        command
-            .args(["install", "--only-binary", ":all:", "--no-deps"])
-            .args(["--progress-bar", "off", NVTX, "--target"])
-            .arg(temp.path().join("nvtx"));
+        let mut command = python.wheels(&temp.path().join("nvtx"));
+        command.args(["--no-deps", NVTX]);
         process::logged(&mut command, "fetching NVIDIA's header", &log, false)?;
         temp.publish("nvtx", &dir)?;
     }
