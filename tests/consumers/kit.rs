@@ -10,14 +10,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-
-use crate::programs::Program;
-use crate::{
+use drex_build::{
     cache::{self, Cache, repo},
     install::{self, Built},
     process::{self, find_program},
     tools::Tools,
 };
+
+use crate::programs::Program;
 
 pub struct Kit {
     pub dir: PathBuf,

@@ -10,7 +10,6 @@ mod programs;
 use std::process::ExitCode;
 
 use clap::Parser;
-use drex_build::{cache, cargo, install, process, tools};
 use drex_harness::suite::{self, Choice};
 
 use kit::Kit;

@@ -9,27 +9,18 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
 use drex_build::{
     cache::{self, Cache},
     fetch::Python,
     process,
     python::{Package, package},
 };
-use drex_harness::suite::{self, Choice};
+use drex_harness::suite;
 use drex_triton_server::setup;
 use serde_json::Value;
 
-#[derive(Parser)]
-#[command(name = "deploy", about = "Checks packaging/deploy")]
-struct Options {
-    #[command(flatten)]
-    choice: Choice,
-}
-
 fn main() -> ExitCode {
-    let options = Options::parse();
-    suite::main(&options.choice, |run| {
+    suite::plain("deploy", "Checks packaging/deploy", |run| {
         for (name, test) in TESTS {
             run.test(name, test);
         }

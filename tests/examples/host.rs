@@ -5,10 +5,10 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
+use drex_build::{cache, process};
 use serde::Deserialize;
 
 use super::Kit;
-use crate::{cache, process};
 
 /// One request's line.
 #[derive(Clone, Debug, Deserialize, PartialEq)]

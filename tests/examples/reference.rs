@@ -6,18 +6,16 @@
 //! Both quantise activations to 8 bits before each matrix product, so differences of the last bit upstream become
 //! steps. What that did to a choice in 1,444 tokens was at most 0.056 of a logit.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use drex_build::{
+    cache::{self, Cache, TempDir},
+    llama::{Kind, Llama, Runtime},
+};
+use drex_harness::{gguf, score, server::Server};
 
 use super::{Kit, host};
-use crate::{
-    cache::{self, Cache},
-    gguf,
-    llama::{Kind, Llama, Runtime},
-    score,
-    server::Server,
-};
 
 /// By how much the logit of llama.cpp's choice may exceed that of ours.
 const LOGIT: f64 = 0.12;
@@ -29,11 +27,7 @@ const CONFIDENCE: f64 = 0.1;
 fn reference(cache: &Cache) -> Result<(Runtime, PathBuf)> {
     let llama = Llama::open(cache, None)?;
     let runtime = llama.ensure_one(Kind::Reference)?;
-    let tool = llama
-        .tools(&runtime)?
-        .into_iter()
-        .find(|p| p.ends_with("drex-score"));
-    let tool = tool.context("integration/llama.cpp/tools/score.cpp is missing")?;
+    let tool = llama.scorer(&runtime)?;
     Ok((runtime, tool))
 }
 
@@ -44,26 +38,15 @@ fn pairs(streams: &[host::Stream]) -> Vec<(Vec<i64>, Vec<i64>)> {
         .collect()
 }
 
-/// A copy of the model that ends after `layers` layers.
-struct Cut(PathBuf);
-
-impl Cut {
-    fn new(layers: u32) -> Result<Cut> {
-        let name = format!("drex-examples-cut-{layers}-{}.gguf", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let edit = gguf::Edit {
-            layers: Some(layers),
-            ..Default::default()
-        };
-        gguf::rewrite(&cache::bundled_model()?, &path, &edit)?;
-        Ok(Cut(path))
-    }
-}
-
-impl Drop for Cut {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// A copy of the model that ends after `layers` layers, in a folder.
+fn cut(folder: &Path, layers: u32) -> Result<PathBuf> {
+    let path = folder.join("cut.gguf");
+    let edit = gguf::Edit {
+        layers: Some(layers),
+        ..Default::default()
+    };
+    gguf::rewrite(&cache::bundled_model()?, &path, &edit)?;
+    Ok(path)
 }
 
 fn worst_margin(scores: &[score::Margins]) -> f64 {
@@ -123,8 +106,9 @@ pub fn full_model(kit: &Kit) -> Result<()> {
     );
 
     // A model without its last layer must not pass for this one.
-    let cut = Cut::new(15)?;
-    let other = worst_margin(&score::margins(&tool, &cut.0, "f16", &pairs(&streams))?);
+    let folder = TempDir::unlocked("examples-cut")?;
+    let cut = cut(folder.path(), 15)?;
+    let other = worst_margin(&score::margins(&tool, &cut, "f16", &pairs(&streams))?);
     ensure!(
         other > LOGIT,
         "15 layers of 16 are within {other} too: the limit says nothing"
@@ -145,8 +129,9 @@ pub fn first_ramp(kit: &Kit) -> Result<()> {
         &["--threshold", "0.6", "-n", "40,20,48", "-np", "8"],
     )?;
     ensure!(totals.held_max > 1, "nothing was held");
-    let cut = Cut::new(LAYERS)?;
-    let choices = score::choices(&tool, &cut.0, "f16", &pairs(&streams))?;
+    let folder = TempDir::unlocked("examples-cut")?;
+    let cut = cut(folder.path(), LAYERS)?;
+    let choices = score::choices(&tool, &cut, "f16", &pairs(&streams))?;
     let (mut compared, mut exits, mut close, mut worst) = (0, 0, 0, 0.0_f64);
     for (stream, theirs) in streams.iter().zip(&choices) {
         for (i, token) in stream.output.iter().enumerate() {

@@ -13,22 +13,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
-use drex_build::{cache, cargo, llama, process};
-use drex_harness::{
-    gguf, score, server,
-    suite::{self, Choice},
-};
-
-#[derive(Parser)]
-#[command(
-    name = "examples",
-    about = "The programs in examples/, built, run and compared with llama.cpp"
-)]
-struct Options {
-    #[command(flatten)]
-    choice: Choice,
-}
+use drex_build::{cache, cargo, process};
+use drex_harness::suite;
 
 /// What the tests share: the compiled programs.
 pub struct Kit {
@@ -80,15 +66,15 @@ const TESTS: [suite::Test<Kit>; 9] = [
 ];
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    suite::main(&options.choice, |run| {
+    let about = "The programs in examples/, built, run and compared with llama.cpp";
+    suite::plain("examples", about, |run| {
         run.tests("build the examples", Kit::build, &TESTS);
     })
 }
 
 impl Kit {
     /// Lays the library out as an installation would, and compiles the examples.
-    pub fn build() -> Result<Kit> {
+    fn build() -> Result<Kit> {
         let library = cargo::build_library()?;
         let target = library.parent().and_then(Path::parent);
         let dir = target.context("no target folder")?.join("examples-test");

@@ -12,16 +12,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-
-use clap::Parser;
 use drex_build::{
-    cache,
-    cache::{Cache, TempDir},
+    cache::{self, Cache, TempDir},
     cargo::{cargo, target_dir},
     fetch::Python,
     process,
 };
-use drex_harness::suite::{self, Choice};
+use drex_harness::suite;
 
 /// What a step (plan, ramp, complete) may spend on the hooks' own lines.
 const MOST_OWN: f64 = 60.0;
@@ -48,19 +45,9 @@ const TESTS: [Test; 4] = [
     ("observability costs nothing when off", off_costs_nothing),
 ];
 
-#[derive(Parser)]
-#[command(
-    name = "observability",
-    about = "What observability costs while it is off"
-)]
-struct Options {
-    #[command(flatten)]
-    choice: Choice,
-}
-
 fn main() -> ExitCode {
-    let options = Options::parse();
-    suite::main(&options.choice, |run| {
+    let about = "What observability costs while it is off";
+    suite::plain("observability", about, |run| {
         for (name, test) in TESTS {
             run.test(name, test);
         }
@@ -178,11 +165,8 @@ fn nvtx_headers() -> Result<PathBuf> {
         let _lock = cache.lock()?;
         let python = Python::find(&cache)?;
         let (log, temp) = (cache.log("nvtx")?, cache.temp_dir()?);
-        let mut command = python.pip();
-        command
-            .args(["install", "--only-binary", ":all:", "--no-deps"])
-            .args(["--progress-bar", "off", NVTX, "--target"])
-            .arg(temp.path().join("nvtx"));
+        let mut command = python.wheels(&temp.path().join("nvtx"));
+        command.args(["--no-deps", NVTX]);
         process::logged(&mut command, "fetching NVIDIA's header", &log, false)?;
         temp.publish("nvtx", &dir)?;
     }

@@ -5,25 +5,16 @@
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
 use drex_build::{
     cache::{self, Cache},
     cargo,
     fetch::Python,
     python::{Package, package},
 };
-use drex_harness::suite::{self, Choice};
-
-#[derive(Parser)]
-#[command(name = "python", about = "Runs the tests of bindings/python")]
-struct Options {
-    #[command(flatten)]
-    choice: Choice,
-}
+use drex_harness::suite;
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    suite::main(&options.choice, |run| {
+    suite::plain("python", "Runs the tests of bindings/python", |run| {
         let mut count = 0;
         run.test("bindings/python", || {
             count = test()?;

@@ -5,13 +5,13 @@
 use std::{collections::BTreeSet, fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
+use drex_build::{cache, cargo, install};
 
 use super::{guide, libraries};
-use crate::programs::SMOKE;
-use crate::{cache, install, kit::Kit};
+use crate::{kit::Kit, programs::SMOKE};
 
 fn xtask(args: &[&str]) -> Command {
-    let mut command = drex_build::cargo::cargo();
+    let mut command = cargo::cargo();
     command.args(["run", "--quiet", "--package", "xtask", "--"]);
     command.args(args);
     command

@@ -5,11 +5,9 @@
 use std::{fs, os::unix::fs::symlink, path::Path};
 
 use anyhow::{Context, Result, ensure};
+use drex_build::cache::{self, repo};
 
-use crate::{
-    cache::{self, repo},
-    kit::Kit,
-};
+use crate::kit::Kit;
 
 /// Configures a project that asks for drex; what CMake says where that fails.
 fn asks(kit: &Kit, prefix: &Path, asked: &str) -> Result<Option<String>> {

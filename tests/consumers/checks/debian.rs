@@ -10,13 +10,15 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-
-use super::{guide, libraries};
-use crate::programs::{CPP17, SMOKE};
-use crate::{
+use drex_build::{
     cache::{self, repo},
     install::{self, symbols},
+};
+
+use super::{guide, libraries};
+use crate::{
     kit::Kit,
+    programs::{CPP17, SMOKE},
 };
 
 /// A package that is installed already, as far as dpkg knows.

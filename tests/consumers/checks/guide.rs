@@ -9,12 +9,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-
-use crate::programs::{CPP17, HOST, MINIMAL, SKELETON, SMOKE};
-use crate::{
+use drex_build::{
     cache::{self, repo},
     install,
+};
+
+use crate::{
     kit::Kit,
+    programs::{CPP17, HOST, MINIMAL, SKELETON, SMOKE},
 };
 
 /// The commands that a guide gives for a way of using drex.

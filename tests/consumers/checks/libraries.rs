@@ -9,15 +9,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-
-use super::guide;
-use crate::programs::SMOKE;
-use crate::{
+use drex_build::{
     cache::Cache,
     cargo,
     install::{self, symbols},
-    kit::Kit,
 };
+
+use super::guide;
+use crate::{kit::Kit, programs::SMOKE};
 
 const CARGO_C: &str = "0.10.16";
 

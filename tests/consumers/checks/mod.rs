@@ -9,7 +9,9 @@ mod guide;
 mod libraries;
 mod programs;
 
-use crate::{kit::Kit, suite};
+use drex_harness::suite;
+
+use crate::kit::Kit;
 
 type Check = suite::Test<Kit>;
 

@@ -11,7 +11,6 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Command, FromArgMatches, Subcommand};
-use drex_build::cache;
 use drex_harness::race::{self, Report};
 use serde::Serialize;
 
@@ -57,19 +56,6 @@ fn fill_page(reports: &[PathBuf], page: &Path) -> Result<()> {
     let text = race::splice(&read(page)?, &Report::joined(parsed)?.markdown())
         .with_context(|| page.display().to_string())?;
     fs::write(page, text).with_context(|| format!("cannot write {}", page.display()))
-}
-
-/// A folder below the clone (or anywhere, if absolute) that can be written to, made if there is none.
-fn out_dir(name: &Path) -> Result<PathBuf> {
-    let dir = cache::repo().join(name);
-    let probe = dir.join(".probe");
-    let write = || -> std::io::Result<()> {
-        fs::create_dir_all(&dir)?;
-        fs::write(&probe, "")?;
-        fs::remove_file(&probe)
-    };
-    write().with_context(|| format!("--out {}: cannot write there", name.display()))?;
-    Ok(dir)
 }
 
 /// As many threads as this machine has cores, at the most.
@@ -159,15 +145,6 @@ mod tests {
         ] {
             assert_eq!(date(days), text);
         }
-    }
-
-    #[test]
-    fn a_folder_that_cannot_be_written_to_is_named() {
-        let error = format!("{:#}", out_dir(Path::new("/proc/none")).unwrap_err());
-        assert!(
-            error.contains("--out /proc/none: cannot write there"),
-            "{error}"
-        );
     }
 
     #[test]

@@ -15,10 +15,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use drex_harness::stats::{median, ratio_interval};
+use drex_harness::stats::{median, ratio_interval, rounded};
 use serde_json::{Value, json};
 
-use crate::{command_line, known_threads, out_dir, parsed, show, today, unique};
+use crate::{command_line, known_threads, parsed, show, today, unique};
 use drex_build::{
     Source,
     cache::{self, Cache},
@@ -299,7 +299,7 @@ fn measure(options: &Options, program: &Path, model: &Path, out: &Path) -> Resul
 
 pub fn run(options: &Options) -> Result<()> {
     checked(options)?;
-    let out = out_dir(&options.out)?;
+    let out = cache::out_dir(&options.out)?;
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let runtime = llama.ensure_one(Kind::Patched)?;
@@ -337,9 +337,8 @@ fn report(results: &Value) -> Result<Value> {
             .filter_map(Value::as_f64)
             .collect();
         let interval = ratio_interval(&ratios);
-        let rounded = |value: f64| (value * 1e4).round() / 1e4;
-        cell["ratio_low"] = json!(interval.map(|i| rounded(i.0)));
-        cell["ratio_high"] = json!(interval.map(|i| rounded(i.1)));
+        cell["ratio_low"] = json!(interval.map(|i| rounded(i.0, 4)));
+        cell["ratio_high"] = json!(interval.map(|i| rounded(i.1, 4)));
         if cell["policy"] == "auto" {
             auto.extend(cell["ratio_to_stock"].as_f64());
         }

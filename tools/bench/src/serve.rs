@@ -14,7 +14,7 @@ use drex_harness::{
     traffic::{self, Traffic},
 };
 
-use crate::{command_line, known_threads, out_dir, parsed, show, today, unique};
+use crate::{command_line, known_threads, parsed, show, today, unique};
 use drex_build::{
     Source,
     cache::{self, Cache},
@@ -290,7 +290,7 @@ pub fn small(reference: &Path, patched: &Path) -> Result<Race> {
 
 pub fn run(options: &Options) -> Result<()> {
     plan(options)?;
-    let out = out_dir(&options.out)?;
+    let out = cache::out_dir(&options.out)?;
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let runtimes = llama.ensure(&[Kind::Reference, Kind::Patched])?;

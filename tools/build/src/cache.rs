@@ -160,6 +160,20 @@ pub fn repo() -> PathBuf {
     root.map(Path::to_path_buf).unwrap_or(manifest)
 }
 
+/// The folder that an option `--out` names, below the clone or absolute, made if there is none. An error where it cannot be
+/// written to: before what takes long, not after.
+pub fn out_dir(name: &Path) -> Result<PathBuf> {
+    let dir = repo().join(name);
+    let probe = dir.join(".probe");
+    let write = || -> std::io::Result<()> {
+        fs::create_dir_all(&dir)?;
+        fs::write(&probe, "")?;
+        fs::remove_file(&probe)
+    };
+    write().with_context(|| format!("--out {}: cannot write there", name.display()))?;
+    Ok(dir)
+}
+
 pub fn bundled_model() -> Result<PathBuf> {
     let path = repo().join("models/ee-rustdoc-16l-q8_0.gguf");
     if !path.is_file() {
@@ -303,5 +317,14 @@ mod tests {
             [PathBuf::from("sub/b")]
         );
         remove(&dir)
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_to_is_named() {
+        let error = format!("{:#}", out_dir(Path::new("/proc/none")).unwrap_err());
+        assert!(
+            error.contains("--out /proc/none: cannot write there"),
+            "{error}"
+        );
     }
 }

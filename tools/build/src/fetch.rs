@@ -167,6 +167,16 @@ impl Python {
         command
     }
 
+    /// An installation of wheels into a folder; takes their names.
+    pub fn wheels(&self, folder: &Path) -> Command {
+        let mut command = self.pip();
+        command
+            .args(["install", "--only-binary", ":all:"])
+            .args(["--progress-bar", "off", "--target"])
+            .arg(folder);
+        command
+    }
+
     pub fn find(cache: &Cache) -> Result<Python> {
         let system = process::find_program("python3")
             .context("python3 is not on PATH; install Python 3.8 or newer (Debian, Ubuntu: apt-get install python3)")?;

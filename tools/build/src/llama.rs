@@ -52,8 +52,8 @@ const EXACT_ENV: [(&str, &str); 1] = [("GGML_CPU_TILED_MM", "0")];
 const RPC_FLAG: &str = "-DGGML_RPC=ON";
 const RPC_SERVER: &str = "ggml-rpc-server";
 
-/// What else it takes in arguments of the server that a row's result does not depend on its company. A quantised KV cache: with F16 the engine's flash
-/// attention takes other paths for one row over many cells, and for many rows. And no slot that serves twice: attention adds
+/// Arguments of the server without which a row's result depends on its company. A quantised KV cache: with F16 the engine's
+/// flash attention takes other paths for one row over many cells, and for many rows. No slot that serves twice: attention adds
 /// up in the order of the cells, and a cell that is used again can hold a later token than its neighbour (`-sps 0` makes the
 /// server take an unused slot first).
 pub const EXACT_ARGS: &[&str] = &["-ctk", "q8_0", "-ctv", "q8_0", "-sps", "0"];
@@ -95,6 +95,15 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// In an order of building that compiles the least.
+    const ALL: [Kind; 5] = [
+        Kind::Reference,
+        Kind::ReferenceExact,
+        Kind::Patched,
+        Kind::PatchedExact,
+        Kind::PatchedRpc,
+    ];
+
     pub fn name(self) -> &'static str {
         match self {
             Kind::Reference => "reference",
@@ -211,15 +220,8 @@ impl<'a> Llama<'a> {
         if kinds.iter().any(|k| k.is_patched()) && work.patches.is_empty() {
             bail!("there are no patches in {}", patch_dir().display());
         }
-        let order = [
-            Kind::Reference,
-            Kind::ReferenceExact,
-            Kind::Patched,
-            Kind::PatchedExact,
-            Kind::PatchedRpc,
-        ];
         let mut made = Vec::new();
-        for kind in order.into_iter().filter(|k| kinds.contains(k)) {
+        for kind in Kind::ALL.into_iter().filter(|k| kinds.contains(k)) {
             made.push(work.runtime(kind, library.as_deref())?);
         }
         work.prune()?;
@@ -362,6 +364,14 @@ impl<'a> Llama<'a> {
             }
         }
         Ok(made)
+    }
+
+    /// `drex-score`, compiled for an unpatched runtime.
+    pub fn scorer(&self, runtime: &Runtime) -> Result<PathBuf> {
+        self.tools(runtime)?
+            .into_iter()
+            .find(|tool| tool.ends_with("drex-score"))
+            .context("integration/llama.cpp/tools/score.cpp is missing")
     }
 
     /// Compiles a program of ours that uses libllama's windows and libdrex.
@@ -556,7 +566,7 @@ impl Work<'_> {
             }
         }
         if kind == Kind::PatchedRpc {
-            key = key.with(RPC_FLAG);
+            key = key.with(RPC_FLAG).with(RPC_SERVER);
         }
         Ok(key.short())
     }
@@ -629,14 +639,7 @@ impl Work<'_> {
         let library = self.exact_library(kind)?;
         let temp = self.cache.temp_dir()?;
         let run = temp.path().join("run");
-        // Our own tools are left out: they are compiled again beside these libraries.
-        let skip = |p: &Path| {
-            let name = p.to_string_lossy();
-            !(name == "llama-server" || name.contains(".so") || name.starts_with("include"))
-        };
-        for name in files(&base.dir, &skip)? {
-            copy_if_different(&base.dir.join(&name), &run.join(&name))?;
-        }
+        copy_runtime(base, &run)?;
         let mut replaced = 0;
         for name in files(&library, &|_| false)? {
             if !run.join(&name).exists() {
@@ -668,13 +671,7 @@ impl Work<'_> {
         )?;
         let temp = self.cache.temp_dir()?;
         let run = temp.path().join("run");
-        let skip = |p: &Path| {
-            let name = p.to_string_lossy();
-            !(name == "llama-server" || name.contains(".so"))
-        };
-        for name in files(&base.dir, &skip)? {
-            copy_if_different(&base.dir.join(&name), &run.join(&name))?;
-        }
+        copy_runtime(base, &run)?;
         let bin = build.join("bin");
         for name in files(&bin, &|_| false)? {
             let text = name.to_string_lossy();
@@ -884,13 +881,7 @@ impl Work<'_> {
     /// Keeps the newest few runtime folders: each changed patch leaves one behind.
     fn prune(&self) -> Result<()> {
         let run = self.dir.join("run");
-        for kind in [
-            Kind::Reference,
-            Kind::Patched,
-            Kind::ReferenceExact,
-            Kind::PatchedExact,
-            Kind::PatchedRpc,
-        ] {
+        for kind in Kind::ALL {
             let mut found = Vec::new();
             for entry in fs::read_dir(&run)? {
                 let entry = entry?;
@@ -912,6 +903,19 @@ impl Work<'_> {
         let _ = self.lock;
         Ok(())
     }
+}
+
+/// The server, its libraries and their headers. Our own tools are left out: they are compiled again beside the libraries that
+/// a copy gets.
+fn copy_runtime(from: &Runtime, to: &Path) -> Result<()> {
+    let skip = |p: &Path| {
+        let name = p.to_string_lossy();
+        !(name == "llama-server" || name.contains(".so") || name.starts_with("include"))
+    };
+    for name in files(&from.dir, &skip)? {
+        copy_if_different(&from.dir.join(&name), &to.join(&name))?;
+    }
+    Ok(())
 }
 
 fn joined(option: &str, path: &Path) -> OsString {

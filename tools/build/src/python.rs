@@ -47,18 +47,8 @@ pub fn package(cache: &Cache, python: &Python, package: &Package) -> Result<Opti
     let log = cache.log(name)?;
     let temp = cache.temp_dir()?;
     let install = |requirement: &str, target: &str| {
-        let mut command = python.pip();
-        command
-            .args([
-                "install",
-                "--only-binary",
-                ":all:",
-                "--progress-bar",
-                "off",
-                "--target",
-            ])
-            .arg(temp.path().join(target))
-            .args(requirement.split(' '));
+        let mut command = python.wheels(&temp.path().join(target));
+        command.args(requirement.split(' '));
         process::logged(&mut command, &format!("installing {name}"), &log, false)
     };
     let mut target = "pinned";

@@ -124,16 +124,8 @@ fn installed(cache: &Cache, _lock: &Lock) -> Result<PathBuf> {
     let log = cache.log("build-tools")?;
     let temp = cache.temp_dir()?;
     let install = |requirements: [&str; 2], target: &str| {
-        let mut command = python.pip();
-        command.args([
-            "install",
-            "--only-binary",
-            ":all:",
-            "--progress-bar",
-            "off",
-            "--target",
-        ]);
-        command.arg(temp.path().join(target)).args(requirements);
+        let mut command = python.wheels(&temp.path().join(target));
+        command.args(requirements);
         process::logged(&mut command, "installing cmake and ninja", &log, false)
     };
     let mut target = "pinned";

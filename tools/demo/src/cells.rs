@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use drex_harness::stats::median;
+use drex_harness::stats::{median, rounded};
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -126,7 +126,7 @@ impl Cell {
         let share: Map<_, _> = self
             .exit_share
             .iter()
-            .map(|(k, v)| (k.to_string(), rounded(*v, 4)))
+            .map(|(k, v)| (k.to_string(), json!(rounded(*v, 4))))
             .collect();
         json!({
             "policy": self.policy,
@@ -153,10 +153,4 @@ impl Cell {
             "client_cpu": rounded(self.client_cpu, 4),
         })
     }
-}
-
-/// As it goes into the JSON: no more digits than mean something.
-pub fn rounded(value: f64, digits: i32) -> Value {
-    let scale = 10_f64.powi(digits);
-    json!((value * scale).round() / scale)
 }

@@ -42,6 +42,7 @@ fn run(options: &Options) -> Result<()> {
     for traffic in &options.traffic {
         lengths(traffic)?;
     }
+    let out = cache::out_dir(&options.out)?;
     let prompts = Prompts::read()?;
     let loads: Vec<Load> = options
         .traffic
@@ -71,11 +72,7 @@ fn run(options: &Options) -> Result<()> {
         ],
     };
     let runtimes = llama.ensure(kinds)?;
-    let scorer = llama
-        .tools(&runtimes[if exact { 2 } else { 0 }])?
-        .into_iter()
-        .find(|tool| tool.ends_with("drex-score"))
-        .context("integration/llama.cpp/tools/score.cpp is missing")?;
+    let scorer = llama.scorer(&runtimes[if exact { 2 } else { 0 }])?;
 
     let _machine = cache.lock_machine()?;
     machine::warn_if_busy();
@@ -166,9 +163,6 @@ fn run(options: &Options) -> Result<()> {
         exact,
         seconds: start.elapsed().as_secs_f64(),
     };
-    // Relative to the clone, wherever it is called from.
-    let out = cache::repo().join(&options.out);
-    fs::create_dir_all(&out)?;
     let json = report.json();
     fs::write(
         out.join("report.json"),

@@ -13,16 +13,14 @@ use anyhow::{Context, Result, bail};
 use drex_build::{
     cache,
     llama::{EXACT_ARGS, Runtime},
-    process,
 };
 use drex_harness::{
     load,
     score::{self, Score},
     server::Server,
     stats::{median, quantile},
-    traffic::Text,
+    traffic::{self, Text},
 };
-use serde_json::json;
 
 use crate::options::{LAYOUTS, Load, OFF, Options, REFERENCE, SHORT, fill, length, lengths, parts};
 
@@ -198,7 +196,7 @@ pub fn measure(
             Ok(sample)
         }
         Err(error) => {
-            let last = process::tail(server.log_path(), 12)?.join("\n  ");
+            let last = server.last_lines(12);
             Err(error.context(format!("the server's last lines:\n  {last}\n")))
         }
     }
@@ -206,24 +204,11 @@ pub fn measure(
 
 fn drive(server: &Server, options: &Options, load: &Load, prompts: &Prompts) -> Result<Sample> {
     let client = server.client;
-    let body = |tokens: &[i64], n: u32| {
-        let body = json!({
-            "prompt": tokens,
-            "stream": true,
-            "n_predict": n,
-            "temperature": 0,
-            "ignore_eos": true,
-            "return_tokens": true,
-            // Each request pays for its own prompt, whichever slot it comes to.
-            "cache_prompt": false,
-            // The rest repeats the settings and the prompt, for every request.
-            "response_fields": ["stop", "timings", "tokens_predicted"],
-        });
-        body.to_string().into_bytes()
-    };
+    // Each request pays for its own prompt, whichever slot it comes to.
+    let body = |prompt: &[i64], tokens: usize| traffic::body(prompt, tokens, false);
     let in_flight = usize::from(load.concurrency);
     let total = requests(load);
-    let jobs: Vec<(Vec<i64>, u32)> = match lengths(&load.traffic)? {
+    let jobs: Vec<(Vec<i64>, usize)> = match lengths(&load.traffic)? {
         None => {
             let ids = prompts
                 .short
@@ -231,14 +216,12 @@ fn drive(server: &Server, options: &Options, load: &Load, prompts: &Prompts) -> 
                 .map(|text| client.tokenize(text))
                 .collect::<Result<Vec<_>>>()?;
             (0..total)
-                .map(|i| (ids[i % ids.len()].clone(), length(options, i)))
+                .map(|i| (ids[i % ids.len()].clone(), length(options, i) as usize))
                 .collect()
         }
-        Some(lengths) => Text::of(client, &prompts.corpus)
-            .map(|text| lengths.requests(&text, 0, total))?
-            .into_iter()
-            .map(|(prompt, answer)| (prompt, answer as u32))
-            .collect(),
+        Some(lengths) => {
+            Text::of(client, &prompts.corpus).map(|text| lengths.requests(&text, 0, total))?
+        }
     };
     let warm_up: Vec<_> = (0..in_flight)
         .map(|i| body(&jobs[i % jobs.len()].0, 8))
@@ -327,15 +310,8 @@ fn drive(server: &Server, options: &Options, load: &Load, prompts: &Prompts) -> 
             .map_or(4 * (ramp as u32 + 1), |(_, layer)| *layer);
         sample.exits.insert(layer, *count);
     }
-    for (reason, count) in after.by_label("drex_flushes_total", "reason") {
-        let old = before
-            .by_label("drex_flushes_total", "reason")
-            .into_iter()
-            .find(|(r, _)| *r == reason);
-        sample.flushes.insert(
-            reason,
-            (count - old.map_or(0.0, |(_, n)| n)).max(0.0) as u64,
-        );
+    for (reason, count) in after.growth_by_label(&before, "drex_flushes_total", "reason") {
+        sample.flushes.insert(reason, count.max(0.0) as u64);
     }
     Ok(sample)
 }

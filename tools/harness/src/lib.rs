@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Programs as children, an HTTP client, load of many kinds, and a fair comparison of servers under it.
-
-use drex_build::process;
+//! Servers as children, an HTTP client, load of many kinds, and a fair comparison of servers under it.
 
 pub mod client;
 pub mod generate;

@@ -6,7 +6,7 @@ use std::{fs, time::Duration};
 
 /// Its processor, number of cores and system.
 pub fn name() -> String {
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = cpu
         .lines()
         .find_map(|line| {
@@ -24,7 +24,7 @@ pub fn default_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get().saturating_sub(1).max(1))
 }
 
-/// Says so where other programs run.
+/// Warns where other programs run.
 pub fn warn_if_busy() {
     if let Some(busy) = busy().filter(|busy| *busy > 0.15) {
         eprintln!(
@@ -36,19 +36,63 @@ pub fn warn_if_busy() {
 
 /// The share of all cores that something is running on.
 fn busy() -> Option<f64> {
-    let read = || -> Option<(u64, u64)> {
-        let stat = fs::read_to_string("/proc/stat").ok()?;
-        let times: Vec<u64> = stat
-            .lines()
-            .next()?
-            .split_whitespace()
-            .skip(1)
-            .filter_map(|t| t.parse().ok())
-            .collect();
-        Some((times.iter().take(8).sum(), times.get(3)? + times.get(4)?))
-    };
-    let (total, idle) = read()?;
+    let (all, running) = core_ticks()?;
     std::thread::sleep(Duration::from_millis(500));
-    let (total2, idle2) = read()?;
-    Some(1.0 - idle2.saturating_sub(idle) as f64 / (total2 - total).max(1) as f64)
+    let (all_then, running_then) = core_ticks()?;
+    Some((running_then - running) / (all_then - all).max(1.0))
+}
+
+/// Seconds of all cores together that something ran on; 0 where there is no `/proc`.
+pub fn busy_seconds() -> f64 {
+    core_ticks().map_or(0.0, |(_, running)| running) / ticks_per_second()
+}
+
+/// Seconds of a core that a process used, its threads together; 0 where there is no `/proc`.
+pub fn cpu_seconds(pid: u32) -> f64 {
+    let read = || -> Option<f64> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name may hold blanks and brackets; it ends at the last one.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        Some(fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?)
+    };
+    read().unwrap_or(0.0) / ticks_per_second()
+}
+
+/// Ticks of all cores together since the start: all of them, and those in which something ran, what a hypervisor took
+/// included.
+fn core_ticks() -> Option<(f64, f64)> {
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    let times: Vec<f64> = stat
+        .lines()
+        .next()?
+        .split_whitespace()
+        .skip(1)
+        .take(8)
+        .filter_map(|t| t.parse().ok())
+        .collect();
+    let all = times.iter().sum::<f64>();
+    Some((all, all - times.get(3)? - times.get(4)?))
+}
+
+fn ticks_per_second() -> f64 {
+    // SAFETY: a question without arguments by reference.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    if ticks > 0 { ticks as f64 } else { 100.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn the_time_of_a_process_grows_while_it_works() {
+        let before = (cpu_seconds(std::process::id()), busy_seconds());
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(120) {
+            std::hint::black_box(cpu_seconds(1));
+        }
+        assert!(cpu_seconds(std::process::id()) > before.0);
+        assert!(busy_seconds() > before.1);
+    }
 }

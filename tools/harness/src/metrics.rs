@@ -64,6 +64,16 @@ impl Metrics {
             .collect()
     }
 
+    /// By how much the samples of a metric have grown since a scrape, by one of their labels.
+    pub fn growth_by_label(&self, since: &Metrics, name: &str, label: &str) -> Vec<(String, f64)> {
+        let old = since.by_label(name, label);
+        let mut grown = self.by_label(name, label);
+        for (label, value) in &mut grown {
+            *value -= old.iter().find(|(l, _)| l == label).map_or(0.0, |l| l.1);
+        }
+        grown
+    }
+
     /// Which values some labels of a metric have together.
     pub fn labels<const N: usize>(&self, name: &str, labels: [&str; N]) -> Vec<[String; N]> {
         self.of(name)
@@ -114,6 +124,11 @@ mod tests {
         assert_eq!(
             metrics.by_label("drex_exits_total", "layer"),
             [("4".into(), 3.0), ("8".into(), 4.0)]
+        );
+        let before = "drex_exits_total{ramp=\"1\",layer=\"8\"} 1\n";
+        assert_eq!(
+            metrics.growth_by_label(&Metrics::parse(before), "drex_exits_total", "layer"),
+            [("4".into(), 3.0), ("8".into(), 3.0)]
         );
         assert_eq!(metrics.names("drex_"), ["drex_exits_total", "drex_held_ms"]);
     }

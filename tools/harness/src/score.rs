@@ -10,10 +10,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use drex_build::process;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::json;
-
-use crate::process;
 
 /// What the full model says about one stream.
 #[derive(Clone, Copy, Debug, Deserialize)]

@@ -13,15 +13,15 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use drex_build::{cache, llama::Runtime};
+use drex_build::{cache, llama::Runtime, process};
 
-use crate::{client::Client, process};
+use crate::client::Client;
 
-/// What can name the program that a server is.
+/// Names the program that a server is.
 pub trait Program {
     fn program(&self) -> PathBuf;
 
-    /// What else its environment has.
+    /// Variables that the program's environment has besides.
     fn env(&self) -> &[(&'static str, &'static str)] {
         &[]
     }
@@ -146,7 +146,7 @@ impl Server {
         loop {
             if let Some(status) = self.child.try_wait()? {
                 // A wrong option is followed by its help.
-                let last = process::tail(&self.log, 32)?.join("\n  ");
+                let last = self.last_lines(32);
                 bail!("the server ended at once ({status}); its last lines:\n  {last}");
             }
             let answer = self
@@ -156,7 +156,7 @@ impl Server {
                 return Ok(());
             }
             if start.elapsed() > limit {
-                let last = process::tail(&self.log, 12)?.join("\n  ");
+                let last = self.last_lines(12);
                 bail!(
                     "the server is not healthy after {} s; its last lines:\n  {last}",
                     limit.as_secs()
@@ -175,8 +175,9 @@ impl Server {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    pub fn log_path(&self) -> &Path {
-        &self.log
+    /// What the server printed last, for an error's text.
+    pub fn last_lines(&self, n: usize) -> String {
+        process::tail(&self.log, n).unwrap_or_default().join("\n  ")
     }
 
     pub fn is_running(&mut self) -> bool {

@@ -27,6 +27,12 @@ pub fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
+/// No more digits than mean something.
+pub fn rounded(value: f64, digits: i32) -> f64 {
+    let scale = 10_f64.powi(digits);
+    (value * scale).round() / scale
+}
+
 /// Student's t for 95 %, two-sided.
 fn t95(degrees: usize) -> f64 {
     const SMALL: [f64; 30] = [

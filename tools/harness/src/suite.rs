@@ -9,9 +9,9 @@ use std::{
 };
 
 use anyhow::{Result, anyhow};
-use clap::Args;
+use clap::{Args, Command, FromArgMatches};
 
-/// What a suite is asked for, in the words of cargo's own tests.
+/// The tests that a suite is asked for, in the words of cargo's own tests.
 #[derive(Args, Clone, Default)]
 pub struct Choice {
     /// Only the tests whose names contain one of these
@@ -43,13 +43,13 @@ pub struct Run<'a> {
     left_out: usize,
 }
 
-/// A name, and a function of what the suite's tests share. What it returns as an error is why it failed.
+/// A name, and a function of what the suite's tests share. The error that a test returns says why it failed.
 pub type Test<K> = (&'static str, fn(&K) -> Result<()>);
 
 impl Run<'_> {
-    /// Runs the tests that are wanted, with what they share, which is made if there are any. Returns that.
+    /// Runs the tests that are wanted. If there are any, first makes what they share, and returns it.
     ///
-    /// To make it counts as a test of this title; where texts choose tests, only if it fails.
+    /// Making it counts as a test of this title; where texts choose tests, only if it fails.
     pub fn tests<K>(
         &mut self,
         title: &str,
@@ -86,7 +86,7 @@ impl Run<'_> {
         self.tell(name, || test().map(nothing));
     }
 
-    /// Runs a test if it is wanted. What it returns stands in its line.
+    /// Runs a test if it is wanted. The text that it returns stands in its line.
     pub fn tell(&mut self, name: &str, test: impl FnOnce() -> Result<String>) {
         if !self.choice.wants(name) {
             self.left_out += 1;
@@ -137,12 +137,21 @@ impl Run<'_> {
     }
 }
 
+/// The `main` of a suite that has no options of its own.
+pub fn plain(name: &'static str, about: &'static str, tests: impl FnOnce(&mut Run)) -> ExitCode {
+    let matches = Choice::augment_args(Command::new(name))
+        .about(about)
+        .get_matches();
+    let choice = Choice::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    main(&choice, tests)
+}
+
 /// A test that says no more than that it passed.
 fn nothing((): ()) -> String {
     String::new()
 }
 
-/// A suite's `main`: runs `tests` and prints their count in the form of cargo's own tests. Nothing that ran is a failure.
+/// A suite's `main`: runs `tests` and prints their count in the form of cargo's own tests. A run of no test is a failure.
 pub fn main(choice: &Choice, tests: impl FnOnce(&mut Run)) -> ExitCode {
     let start = Instant::now();
     let mut run = Run {

@@ -181,7 +181,8 @@ impl Text {
     }
 }
 
-fn body(prompt: &[i64], tokens: usize, cached: bool) -> Vec<u8> {
+/// A request for so many tokens, which takes what it can from the prompt cache where it is `cached`.
+pub fn body(prompt: &[i64], tokens: usize, cached: bool) -> Vec<u8> {
     let body = json!({
         "prompt": prompt,
         "stream": true,

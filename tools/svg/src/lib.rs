@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Axes, lines and texts of plots, as SVG. Classes carry colours, so that a page's style decides about them.
+//! Axes, lines and texts of plots, as SVG, and the pages that hold them. Classes carry colours, so that a page's style
+//! decides about them.
+
+pub mod page;
 
 use std::fmt::{Display, Write};
 
@@ -54,8 +57,8 @@ impl Axis {
         (self.low..=self.high).contains(&value)
     }
 
-    /// So many values at one distance from each other, from whole steps around all of `values`; `room` is what the axis
-    /// holds in any case. Returns the axis' ends and the step.
+    /// The ends of an axis that holds all of `values`, and `room` in any case, and the step between its marks. The ends are
+    /// whole steps.
     pub fn round(values: impl IntoIterator<Item = f64>, room: (f64, f64)) -> ((f64, f64), f64) {
         let (low, high) = values
             .into_iter()
@@ -82,7 +85,7 @@ pub enum Anchor {
 pub struct Picture(String);
 
 impl Picture {
-    /// In a page, whose style it has; `what` is for who cannot see it.
+    /// A picture in a page, whose style it has; `what` is for who cannot see it.
     pub fn in_page(width: f64, height: f64, what: &str) -> Picture {
         Picture(format!(
             "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{}\">",
@@ -117,7 +120,7 @@ impl Picture {
         ));
     }
 
-    /// Through these points.
+    /// A line through these points.
     pub fn trace(&mut self, class: &str, points: impl IntoIterator<Item = (f64, f64)>) {
         let points: Vec<String> = points
             .into_iter()
@@ -130,7 +133,7 @@ impl Picture {
         ));
     }
 
-    /// From its upper left corner, so wide and so high.
+    /// A rectangle from its upper left corner on.
     pub fn bar(
         &mut self,
         class: &str,
@@ -151,7 +154,7 @@ impl Picture {
         ));
     }
 
-    /// What is drawn meanwhile belongs together, and says this to who points at it.
+    /// A group of what `draw` draws. Who points at it is shown the title.
     pub fn group(&mut self, class: &str, title: &str, draw: impl FnOnce(&mut Picture)) {
         let class = of_class(class);
         self.raw(format_args!("<g{class}><title>{}</title>", escape(title)));

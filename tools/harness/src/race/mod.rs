@@ -7,19 +7,19 @@ mod report;
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use drex_build::process::Progress;
 
 pub use report::{Cell, Report, splice};
 
 use crate::{
     load::{self, Generation},
+    machine::{busy_seconds, cpu_seconds},
     metrics::Metrics,
-    process::{self, Progress},
     server::Server,
     stats::{mean, median},
     traffic::{Arrivals, CONTEXT, Chats, Counted, POISSON, Steady, TURNS_OF_CHAT, Text, Traffic},
@@ -148,26 +148,30 @@ impl Running {
     fn measure(&self, source: &mut dyn Counted, others: &[u32]) -> Result<Sample> {
         let mut run = || {
             let client = self.server.client;
-            let cpu = |pids: &[u32]| pids.iter().map(|pid| cpu_of(*pid)).sum::<f64>();
+            let cpu = |pids: &[u32]| pids.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>();
             let ours = [self.server.pid(), std::process::id()];
             let metrics = || client.metrics().unwrap_or_default();
-            let before = (metrics(), busy(), cpu(&ours), cpu(others), Instant::now());
+            let before = (
+                metrics(),
+                busy_seconds(),
+                cpu(&ours),
+                cpu(others),
+                Instant::now(),
+            );
             let outcome = load::drive(client.addr, "/completion", source, LIMITS)?;
             let wall = before.4.elapsed().as_secs_f64().max(1e-9);
             let (idle, mine) = (cpu(others) - before.3, cpu(&ours) - before.2);
             let mut sample = sample(source, &outcome)?;
             sample.idle_cpu = idle / wall;
-            sample.foreign_cpu = ((busy() - before.1 - mine - idle) / wall).max(0.0);
+            sample.foreign_cpu = ((busy_seconds() - before.1 - mine - idle) / wall).max(0.0);
             sample.counters = grown(&before.0, &metrics());
             Ok(sample)
         };
         run().map_err(|error: anyhow::Error| {
-            let last = process::tail(self.server.log_path(), 12)
-                .unwrap_or_default()
-                .join("\n  ");
             error.context(format!(
-                "{}; its server's last lines:\n  {last}\n",
-                self.contender.name
+                "{}; its server's last lines:\n  {}\n",
+                self.contender.name,
+                self.server.last_lines(12)
             ))
         })
     }
@@ -180,10 +184,8 @@ fn grown(before: &Metrics, after: &Metrics) -> BTreeMap<String, f64> {
             out.insert(name.to_owned(), value - before.get(name).unwrap_or(0.0));
         }
     }
-    let old = before.by_label("drex_flushes_total", "reason");
-    for (reason, value) in after.by_label("drex_flushes_total", "reason") {
-        let was = old.iter().find(|(r, _)| *r == reason).map_or(0.0, |r| r.1);
-        out.insert(format!("flushes_{reason}"), value - was);
+    for (reason, value) in after.growth_by_label(before, "drex_flushes_total", "reason") {
+        out.insert(format!("flushes_{reason}"), value);
     }
     out
 }
@@ -531,40 +533,6 @@ impl Race {
     }
 }
 
-/// Seconds of a core that a process used, its threads together; 0 where there is no `/proc`.
-fn cpu_of(pid: u32) -> f64 {
-    let read = || -> Option<f64> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name may hold blanks and brackets; it ends at the last one.
-        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-        Some(fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?)
-    };
-    read().unwrap_or(0.0) / ticks()
-}
-
-/// Seconds of all cores together that something ran on, what a hypervisor took included.
-fn busy() -> f64 {
-    let read = || -> Option<f64> {
-        let stat = fs::read_to_string("/proc/stat").ok()?;
-        let times: Vec<f64> = stat
-            .lines()
-            .next()?
-            .split_whitespace()
-            .skip(1)
-            .take(8)
-            .filter_map(|t| t.parse().ok())
-            .collect();
-        Some(times.iter().sum::<f64>() - times.get(3)? - times.get(4)?)
-    };
-    read().unwrap_or(0.0) / ticks()
-}
-
-fn ticks() -> f64 {
-    // SAFETY: a question without arguments by reference.
-    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    if ticks > 0 { ticks as f64 } else { 100.0 }
-}
-
 /// Mean of what the rounds say.
 fn over<T>(samples: &[&Sample], value: impl Fn(&Sample) -> T) -> f64
 where
@@ -666,16 +634,5 @@ mod tests {
         assert_eq!(field(&[10.0], &[3.9]).hopeless(), Some(1));
         assert_eq!(field(&[3.9], &[10.0]).hopeless(), Some(0));
         assert_eq!(field(&[10.0], &[4.1]).hopeless(), None);
-    }
-
-    #[test]
-    fn the_time_of_a_process_grows_while_it_works() {
-        let before = (cpu_of(std::process::id()), busy());
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_millis(120) {
-            std::hint::black_box(cpu_of(1));
-        }
-        assert!(cpu_of(std::process::id()) > before.0);
-        assert!(busy() > before.1);
     }
 }

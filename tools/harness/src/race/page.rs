@@ -3,9 +3,9 @@
 
 use std::fmt::Write;
 
-use drex_svg::{Anchor, Axis, Picture, escape};
+use drex_svg::{Anchor, Axis, Picture, escape, page};
 
-use super::report::{Cell, Ratio, Report};
+use super::report::{Cell, LEAST_THROUGHPUT, MOST_TBT, MOST_TTFT, Ratio, Report};
 
 /// A row for each cell with a dot at its ratio and a bar over its interval, on a logarithmic axis around 1.
 fn forest(cells: &[&Cell], ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &str) -> String {
@@ -39,15 +39,8 @@ fn forest(cells: &[&Cell], ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &st
             out.text("strong", (0.0, y + 4.0), Anchor::Start, name);
             last = Some(load);
         }
-        let loses = if bound < 1.0 {
-            r.value < bound
-        } else {
-            r.value > bound
-        };
-        let class = if loses { "loss" } else { "good" };
-        let interval = r.low.zip(r.high).map_or_else(String::new, |(low, high)| {
-            format!(" ({low:.2} to {high:.2})")
-        });
+        let class = if r.loses(bound) { "loss" } else { "good" };
+        let interval = r.brackets();
         out.text("", (left - 10.0, y + 4.0), Anchor::End, &cell.policy);
         let title = format!(
             "{}, {} at {}: {:.3}{interval}",
@@ -67,12 +60,7 @@ fn forest(cells: &[&Cell], ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &st
 
 pub fn html(report: &Report) -> String {
     let about = &report.about;
-    let policies: Vec<&Cell> = report.cells.iter().filter(|c| c.layout.is_none()).collect();
-    let throughput = |c: &Cell| Ratio {
-        value: c.ratio_to_stock,
-        low: c.ratio_low,
-        high: c.ratio_high,
-    };
+    let policies: Vec<&Cell> = report.cells.iter().filter(|c| !c.is_stock()).collect();
     let mut headline = String::new();
     if let (Some(worst), Some(median)) = (report.worst_auto, report.median_auto) {
         let _ = write!(
@@ -84,15 +72,13 @@ pub fn html(report: &Report) -> String {
     }
     let mut rows = String::new();
     for c in &report.cells {
-        let class = if c.layout.is_none() && c.ratio_to_stock < 0.99 {
+        let ratio = c.throughput();
+        let class = if !c.is_stock() && ratio.loses(LEAST_THROUGHPUT) {
             " class=\"lost\""
         } else {
             ""
         };
-        let interval = c.ratio_low.zip(c.ratio_high).map_or_else(
-            || "&ndash;".into(),
-            |(low, high)| format!("{low:.2} to {high:.2}"),
-        );
+        let interval = ratio.interval().unwrap_or_else(|| "&ndash;".into());
         let name = match &c.layout {
             Some(layout) if c.policy == super::STOCK => format!("stock ({layout})"),
             _ => c.policy.clone(),
@@ -151,76 +137,74 @@ pub fn html(report: &Report) -> String {
     } else {
         format!("<ul>{lost}</ul>")
     };
-    include_str!("page.html")
-        .replace("@MODEL@", &escape(&about.model))
-        .replace("@MACHINE@", &escape(&about.machine))
-        .replace(
-            "@SETTINGS@",
-            &format!(
-                "exit after {} &middot; threshold {} &middot; {} compute thread(s)",
-                escape(&about.exit_layers),
-                about.threshold,
-                about.threads
+    let plot = |ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &str| {
+        forest(&policies, ratio, bound, what)
+    };
+    page::fill(
+        include_str!("page.html"),
+        &[
+            ("MODEL", &escape(&about.model)),
+            ("MACHINE", &escape(&about.machine)),
+            (
+                "SETTINGS",
+                &format!(
+                    "exit after {} &middot; threshold {} &middot; {} compute thread(s)",
+                    escape(&about.exit_layers),
+                    about.threshold,
+                    about.threads
+                ),
             ),
-        )
-        .replace("@COMMAND@", &escape(&about.command))
-        .replace("@INTERVAL@", &escape(&report.interval))
-        .replace("@HEADLINE@", &headline)
-        .replace(
-            "@RATIO@",
-            &forest(&policies, &throughput, 0.99, "Throughput relative to stock"),
-        )
-        .replace(
-            "@TTFT50@",
-            &forest(
-                &policies,
-                &|c| c.ttft_ratio.p50,
-                1.05,
-                "Time to first token, median",
+            ("COMMAND", &escape(&about.command)),
+            ("INTERVAL", &escape(&report.interval)),
+            ("HEADLINE", &headline),
+            (
+                "RATIO",
+                &plot(
+                    &Cell::throughput,
+                    LEAST_THROUGHPUT,
+                    "Throughput relative to stock",
+                ),
             ),
-        )
-        .replace(
-            "@TTFT99@",
-            &forest(
-                &policies,
-                &|c| c.ttft_ratio.p99,
-                1.05,
-                "Time to first token, p99",
+            (
+                "TTFT50",
+                &plot(
+                    &|c| c.ttft_ratio.p50,
+                    MOST_TTFT,
+                    "Time to first token, median",
+                ),
             ),
-        )
-        .replace(
-            "@TBT99@",
-            &forest(
-                &policies,
-                &|c| c.tbt_ratio.p99,
-                1.25,
-                "Time between tokens, p99",
+            (
+                "TTFT99",
+                &plot(&|c| c.ttft_ratio.p99, MOST_TTFT, "Time to first token, p99"),
             ),
-        )
-        .replace("@LOST@", &lost)
-        .replace("@HEAD@", &head)
-        .replace("@ROWS@", &rows)
+            (
+                "TBT99",
+                &plot(&|c| c.tbt_ratio.p99, MOST_TBT, "Time between tokens, p99"),
+            ),
+            (
+                "BOUNDS",
+                &format!(
+                    "Throughput below {LEAST_THROUGHPUT} of stock, time to first token above {MOST_TTFT}, time between tokens \
+                     (p99) above {MOST_TBT}."
+                ),
+            ),
+            ("LOST", &lost),
+            ("HEAD", &head),
+            ("ROWS", &rows),
+        ],
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::report::tests::report;
+    use drex_svg::page;
 
     #[test]
     fn the_page_is_whole_and_closed() {
         let html = report().html();
-        let left: Vec<_> = html
-            .split('@')
-            .skip(1)
-            .filter(|s| s.starts_with(|c: char| c.is_ascii_uppercase()))
-            .collect();
-        assert!(left.is_empty(), "placeholders are left: {left:?}");
-        assert!(html.contains("a&lt;b") && !html.contains("NaN") && !html.contains("inf\""));
+        assert_eq!(page::faults(&html), [""; 0]);
+        assert!(html.contains("a&lt;b"));
         assert_eq!(html.matches("<svg").count(), 4);
-        assert_eq!(html.matches("<svg").count(), html.matches("</svg>").count());
-        assert!(
-            !html.contains("http://") && !html.contains("https://"),
-            "a page without outside resources"
-        );
     }
 }

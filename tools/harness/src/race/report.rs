@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{About, Contender, Field, LAYOUTS, STOCK, Sample, over, page};
 use crate::{
-    stats::{mean, median, quantile, quantile_ratio_interval, ratio_interval},
+    stats::{mean, median, quantile, quantile_ratio_interval, ratio_interval, rounded},
     traffic::{self, Traffic},
 };
 
@@ -29,6 +29,39 @@ pub struct Ratio {
     pub low: Option<f64>,
     pub high: Option<f64>,
 }
+
+impl Ratio {
+    /// Whether the value lies beyond a bound: below one that is less than 1, above one that is more.
+    pub fn loses(&self, bound: f64) -> bool {
+        beyond(self.value, bound)
+    }
+
+    /// Its interval in words, where there is one.
+    pub fn interval(&self) -> Option<String> {
+        self.low
+            .zip(self.high)
+            .map(|(low, high)| format!("{low:.2} to {high:.2}"))
+    }
+
+    /// Its interval in brackets after a blank, or nothing.
+    pub fn brackets(&self) -> String {
+        self.interval()
+            .map_or_else(String::new, |text| format!(" ({text})"))
+    }
+}
+
+fn beyond(value: f64, bound: f64) -> bool {
+    if bound < 1.0 {
+        value < bound
+    } else {
+        value > bound
+    }
+}
+
+/// Where a cell begins to lose: relative to the baseline's tokens/s, times to first token and times between tokens (p99).
+pub const LEAST_THROUGHPUT: f64 = 0.99;
+pub const MOST_TTFT: f64 = 1.05;
+pub const MOST_TBT: f64 = 1.25;
 
 #[derive(Clone, Copy, Default, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ratios {
@@ -124,12 +157,6 @@ pub struct Report {
 
 const INTERVAL: &str = "tokens/s: median of the rounds' paired ratios, 95 % interval by Student's t over their logarithms; times: \
                         quantiles of all rounds' requests together, 95 % interval by drawing the rounds anew";
-
-/// No more digits than mean something.
-fn rounded(value: f64, digits: i32) -> f64 {
-    let scale = 10_f64.powi(digits);
-    (value * scale).round() / scale
-}
 
 /// One of a sample's lists of times.
 type Times = for<'a> fn(&'a Sample) -> &'a [f64];
@@ -232,14 +259,6 @@ pub(super) fn cells(contenders: &[Contender], field: &Field) -> Vec<Cell> {
                 tokens / requests.max(1),
             ),
         };
-        let layout = LAYOUTS.contains(&contender.name.as_str()).then(|| {
-            contender
-                .name
-                .split('+')
-                .nth(1)
-                .unwrap_or_default()
-                .to_owned()
-        });
         out.push(Cell {
             prompt,
             answer,
@@ -250,7 +269,7 @@ pub(super) fn cells(contenders: &[Contender], field: &Field) -> Vec<Cell> {
             } else {
                 contender.name.clone()
             },
-            layout,
+            layout: layout_of(&contender.name),
             stock_layout: layout_of(&contenders[stock].name).unwrap_or_default(),
             tokens_per_s: rounded(
                 median(&ours.iter().map(|s| s.tokens_per_s).collect::<Vec<_>>()),
@@ -296,10 +315,8 @@ pub(super) fn line(cells: &[Cell]) -> String {
     };
     let mut out = format!("{} at {}:", first.traffic, first.in_flight);
     for c in cells {
-        let _ = write!(out, " {} {:.2}", c.policy, c.ratio_to_stock);
-        if let (Some(low), Some(high)) = (c.ratio_low, c.ratio_high) {
-            let _ = write!(out, " ({low:.2} to {high:.2})");
-        }
+        let ratio = c.throughput();
+        let _ = write!(out, " {} {:.2}{}", c.policy, ratio.value, ratio.brackets());
     }
     let _ = write!(
         out,
@@ -310,40 +327,35 @@ pub(super) fn line(cells: &[Cell]) -> String {
 }
 
 impl Cell {
-    fn is_stock(&self) -> bool {
+    pub fn is_stock(&self) -> bool {
         self.layout.is_some()
+    }
+
+    /// Tokens/s relative to the baseline's.
+    pub fn throughput(&self) -> Ratio {
+        Ratio {
+            value: self.ratio_to_stock,
+            low: self.ratio_low,
+            high: self.ratio_high,
+        }
     }
 
     fn losses(&self) -> Vec<Loss> {
         if self.is_stock() {
             return Vec::new();
         }
-        let throughput = Ratio {
-            value: self.ratio_to_stock,
-            low: self.ratio_low,
-            high: self.ratio_high,
-        };
-        // Less is worse for the first one, more for the others.
+        let (ttft, tbt) = (self.ttft_ratio, self.tbt_ratio);
         let figures = [
-            ("tokens/s", throughput, 0.99),
-            ("time to first token, p50", self.ttft_ratio.p50, 1.05),
-            ("time to first token, p99", self.ttft_ratio.p99, 1.05),
-            ("time between tokens, p99", self.tbt_ratio.p99, 1.25),
+            ("tokens/s", self.throughput(), LEAST_THROUGHPUT),
+            ("time to first token, p50", ttft.p50, MOST_TTFT),
+            ("time to first token, p99", ttft.p99, MOST_TTFT),
+            ("time between tokens, p99", tbt.p99, MOST_TBT),
         ];
         let mut out = Vec::new();
         for (figure, ratio, bound) in figures {
-            let (loses, clear) = if bound < 1.0 {
-                (
-                    ratio.value < bound,
-                    ratio.high.is_some_and(|high| high < bound),
-                )
-            } else {
-                (
-                    ratio.value > bound,
-                    ratio.low.is_some_and(|low| low > bound),
-                )
-            };
-            if loses {
+            if ratio.loses(bound) {
+                // The end of the interval that lies nearer to 1.
+                let near = if bound < 1.0 { ratio.high } else { ratio.low };
                 out.push(Loss {
                     traffic: self.traffic.clone(),
                     in_flight: self.in_flight,
@@ -353,7 +365,7 @@ impl Cell {
                     low: ratio.low,
                     high: ratio.high,
                     bound,
-                    clear,
+                    clear: near.is_some_and(|end| beyond(end, bound)),
                 });
             }
         }
@@ -363,19 +375,19 @@ impl Cell {
 
 impl Loss {
     fn line(&self) -> String {
-        let interval = self
-            .low
-            .zip(self.high)
-            .map_or_else(String::new, |(low, high)| {
-                format!(" ({low:.2} to {high:.2})")
-            });
+        let ratio = Ratio {
+            value: self.ratio,
+            low: self.low,
+            high: self.high,
+        };
         format!(
-            "{} at {}, {}: {} {:.2}{interval} of stock, bound {}{}",
+            "{} at {}, {}: {} {:.2}{} of stock, bound {}{}",
             self.traffic,
             self.in_flight,
             self.policy,
             self.figure,
-            self.ratio,
+            ratio.value,
+            ratio.brackets(),
             self.bound,
             if self.clear {
                 ""
@@ -402,7 +414,7 @@ impl Report {
                     median: rounded(median(&all), 4),
                     best: all.iter().copied().fold(0.0, f64::max),
                     cells: all.len(),
-                    losing: all.iter().filter(|r| **r < 0.99).count(),
+                    losing: all.iter().filter(|r| beyond(**r, LEAST_THROUGHPUT)).count(),
                 }
             });
         }
@@ -557,10 +569,7 @@ impl Report {
                 "held ms"
             );
             for c in group {
-                let interval = c.ratio_low.zip(c.ratio_high).map_or_else(
-                    || "-".into(),
-                    |(low, high)| format!("{low:.2} to {high:.2}"),
-                );
+                let interval = c.throughput().interval().unwrap_or_else(|| "-".into());
                 let _ = writeln!(
                     out,
                     "  {:16}{:>8.0}{:>8.2}{interval:>15}{:>16}{:>7.2}{:>7.2}{:>15}{:>7.2}{:>9.0}{:>6.0}%{:>8.3}",
@@ -619,12 +628,7 @@ impl Report {
         );
         for group in self.groups() {
             for c in group {
-                let interval = c
-                    .ratio_low
-                    .zip(c.ratio_high)
-                    .map_or_else(String::new, |(low, high)| {
-                        format!(" ({low:.2} to {high:.2})")
-                    });
+                let interval = c.throughput().brackets();
                 let _ = writeln!(
                     out,
                     "| {} | {} | {} | `{}` | {:.0} | {:.2}{interval} | {:.1} / {:.1} | {:.2} / {:.2} | {:.2} / {:.2} | {:.2} / {:.2} | {:.0} | {:.0} % \
@@ -833,37 +837,26 @@ pub(super) mod tests {
     #[test]
     fn reports_of_parts_make_one_report() {
         let whole = report();
-        let part = |at: usize| {
-            let cells = whole.groups()[at].to_vec();
-            Report::new(cells, whole.about.clone(), 10.0, 0.1 * at as f64)
+        let part = |traffic: &str, idle: f64| {
+            let mut cells = whole.cells.clone();
+            for cell in &mut cells {
+                traffic.clone_into(&mut cell.traffic);
+            }
+            Report::new(cells, whole.about.clone(), 10.0, idle)
         };
-        let last = whole.groups().len() - 1;
-        // Whatever their order, and with a load that was measured again.
-        let mut stale = part(0);
+        // In another order than the usual one, and with a load that was measured again.
+        let mut stale = part("300/64", 0.1);
         stale.cells[0].tokens_per_s = 1.0;
-        let joined = Report::joined(vec![stale, part(last), part(0)]).unwrap();
-        assert_eq!(joined.seconds, 30.0);
-        let all = |report: &Report| -> Vec<String> {
-            let mut cells: Vec<String> = report
-                .cells
-                .iter()
-                .map(|c| serde_json::to_string(c).unwrap())
-                .collect();
-            cells.sort();
-            cells
-        };
-        let mut expected = part(0).cells;
-        if last > 0 {
-            expected.extend(part(last).cells);
-        }
-        assert_eq!(
-            all(&joined),
-            all(&Report::new(expected, whole.about.clone(), 0.0, 0.0))
-        );
+        let parts = vec![part("chat", 0.2), stale, part("300/64", 0.0)];
+        let joined = Report::joined(parts).unwrap();
+        assert_eq!((joined.seconds, joined.idle_cpu_max), (30.0, 0.2));
+        let expected = [whole.cells.clone(), part("chat", 0.0).cells].concat();
+        assert_eq!(joined.cells, expected);
+        assert_eq!(joined.losses.len(), 2 * whole.losses.len());
 
-        let mut other = part(0);
+        let mut other = part("chat", 0.0);
         other.about.threads = 7;
-        let error = Report::joined(vec![other, part(0)])
+        let error = Report::joined(vec![other, part("300/64", 0.0)])
             .err()
             .unwrap()
             .to_string();
