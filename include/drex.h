@@ -230,7 +230,7 @@
  *
  * 5. CONVENTIONS
  *
- * What holds where an item does not say otherwise:
+ * Rules that hold where an item does not say otherwise:
  *
  *   units    Times are in nanoseconds, sizes and strides in bytes, layers count
  *            from 0 and windows are half open.
@@ -283,7 +283,7 @@
  *   end       drex_pages_release() for a sequence that ends or is cut back;
  *             drex_pages_fork() where another one shares its beginning.
  *
- * These calls need no engine.
+ * Calls on pages need no engine.
  *
  *
  * 7. CUDA
@@ -483,7 +483,7 @@ typedef int32_t drex_status;
 // return this: see chapter 5.
 #define DREX_ERROR_MEMORY 14
 
-// Who leaves at a ramp: DREX_POLICY_*. A row is *confident* when its
+// The rule by which rows leave at a ramp: DREX_POLICY_*. A row is *confident* when its
 // confidence is at least its threshold. Under every policy, a row whose
 // confidence is NaN and a row whose threshold is above 1 go on.
 //
@@ -548,7 +548,7 @@ typedef uint32_t drex_fill_mode;
 // State-copy: K and V of the last computed layer at the token's cell are
 // copied to all skipped layers.
 #define DREX_FILL_COPY 0
-// They are computed. The token's hidden row stays in the arena, *pending*,
+// K and V of the skipped layers are computed. The token's hidden row stays in the arena, *pending*,
 // and goes along when its request next goes through the skipped layers:
 // exactly what the full model would have put there for this text.
 #define DREX_FILL_POSTFILL 1
@@ -567,7 +567,7 @@ typedef uint32_t drex_fill_mode;
 // In a request: the engine's mode.
 #define DREX_FILL_DEFAULT UINT32_MAX
 
-// What becomes of a row at a ramp: DREX_DECISION_*.
+// The decision on a row at a ramp, or by drex_verify(): DREX_DECISION_*.
 typedef uint32_t drex_decision;
 
 // Emit the token from the ramp's logits; the row is done.
@@ -593,7 +593,7 @@ typedef uint32_t drex_flush_reason;
 // How many reasons there are; a later version may have more, up to
 // DREX_MAX_FLUSH_REASONS.
 #define DREX_FLUSH_REASONS 7
-// It is no flush: ready rows and prompt rows run through the first window.
+// Ready rows and prompt rows run through the first window.
 #define DREX_FLUSH_NONE 0
 // Enough rows were held.
 #define DREX_FLUSH_FILL 1
@@ -634,7 +634,7 @@ typedef uint32_t drex_device;
 // thread, and the engine works in that one: see chapter 7.
 #define DREX_DEVICE_CUDA 1
 
-// What an engine is made from. Everything is copied; no pointer is kept.
+// The description of an engine. Everything is copied; no pointer is kept.
 typedef struct drex_config {
   // sizeof(drex_config)
   uint32_t size;
@@ -656,7 +656,7 @@ typedef struct drex_config {
   uint32_t max_requests;
   // B: most decode rows in one pass, pending ones included, 1..1048576.
   uint32_t max_batch;
-  // Who leaves at a ramp.
+  // The rule by which rows leave at a ramp.
   drex_policy policy;
   // How sure a row is, for requests that do not name a metric; not
   // DREX_METRIC_DEFAULT.
@@ -740,7 +740,7 @@ typedef struct drex_kv_layer {
   uint64_t v_elem_stride;
 } drex_kv_layer;
 
-// What a request is made from.
+// The description of a request.
 typedef struct drex_request_config {
   // sizeof(drex_request_config)
   uint32_t size;
@@ -768,11 +768,11 @@ typedef struct drex_request_config {
   uint64_t max_tokens;
 } drex_request_config;
 
-// What a request is doing: DREX_REQUEST_*.
+// The state of a request: DREX_REQUEST_*.
 typedef uint32_t drex_request_state;
 
-// It has no token to run: its prompt is being processed, or the host is
-// sampling.
+// The request has no token to run: its prompt is being processed, or the host
+// is sampling.
 #define DREX_REQUEST_IDLE 0
 // A token waits for the first window.
 #define DREX_REQUEST_READY 1
@@ -781,11 +781,11 @@ typedef uint32_t drex_request_state;
 // Its row waits in the rebatching buffer.
 #define DREX_REQUEST_HELD 3
 
-// What is known of a request.
+// A request's state and counters.
 typedef struct drex_request_info {
   // sizeof(drex_request_info), set by the caller
   uint32_t size;
-  // What it is doing.
+  // The state that it is in.
   drex_request_state state;
   // Where its row is held, else DREX_NO_RAMP.
   uint32_t ramp;
@@ -812,7 +812,7 @@ typedef struct drex_request_info {
   uint32_t n_pending;
 } drex_request_info;
 
-// What drex_plan() is told.
+// The input of drex_plan().
 typedef struct drex_plan_input {
   // sizeof(drex_plan_input)
   uint32_t size;
@@ -839,7 +839,8 @@ typedef struct drex_row {
   uint32_t back;
 } drex_row;
 
-// What drex_plan() says: run layers [layer_begin, layer_end) over the rows.
+// The window that drex_plan() chose: run layers [layer_begin, layer_end) over the
+// rows.
 typedef struct drex_step {
   // sizeof(drex_step), set by the caller
   uint32_t size;
@@ -881,7 +882,8 @@ typedef uint32_t drex_dtype;
 // with its token: 1, or 0 where the host would not emit that token. It runs on
 // the thread and inside the call of drex_ramp(), once for each such row, so a
 // call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return: no
-// exception, no longjmp.
+// exception, no longjmp. Rows that EAGER, MEDIAN or MEAN force out are not asked
+// about.
 // Since 0.2.
 typedef uint32_t (*drex_confirm_callback)(void *user_data, uint32_t row, int32_t token);
 
@@ -920,7 +922,7 @@ typedef struct drex_logits {
   void *confirm_data;
 } drex_logits;
 
-// What a ramp says about a row.
+// A ramp's verdict on a row.
 typedef struct drex_verdict {
   // EXIT, HOLD, STAY, GONE or PENDING.
   drex_decision decision;
@@ -936,7 +938,7 @@ typedef struct drex_verdict {
   uint32_t forced;
 } drex_verdict;
 
-// What drex_complete() is told.
+// The input of drex_complete().
 typedef struct drex_completion {
   // sizeof(drex_completion)
   uint32_t size;
@@ -1041,7 +1043,7 @@ typedef struct drex_stats {
   uint32_t reserved;
   // AUTO: tokens per second that the last search predicted for its rule.
   double predicted_tokens_per_s;
-  // The same for full passes.
+  // AUTO: tokens per second that it predicted for full passes.
   double predicted_off_tokens_per_s;
   // Measured share of rows that are confident at each ramp, of those
   // scored there that were scored nowhere before; NaN before the first.
@@ -1184,7 +1186,7 @@ uint32_t drex_abi_version(void);
 // for a number that this version does not know. Static; never NULL.
 const char *drex_status_name(drex_status status);
 
-// What a status means in general, such as "another thread is inside a call on
+// The general meaning of a status, such as "another thread is inside a call on
 // this handle"; "unknown status" for a number that this version does not
 // know. drex_last_error() says what it was in particular. Static; never NULL.
 const char *drex_status_text(drex_status status);
@@ -1304,7 +1306,7 @@ drex_status drex_request_ready(drex_engine *engine,
 // Errors: UNKNOWN_REQUEST.
 drex_status drex_request_remove(drex_engine *engine, uint64_t id);
 
-// What is known of a request.
+// A request's state and counters.
 //
 // out  its size is set by the caller
 //
@@ -1383,8 +1385,8 @@ drex_status drex_plan(drex_engine *engine,
 // Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
 // CALL_ORDER when no step is planned, when it ends at the last layer, when
 // it had its verdicts, when cells are missing, or when logits.enqueued is 1
-// and nothing was enqueued; DEVICE. After a failure, the call may be made
-// again.
+// and nothing was enqueued, or other logits were; DEVICE. After a failure, the
+// call may be made again.
 drex_status drex_ramp(drex_engine *engine,
                       const drex_logits *logits,
                       const uint32_t *cells,
@@ -1694,7 +1696,7 @@ drex_status drex_pages_release(drex_pages *pages,
                                uint32_t first_block,
                                uint32_t count);
 
-// What is used, shared and copied.
+// Counts of pages used, shared and copied.
 //
 // out  its size is set by the caller
 //

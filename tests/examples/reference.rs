@@ -13,7 +13,11 @@ use drex_build::{
     cache::{self, Cache, TempDir},
     llama::{Kind, Llama, Runtime},
 };
-use drex_harness::{gguf, score, server::Server};
+use drex_harness::{
+    gguf,
+    score::{Margins, Scorer},
+    server::Server,
+};
 
 use super::{Kit, host};
 
@@ -49,7 +53,18 @@ fn cut(folder: &Path, layers: u32) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn worst_margin(scores: &[score::Margins]) -> f64 {
+/// `host.cpp` takes an end of the text like any other token.
+fn scorer<'a>(tool: &'a Path, model: &'a Path) -> Scorer<'a> {
+    Scorer {
+        tool,
+        model,
+        threads: 2,
+        kv: "f16",
+        ignore_eos: false,
+    }
+}
+
+fn worst_margin(scores: &[Margins]) -> f64 {
     scores
         .iter()
         .flat_map(|s| s.margins.iter().copied())
@@ -82,7 +97,7 @@ pub fn full_model(kit: &Kit) -> Result<()> {
     }
     drop(server);
 
-    let scores = score::margins(&tool, &model, "f16", &pairs(&streams))?;
+    let scores = scorer(&tool, &model).margins(&pairs(&streams))?;
     let (mut tokens, mut agree, mut nll) = (0, 0, 0.0_f64);
     for (stream, score) in streams.iter().zip(&scores) {
         let ours: f64 = stream.nll.iter().sum();
@@ -108,7 +123,7 @@ pub fn full_model(kit: &Kit) -> Result<()> {
     // A model without its last layer must not pass for this one.
     let folder = TempDir::unlocked("examples-cut")?;
     let cut = cut(folder.path(), 15)?;
-    let other = worst_margin(&score::margins(&tool, &cut, "f16", &pairs(&streams))?);
+    let other = worst_margin(&scorer(&tool, &cut).margins(&pairs(&streams))?);
     ensure!(
         other > LOGIT,
         "15 layers of 16 are within {other} too: the limit says nothing"
@@ -131,7 +146,7 @@ pub fn first_ramp(kit: &Kit) -> Result<()> {
     ensure!(totals.held_max > 1, "nothing was held");
     let folder = TempDir::unlocked("examples-cut")?;
     let cut = cut(folder.path(), LAYERS)?;
-    let choices = score::choices(&tool, &cut, "f16", &pairs(&streams))?;
+    let choices = scorer(&tool, &cut).choices(&pairs(&streams))?;
     let (mut compared, mut exits, mut close, mut worst) = (0, 0, 0, 0.0_f64);
     for (stream, theirs) in streams.iter().zip(&choices) {
         for (i, token) in stream.output.iter().enumerate() {

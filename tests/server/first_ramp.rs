@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 
 use super::{Build, EXACT, Suite, Test, exact::builds, generate, greedy, program, prompt};
-use crate::{gguf, score};
+use crate::{gguf, score::Scorer};
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
@@ -97,7 +97,14 @@ fn against(
         .iter()
         .map(|(prompt, g)| (prompt.clone(), g.tokens.clone()))
         .collect();
-    let choices = score::choices(program(reference, "drex-score")?, cut, kv, &pairs)?;
+    let scorer = Scorer {
+        tool: program(reference, "drex-score")?,
+        model: cut,
+        threads: 2,
+        kv,
+        ignore_eos: true,
+    };
+    let choices = scorer.choices(&pairs)?;
 
     let (mut rows, mut exited, mut near) = (0, 0, 0);
     for (i, ((_, generation), choice)) in streams.iter().zip(&choices).enumerate() {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Bench, Test, one_final, quiet};
 use crate::{
-    EXACT_ARGS as EXACT, cache, metrics::Metrics, prompt, score, server::Server,
+    EXACT_ARGS as EXACT, cache, metrics::Metrics, prompt, score::Scorer, server::Server,
     triton::server::Triton,
 };
 
@@ -277,7 +277,15 @@ fn few_slots(bench: &Bench) -> Result<()> {
             streams.push((ids(&a["prompt_tokens"])?, ids(&b["tokens"])?));
         }
     }
-    let scores = score::margins(&bench.score, &cache::bundled_model()?, "q8_0", &streams)?;
+    let model = cache::bundled_model()?;
+    let scorer = Scorer {
+        tool: &bench.score,
+        model: &model,
+        threads: 2,
+        kv: "q8_0",
+        ignore_eos: true,
+    };
+    let scores = scorer.margins(&streams)?;
     let tokens: u64 = scores.iter().map(|s| s.n).sum();
     let margins = scores.iter().flat_map(|s| s.margins.iter().copied());
     let worst = margins.fold(0.0, f64::max);

@@ -16,7 +16,7 @@ use drex_build::{
 };
 use drex_harness::{
     load,
-    score::{self, Score},
+    score::{Score, Scorer},
     server::Server,
     stats::{median, quantile},
     traffic::{self, Text},
@@ -347,14 +347,14 @@ pub fn score_all(
     };
     let counts: Vec<usize> = samples.iter().map(|cell| first(cell).len()).collect();
     let streams: Vec<_> = samples.iter().flat_map(first).collect();
-    let mut scores = score::score(
+    let scorer = Scorer {
         tool,
         model,
         threads,
-        if exact { "q8_0" } else { "f16" },
-        &streams,
-    )?
-    .into_iter();
+        kv: if exact { "q8_0" } else { "f16" },
+        ignore_eos: true,
+    };
+    let mut scores = scorer.scores(&streams)?.into_iter();
     let take = |(key, n): (&Key, usize)| (key.clone(), scores.by_ref().take(n).collect());
     Ok(samples.keys().zip(counts).map(take).collect())
 }
