@@ -66,7 +66,8 @@ size_t drex_llama_exit_layers(const drex_llama *llama, uint32_t *layers, size_t 
 /* <arch>.early_exit.head, "shared" when the metadata has none. */
 const char *drex_llama_exit_head(const drex_llama *llama);
 
-/* After open: the hidden arena of n_rows rows. Graphs of windows of at most n_rows_graph rows are kept, n_graphs of them.
+/* After open: the hidden arena of n_rows rows. Graphs of windows of at most n_rows_graph rows are kept, n_graphs of them;
+ * 0: by the number of slots.
  * NULL, or why this model cannot run layer windows, valid until the thread's next call. */
 const char *drex_llama_windows(drex_llama *llama, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph);
 /* After windows: where layers, K/V and head are. *cuda: 1, and K/V and logits are device pointers, in order on *stream, whose

@@ -45,6 +45,7 @@ pub struct Settings {
     pub max_queue: u32,
     /// Learned costs: a file that is read at the start and written at the end
     pub profile: Option<String>,
+    /// Most compute graphs that are kept; 0: by the number of slots
     pub graphs: u32,
     /// Most rows of a window; 0: as many as there can be.
     pub max_batch: u32,
@@ -77,7 +78,7 @@ impl Default for Settings {
             main_gpu: 0,
             max_queue: 1024,
             profile: None,
-            graphs: 128,
+            graphs: 0,
             max_batch: 0,
             max_pending: 8,
             flush_rows: 0,

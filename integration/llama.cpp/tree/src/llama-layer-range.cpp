@@ -589,8 +589,8 @@ struct llama_layer_ranges {
         const auto & hparams = model.hparams;
         const auto & cparams = ctx->cparams;
 
-        if (params.n_rows == 0 || params.n_graphs == 0) {
-            return params.n_rows == 0 ? "n_rows = 0, expected at least 1" : "n_graphs = 0, expected at least 1";
+        if (params.n_rows == 0) {
+            return "n_rows = 0, expected at least 1";
         }
         if (const char * why = check_memory(model, ctx->memory.get())) {
             return why;
@@ -607,8 +607,11 @@ struct llama_layer_ranges {
             ctx->sched_need_reserve = true;
         }
 
+        // windows of each number of rows up to one for each sequence occur, at each cut
+        if (params.n_graphs == 0) {
+            params.n_graphs = std::max<uint32_t>(128, 4*cparams.n_seq_max);
+        }
         if (params.max_bytes == 0) {
-            // windows of each number of rows up to one for each sequence occur, at each cut
             const size_t for_rows = size_t(cparams.n_seq_max)*(2u << 20);
             params.max_bytes = std::min<size_t>(std::max<size_t>({ model.size()/4, 64u << 20, for_rows }), 1u << 30);
         }

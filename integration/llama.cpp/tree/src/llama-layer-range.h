@@ -25,7 +25,7 @@
 
 struct llama_layer_range_params {
     uint32_t n_rows;       // rows of the arena
-    uint32_t n_graphs;     // most graphs kept, one for each (range, number of rows, layout of their streams)
+    uint32_t n_graphs;     // most graphs kept, one for each (range, number of rows, layout of their streams); 0: 4 for each sequence, at least 128
     uint32_t n_rows_graph; // batches of more tokens are rarely alike: their graphs are not kept
     size_t   max_bytes;    // most bytes of compute buffers and metadata of kept graphs; 0: by the size of the model and the number of sequences
     int32_t  il_arena;     // the arena lies on the device of this layer

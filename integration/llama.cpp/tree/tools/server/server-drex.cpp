@@ -184,7 +184,7 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     // a window can have as many prompt rows as fit into a micro-batch
     llama_layer_range_params range = {};
     range.n_rows       = n_slots + llama_n_ubatch(ctx);
-    range.n_graphs     = p.n_graphs > 0 ? p.n_graphs : std::max(128, 4*params.n_parallel);
+    range.n_graphs     = p.n_graphs;
     range.n_rows_graph = config.max_batch;
     range.max_bytes    = size_t(p.graphs_mib) << 20;
     range.il_arena     = std::min<int32_t>(ramp_layers[0], n_layer - 1);
