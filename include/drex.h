@@ -947,7 +947,7 @@ typedef struct drex_completion {
   // Now, in ns; when the step's tokens were emitted.
   uint64_t now_ns;
   // Time that the window took on the device, in ns; 0: unknown, and
-  // nothing is learned from it.
+  // nothing is learned from it, nor from more than 1e15 (eleven days).
   uint64_t duration_ns;
   // KV cells that the decode rows attended over, summed, without those of
   // prompt rows; what a cell costs is learned from it. 0: unknown, and then the
@@ -965,7 +965,7 @@ typedef struct drex_observation {
   uint32_t layer_begin;
   // Above layer_begin, at most n_layers.
   uint32_t layer_end;
-  // At least 1.
+  // At least 1; nothing is learned from more than 1e15 (eleven days).
   uint64_t duration_ns;
   // As drex_completion.n_kv.
   uint64_t n_kv;

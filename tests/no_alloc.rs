@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The decode path allocates nothing: counted, not assumed.
+//! The decode path allocates nothing, and makes no system call: counted, and forbidden by the kernel, not assumed.
 
 mod common;
 #[path = "common/fake.rs"]
@@ -9,7 +9,7 @@ mod fake;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ffi::{c_char, c_void};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use common::*;
@@ -24,6 +24,47 @@ thread_local! {
 
 fn count() -> u64 {
     COUNT.with(Cell::get)
+}
+
+/// A process that is sealed where its counting begins, see [`sealed`].
+static SEALED: AtomicBool = AtomicBool::new(false);
+
+/// Counting begins. The kernel ends a process to be sealed at its first system call from here on, but for `read`, `write`
+/// and `exit`: no memory is mapped, no lock is waited for, no time is slept.
+fn begin() -> u64 {
+    if SEALED.load(Ordering::Relaxed) {
+        // SAFETY: takes no pointer.
+        let status = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_STRICT) };
+        assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
+    }
+    count()
+}
+
+/// Counting ends: how often the allocator was called. A sealed process ends here.
+fn end(before: u64) -> u64 {
+    let calls = count() - before;
+    if SEALED.load(Ordering::Relaxed) {
+        // SAFETY: ends the only thread of this process.
+        unsafe { libc::syscall(libc::SYS_exit, i64::from(calls > 0)) };
+    }
+    calls
+}
+
+/// The wait status of a process that is sealed where `run` begins to count.
+fn sealed(run: &dyn Fn()) -> i32 {
+    let mut status = 0;
+    // SAFETY: the child has one thread, and ends without what Rust and C have registered for the end.
+    unsafe {
+        match libc::fork() {
+            0 => {
+                SEALED.store(true, Ordering::Relaxed);
+                run();
+                libc::_exit(2);
+            }
+            child => assert_eq!(libc::waitpid(child, &mut status, 0), child),
+        }
+    }
+    status
 }
 
 fn bump() {
@@ -141,7 +182,7 @@ fn serve(
     let (mut now, mut x, mut idle_error) = (0u64, 1u64, 0);
     let (mut steps, mut carried) = (0, 0);
 
-    let before = count();
+    let before = begin();
     for i in 0..iterations {
         now += 1000;
         x = x
@@ -236,7 +277,7 @@ fn serve(
             }
         }
     }
-    let calls = count() - before;
+    let calls = end(before);
     if cuda {
         // The last fill, before its memory goes.
         fake::wait(std::ptr::null_mut());
@@ -299,10 +340,13 @@ fn nor_does_it_on_a_cuda_device() {
     assert_eq!(fake::errors(), "");
 }
 
-/// What else chapter 3 of the header names.
 #[test]
 fn nor_do_the_calls_beside_it() {
-    let _alone = alone();
+    calls_beside();
+}
+
+/// The other calls that chapter 3 of the header names.
+fn calls_beside() {
     let ramps = [4];
     let mut c = config(&ramps, 4, 4, DREX_POLICY_AUTO);
     c.n_top = 4;
@@ -340,7 +384,7 @@ fn nor_do_the_calls_beside_it() {
         n_cells: 0,
     }; 16];
 
-    let before = count();
+    let before = begin();
     let (mut listed, mut copied) = (0, 0);
     for i in 0..500u64 {
         let now = 1000 * i;
@@ -421,7 +465,7 @@ fn nor_do_the_calls_beside_it() {
             }
         }
     }
-    assert_eq!(count() - before, 0);
+    assert_eq!(end(before), 0);
     assert!(listed > 8 && copied > 100, "{listed} {copied}");
     assert!(engine.stats().tokens > 500);
     assert_eq!(pages.stats().pages_used, 8);
@@ -555,4 +599,42 @@ fn the_counter_counts() {
     let before = count();
     drop(Engine::new(&config(&ramps, 4, 4, DREX_POLICY_HOLD)));
     assert!(count() - before > 10);
+}
+
+#[test]
+fn the_decode_path_makes_no_system_call() {
+    for policy in DREX_POLICY_OFF..=DREX_POLICY_AUTO {
+        for fill in DREX_FILL_COPY..=DREX_FILL_VERIFY {
+            let status = sealed(&|| {
+                serve(policy, fill, false, false, 1000);
+            });
+            assert_eq!(status, 0, "policy {policy}, fill {fill}");
+        }
+    }
+    assert_eq!(sealed(&calls_beside), 0);
+}
+
+#[test]
+fn a_sealed_process_ends_at_a_system_call() {
+    let ask = || {
+        // SAFETY: takes nothing.
+        unsafe { libc::getppid() };
+    };
+    let map = || drop(std::hint::black_box(vec![1u8; 1 << 26]));
+    for call in [&ask as &dyn Fn(), &map, &std::thread::yield_now] {
+        let status = sealed(&|| {
+            let before = begin();
+            call();
+            end(before);
+        });
+        assert!(libc::WIFSIGNALED(status), "{status}");
+        assert_eq!(libc::WTERMSIG(status), libc::SIGKILL);
+    }
+    // An allocation that needs no system call is counted.
+    let status = sealed(&|| {
+        let before = begin();
+        drop(std::hint::black_box(Box::new(1u8)));
+        end(before);
+    });
+    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 1);
 }

@@ -20,7 +20,7 @@
 //! What is forgotten moves the prior's centre, so an hour at one batch size
 //! does not unlearn what other sizes cost.
 
-use super::profile::{Line, Profile, Segment, Window, Work};
+use super::profile::{Line, MAX_NS, Profile, Segment, Window, Work};
 
 /// Share of an observation's weight that is left after each later one.
 const FORGET: f64 = 0.995;
@@ -299,7 +299,8 @@ impl CostModel {
         prompts: u32,
         ns: u64,
     ) {
-        if rows == 0 && prompts == 0 || ns == 0 {
+        // Longer than any window: a clock that jumped.
+        if rows == 0 && prompts == 0 || ns == 0 || ns as f64 > MAX_NS {
             return;
         }
         let first = self.first_time(begin, end, rows, prompts);
@@ -507,17 +508,18 @@ impl CostModel {
 
     /// From coefficients to times: none below 0.
     fn publish(&mut self) {
-        let u = self.unit;
         let b = &self.beta;
-        let line = |ns: f64, per_row: f64| Line {
-            ns: (ns * u).max(0.0),
-            ns_per_row: (per_row * u).max(0.0),
+        // Within what a profile may hold, so that what is saved can be loaded.
+        let ns = |units: f64| (units * self.unit).max(0.0).min(MAX_NS);
+        let line = |fixed: f64, per_row: f64| Line {
+            ns: ns(fixed),
+            ns_per_row: ns(per_row),
         };
         let window = line(b[C0], b[C1]);
         self.profile.window = Window {
             ns: window.ns,
             ns_per_row: window.ns_per_row,
-            ns_per_prompt_row: (b[C2] * u).max(0.0),
+            ns_per_prompt_row: ns(b[C2]),
         };
         self.profile.ramp = line(b[R0], b[R1]);
         for (i, s) in self.profile.segments.iter_mut().enumerate() {
@@ -527,8 +529,8 @@ impl CostModel {
             *s = Segment {
                 ns: sum.ns,
                 ns_per_row: sum.ns_per_row,
-                ns_per_prompt_row: (b[A3] * l * u).max(0.0),
-                ns_per_cell: (b[A2] * l * u).max(0.0),
+                ns_per_prompt_row: ns(b[A3] * l),
+                ns_per_cell: ns(b[A2] * l),
             };
         }
     }

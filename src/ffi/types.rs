@@ -607,7 +607,7 @@ pub struct drex_completion {
     /// Now, in ns; when the step's tokens were emitted.
     pub now_ns: u64,
     /// Time that the window took on the device, in ns; 0: unknown, and
-    /// nothing is learned from it.
+    /// nothing is learned from it, nor from more than 1e15 (eleven days).
     pub duration_ns: u64,
     /// KV cells that the decode rows attended over, summed, without those of
     /// prompt rows; what a cell costs is learned from it. 0: unknown, and then the
@@ -627,7 +627,7 @@ pub struct drex_observation {
     pub layer_begin: u32,
     /// Above layer_begin, at most n_layers.
     pub layer_end: u32,
-    /// At least 1.
+    /// At least 1; nothing is learned from more than 1e15 (eleven days).
     pub duration_ns: u64,
     /// As drex_completion.n_kv.
     pub n_kv: u64,

@@ -113,6 +113,9 @@ enum Cmd {
     /// Run Triton Inference Server with the drex backend on the bundled model, and stream from it
     #[command(disable_help_flag = true)]
     Triton(Forwarded),
+    /// Fuzz the C ABI with coverage, and run the library's tests under a sanitiser
+    #[command(disable_help_flag = true)]
+    Gauntlet(Forwarded),
     /// Run every check that CI runs: formatting, lints, Rust tests, llama.cpp builds, server tests
     Test(test::Options),
 }
@@ -163,6 +166,7 @@ fn run(command: Cmd) -> Result<ExitCode> {
         Cmd::Deb(options) => install::deb::run(&options),
         Cmd::Patches(options) => return patches::run(&options).map(well),
         Cmd::Triton(to) => sim::tool("drex-triton-server", to.args),
+        Cmd::Gauntlet(to) => sim::tool("drex-gauntlet", to.args),
         Cmd::Test(options) => return test::run(&options).map(well),
     }?;
     Ok(ExitCode::SUCCESS)

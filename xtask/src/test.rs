@@ -15,11 +15,12 @@ use drex_build::{Source, cargo::cargo, kernels};
 use crate::book;
 
 /// Built without optimisation.
-const TOOLS: [&str; 6] = [
+const TOOLS: [&str; 7] = [
     "xtask",
     "drex-bench",
     "drex-build",
     "drex-demo",
+    "drex-gauntlet",
     "drex-harness",
     "drex-triton-server",
 ];
@@ -149,6 +150,8 @@ impl Options {
 struct Count {
     passed: u64,
     failed: u64,
+    /// What failed, by name: long runs scroll away.
+    names: Vec<String>,
 }
 
 impl Count {
@@ -161,6 +164,7 @@ impl Count {
             }
             Err(error) => {
                 self.failed += 1;
+                self.names.push(name.to_owned());
                 println!("FAILED  {name} ({seconds:.1} s)");
                 for line in format!("{error:#}").lines() {
                     println!("        {line}");
@@ -172,6 +176,7 @@ impl Count {
     fn add(&mut self, other: Count) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.names.extend(other.names);
     }
 }
 
@@ -201,6 +206,9 @@ pub fn run(options: &Options) -> Result<bool> {
     }
     if all || options.kernels {
         compiled_kernels(&mut count);
+    }
+    if all {
+        suite(&mut count, "fuzz", &[]);
     }
     if long || options.consumers {
         // Compiled first, for a quarter of an hour.
@@ -241,6 +249,9 @@ pub fn run(options: &Options) -> Result<bool> {
         args.extend(options.quick.then(|| "--quick".into()));
         args.extend(options.of_server_tests());
         suite(&mut count, "server", &args);
+    }
+    for name in &count.names {
+        println!("failed: {name}");
     }
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0)
@@ -332,12 +343,19 @@ fn counted(command: &mut Command) -> Result<(Count, bool)> {
     for line in BufReader::new(child.stdout.take().context("no stdout")?).lines() {
         let line = line?;
         println!("{line}");
+        count.names.extend(failed_line(&line).map(str::to_owned));
         if let Some((passed, failed)) = result_line(&line) {
             count.passed += passed;
             count.failed += failed;
         }
     }
     Ok((count, child.wait()?.success()))
+}
+
+/// The name in `test NAME ... FAILED`, of Rust's own harness, or in `FAILED  NAME (1.0 s)`, of the suites.
+fn failed_line(line: &str) -> Option<&str> {
+    let own = || line.strip_prefix("test ")?.strip_suffix(" ... FAILED");
+    own().or_else(|| Some(line.strip_prefix("FAILED  ")?.rsplit_once(" (")?.0))
 }
 
 /// `test result: ok. 12 passed; 0 failed; ...`
@@ -364,5 +382,13 @@ mod tests {
         let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s";
         assert_eq!(result_line(line), Some((12, 3)));
         assert_eq!(result_line("test a ... ok"), None);
+    }
+
+    #[test]
+    fn reads_lines_of_what_failed() {
+        assert_eq!(failed_line("test a::b ... FAILED"), Some("a::b"));
+        assert_eq!(failed_line("FAILED  a (x), b (5.0 s)"), Some("a (x), b"));
+        assert_eq!(failed_line("test a::b ... ok"), None);
+        assert_eq!(failed_line("ok      a (5.0 s)"), None);
     }
 }
