@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use drex::core::config::{Config, Fill};
-use drex::core::engine::Engine;
 use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
-use drex::core::request::RequestConfig;
+use drex::core::rows::requests::RequestConfig;
+use drex::core::scheduler::Scheduler;
 
 const STEP_NS: u64 = 10_000_000;
 
-fn engine(policy: Policy, requests: u32, batch: u32, ramps: u32, deadlines: bool) -> Engine {
-    let mut engine = Engine::new(Config {
+fn engine(policy: Policy, requests: u32, batch: u32, ramps: u32, deadlines: bool) -> Scheduler {
+    let mut engine = Scheduler::new(Config {
         n_layers: 4 * (ramps + 1),
         ramp_layers: (1..=ramps).map(|r| 4 * r).collect(),
         thresholds: vec![0.5; ramps as usize],
@@ -63,12 +63,12 @@ struct Spent {
     steps: u64,
 }
 
-fn serve(engine: &mut Engine, rows: usize, iterations: u64) -> Spent {
+fn serve(engine: &mut Scheduler, rows: usize, iterations: u64) -> Spent {
     // The search is timed on its own.
     engine.replan(1);
     let mut spent = Spent::default();
     let mut clock = 0;
-    let mut x = 1u64;
+    let mut rng = fastrand::Rng::with_seed(1);
     let mut scores = Vec::new();
     let mut done = Vec::new();
     while spent.steps < iterations {
@@ -77,11 +77,8 @@ fn serve(engine: &mut Engine, rows: usize, iterations: u64) -> Spent {
         let t1 = Instant::now();
         scores.clear();
         for _ in 0..engine.step_rows().len() {
-            x = x
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
             scores.push(Score {
-                confidence: (x >> 40) as f32 / (1 << 24) as f32,
+                confidence: rng.f32(),
                 token: 0,
             });
         }

@@ -87,7 +87,7 @@ struct Host {
     case: Case,
     ready_first: bool,
     now: u64,
-    x: u64,
+    rng: fastrand::Rng,
     logits: Vec<[f32; VOCAB]>,
     rows: Vec<drex_row>,
     verdicts: Vec<drex_verdict>,
@@ -140,7 +140,7 @@ impl Host {
             case,
             ready_first,
             now: 1,
-            x: 1,
+            rng: fastrand::Rng::with_seed(1),
             logits: vec![[0.0; VOCAB]; batch as usize],
             rows: Vec::with_capacity(batch as usize),
             verdicts: Vec::with_capacity(batch as usize),
@@ -150,7 +150,7 @@ impl Host {
         };
         for id in 0..u64::from(requests) {
             let priority = if case.priorities {
-                host.draw() as i32 % 8
+                host.rng.i32(..8)
             } else {
                 0
             };
@@ -158,14 +158,6 @@ impl Host {
             host.engine.ready(id, 0).unwrap();
         }
         host
-    }
-
-    fn draw(&mut self) -> u32 {
-        self.x = self
-            .x
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        (self.x >> 34) as u32
     }
 
     fn plan(&mut self) -> drex_step {
@@ -220,11 +212,7 @@ impl Host {
         let ramp = step.ramp != DREX_NO_RAMP;
         for i in 0..self.rows.len() {
             // Three of four are confident.
-            self.logits[i][1] = if !self.draw().is_multiple_of(4) {
-                20.0
-            } else {
-                0.0
-            };
+            self.logits[i][1] = if self.rng.u8(..4) > 0 { 20.0 } else { 0.0 };
             self.cells[i] = self.rows[i].request as u32;
         }
         let begin = cpu_time();

@@ -69,8 +69,10 @@
  * later steps as *pending rows* (drex_row.back > 0), before their request's own
  * row: several rows of one sequence, causal among themselves.
  *
- * A whole loop with the default fill (a test compiles and runs it). Hosts with
- * drafts, other fills or paged K/V add what chapter 6 and the calls say.
+ *
+ * A LOOP WITH THE DEFAULT FILL
+ *
+ * The whole of it. A test compiles and runs this text.
  *
  *   #include <drex.h>
  *   #include <stdio.h>
@@ -90,13 +92,14 @@
  *                        // to the client; then drex_request_ready() or _remove()
  *
  *   static float logits[BATCH][VOCAB];
+ *   static drex_row rows[BATCH];
  *
  *   // One iteration. When it fails, a step may still be planned: see host_loop().
  *   static drex_status iterate(drex_engine *engine, int *idle) {
  *     drex_plan_input input = DREX_PLAN_INPUT_INITIALIZER;
  *     drex_step step = DREX_STEP_INITIALIZER;
  *     drex_completion completion = DREX_COMPLETION_INITIALIZER;
- *     drex_row rows[BATCH];
+ *     drex_verdict verdicts[BATCH];
  *     drex_status status;
  *     uint64_t begin = host_now();
  *     uint32_t i;
@@ -111,7 +114,6 @@
  *
  *     if (step.ramp != DREX_NO_RAMP) {
  *       drex_logits scored = DREX_LOGITS_INITIALIZER;
- *       drex_verdict verdicts[BATCH];
  *       uint32_t cells[BATCH];
  *       for (i = 0; i < step.n_rows; i++) cells[i] = host_cell(&rows[i]);
  *       scored.data = logits;
@@ -119,21 +121,17 @@
  *       scored.n_rows = step.n_rows;
  *       scored.n_vocab = VOCAB;
  *       status = drex_ramp(engine, &scored, cells, verdicts, BATCH);
+ *       if (status == DREX_OK) status = drex_fill(engine);
  *       if (status != DREX_OK) return status;
- *       status = drex_fill(engine);
- *       if (status != DREX_OK) return status;
- *       for (i = 0; i < step.n_rows; i++) {
- *         if (verdicts[i].decision == DREX_DECISION_EXIT) {
- *           host_emit(engine, rows[i].request, verdicts[i].token);
- *         }
- *       }
  *     }
  *     completion.now_ns = host_now();
  *     completion.duration_ns = completion.now_ns - begin;
  *     status = drex_complete(engine, &completion);
- *     if (status == DREX_OK && step.ramp == DREX_NO_RAMP) {
- *       for (i = 0; i < step.n_rows; i++) {
+ *     for (i = 0; status == DREX_OK && i < step.n_rows; i++) {
+ *       if (step.ramp == DREX_NO_RAMP) {
  *         host_emit(engine, rows[i].request, host_sample(logits[i]));
+ *       } else if (verdicts[i].decision == DREX_DECISION_EXIT) {
+ *         host_emit(engine, rows[i].request, verdicts[i].token);
  *       }
  *     }
  *     return status;
@@ -157,21 +155,132 @@
  *     }
  *     if (status != DREX_OK) {
  *       fprintf(stderr, "%s\n", drex_last_error());
- *       // This host ends. One that goes on calls drex_abandon(engine) first: what
- *       // it does to the rows of a step that was not completed is said below.
+ *       // This host ends. One that goes on ends the step first: see below.
  *     }
  *     drex_destroy(engine);
  *     return status == DREX_OK ? 0 : 1;
  *   }
  *
- * If a window fails, call drex_abandon() instead of what is left of the step.
- * Before drex_ramp(), every row goes back to where it was. After it, the exits
- * stand: emit their tokens, and call drex_fill() first, else their holes stay
- * open; the other rows go back. Rows that go back start once more from what
- * their arena rows had when the step was planned: a window that failed must not
- * have changed those that it started from. Where one has, as a window above layer
- * 0 that ran to its ramp in place, complete the step instead. Prompt rows of a
- * step that is abandoned are forgotten: they wait at layer 0 again.
+ * A row that exited may be emitted, and its request made ready, before
+ * drex_complete() as well.
+ *
+ *
+ * A LOOP WITH DRAFTS
+ *
+ * With DREX_FILL_VERIFY a token of a ramp is a draft. n_slots has room for the
+ * rows that stay pending, and K/V is not bound. Only what follows the window
+ * differs. A test compiles and runs this text, too.
+ *
+ *   // The host's own, besides.
+ *   int32_t host_draft(const drex_row *row);  // what the row's ramp gave
+ *   int host_is_last(const drex_row *row);    // no token follows the row's
+ *   void host_keep(uint64_t request, int32_t draft);  // the next token's input
+ *   void host_take_back(const drex_row *row);  // the row's token never was
+ *   void host_give(const drex_row *row, int32_t token);  // to the client
+ *   void host_next(drex_engine *engine, uint64_t request);
+ *       // drex_request_ready(); without a next token, drex_request_settle() while
+ *       // drafts are left, then drex_request_remove()
+ *
+ *   // The window ended at the ramp.
+ *   static drex_status drafted(drex_engine *engine, const drex_step *step,
+ *                              const drex_completion *completion) {
+ *     drex_logits scored = DREX_LOGITS_INITIALIZER;
+ *     drex_verdict verdicts[BATCH];
+ *     drex_status status;
+ *     uint32_t i;
+ *
+ *     scored.data = logits;
+ *     scored.row_stride_bytes = sizeof logits[0];
+ *     scored.n_rows = step->n_rows;
+ *     scored.n_vocab = VOCAB;
+ *     status = drex_ramp(engine, &scored, NULL, verdicts, BATCH);
+ *     if (status == DREX_OK) status = drex_complete(engine, completion);
+ *     for (i = 0; status == DREX_OK && i < step->n_rows; i++) {
+ *       if (verdicts[i].decision == DREX_DECISION_EXIT) {
+ *         host_keep(rows[i].request, verdicts[i].token);
+ *         host_next(engine, rows[i].request);
+ *       }
+ *     }
+ *     return status;
+ *   }
+ *
+ *   // The window ended at the last layer.
+ *   static drex_status verified(drex_engine *engine, const drex_step *step,
+ *                               const drex_completion *completion) {
+ *     drex_decision decisions[BATCH];
+ *     int32_t tokens[BATCH];
+ *     uint8_t agrees[BATCH];
+ *     drex_status status;
+ *     uint32_t i;
+ *
+ *     for (i = 0; i < step->n_rows; i++) {
+ *       tokens[i] = host_sample(logits[i]);
+ *       agrees[i] = rows[i].back > 0 && tokens[i] == host_draft(&rows[i]);
+ *       if (agrees[i] && host_is_last(&rows[i])) agrees[i] = 2;
+ *     }
+ *     status = drex_verify(engine, agrees, step->n_rows, decisions, BATCH);
+ *     if (status == DREX_OK) status = drex_complete(engine, completion);
+ *     for (i = 0; status == DREX_OK && i < step->n_rows; i++) {
+ *       const uint64_t request = rows[i].request;
+ *       const int last = i + 1 == step->n_rows || rows[i + 1].request != request;
+ *       if (decisions[i] == DREX_DECISION_GONE) continue;
+ *       if (decisions[i] == DREX_DECISION_DROP) {
+ *         host_take_back(&rows[i]);
+ *       } else {
+ *         host_give(&rows[i], tokens[i]);
+ *       }
+ *       if (last) host_next(engine, request);
+ *     }
+ *     return status;
+ *   }
+ *
+ *
+ * WHAT IS ALLOWED WHEN
+ *
+ * An engine has no step, or a planned one whose window ends at a ramp or at
+ * n_layers, or one that has had its verdicts: *ramped* by drex_ramp(), *verified*
+ * by drex_verify(). A call that has no "yes" here gets DREX_ERROR_CALL_ORDER.
+ *
+ *                   no step   to a ramp   to n_layers   ramped   verified
+ *   drex_plan       yes       -           -             -        -
+ *   drex_bind_kv    yes       -           -             -        -
+ *   drex_gather     -         yes         yes           yes      yes
+ *   drex_scatter    -         yes         yes           yes      yes
+ *   drex_ramp       -         yes         -             -        -
+ *   drex_top_get    -         -           -             yes      -
+ *   drex_fill       -         -           -             yes      -
+ *   drex_fill_plan  -         -           -             yes      -
+ *   drex_verify     -         -           yes           -        -
+ *   drex_complete   -         -           yes           yes      yes
+ *   drex_abandon    -         yes         yes           yes      yes
+ *
+ * All other calls are allowed at any time: requests come and go, the rule is
+ * searched for, statistics are read. A "yes" has conditions:
+ *
+ *   drex_complete  Drafts of a step to n_layers had drex_verify(). Holes of a
+ *                  ramped step, where K/V is bound and rows with DREX_FILL_COPY
+ *                  exited, had drex_fill() or drex_fill_plan(). A step of prompt
+ *                  rows alone (n_rows = 0) needs no drex_ramp() before it.
+ *   drex_fill      K/V is bound; so it is for drex_fill_plan().
+ *   drex_top_get   The ramp's logits had n_top > 0.
+ *
+ * drex_request_ready() and drex_request_settle() want an IDLE request.
+ *
+ *
+ * WHEN A WINDOW FAILED
+ *
+ * Call drex_abandon() instead of what is left of the step:
+ *
+ *   before ramp  Every row goes back to where it was.
+ *   after ramp   The exits stand: emit their tokens. Call drex_fill() before
+ *                drex_abandon(), else their holes stay open. The other rows go
+ *                back.
+ *   arena rows   Rows that go back start once more from what their arena rows had
+ *                when the step was planned, so the window must not have changed
+ *                those that it started from. Where it has, as a window above layer
+ *                0 that ran to its ramp in place, the step cannot be abandoned:
+ *                complete it.
+ *   prompt rows  They are forgotten, and wait at layer 0 again.
  *
  * The same calls with the same arguments always give the same results.
  *
@@ -400,44 +509,18 @@
 #define DREX_PAGES_STATS_INITIALIZER                                         \
   { sizeof(drex_pages_stats), 0, 0, 0, 0, 0, 0, 0 }
 
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/* -----------------------------------------------------------------------------
+ * Versions, status codes and error texts
+ */
+
 // The version of this interface. It changes only when something that worked
 // stops working; new functions, constants and fields at the end of structs
 // do not change it.
 #define DREX_ABI_VERSION 1
-
-// Most exit ramps that a model may have.
-#define DREX_MAX_RAMPS 16
-
-// In place of a ramp's index: none.
-#define DREX_NO_RAMP UINT32_MAX
-
-// Most of the greatest logits of a row that a ramp lists.
-#define DREX_MAX_TOP 64
-
-// In place of an arena row: none.
-#define DREX_NO_SLOT UINT32_MAX
-
-// Length of drex_stats.flushes, more than there are DREX_FLUSH_*.
-#define DREX_MAX_FLUSH_REASONS 16
-
-// Length of drex_stats.misses, more than there are DREX_MISS_*.
-#define DREX_MAX_MISS_REASONS 8
-
-// Length of drex_stats.wait_us_buckets.
-#define DREX_WAIT_BUCKETS 32
-
-// A block table entry without a page.
-#define DREX_NO_PAGE UINT32_MAX
-
-// One engine: the scheduler of one model instance. Opaque, and not an
-// address: never read through it. Made by drex_create(), ended by
-// drex_destroy(). A destroyed handle gives DREX_ERROR_INVALID_HANDLE.
-typedef struct drex_engine drex_engine;
-
-// An account of a pool of K/V pages. Opaque, and not an address. Made by
-// drex_pages_create(), ended by drex_pages_destroy(). A destroyed handle gives
-// DREX_ERROR_INVALID_HANDLE.
-typedef struct drex_pages drex_pages;
 
 // How a call went: DREX_OK (0) or one of DREX_ERROR_*. The numbers never
 // change their meaning; a later version may add more, so treat any number
@@ -483,8 +566,43 @@ typedef int32_t drex_status;
 // return this: see chapter 5.
 #define DREX_ERROR_MEMORY 14
 
-// The rule by which rows leave at a ramp: DREX_POLICY_*. A row is *confident* when its
-// confidence is at least its threshold. Under every policy, a row whose
+// The library's version, such as "0.1.0". Static; never NULL.
+const char *drex_version(void);
+
+// The library's DREX_ABI_VERSION, to compare with the header's.
+uint32_t drex_abi_version(void);
+
+// A status by its name, such as "DREX_ERROR_CAPACITY"; "DREX_ERROR_UNKNOWN"
+// for a number that this version does not know. Static; never NULL.
+const char *drex_status_name(drex_status status);
+
+// The general meaning of a status, such as "another thread is inside a call on
+// this handle"; "unknown status" for a number that this version does not
+// know. drex_last_error() says what it was in particular. Static; never NULL.
+const char *drex_status_text(drex_status status);
+
+// The text of the last call that failed on the calling thread, in UTF-8,
+// such as "drex_create: threshold is NaN; expected a finite number >= 0".
+// Empty before the first; a call that succeeds leaves it alone. Valid until
+// the next failure on this thread, or the thread's end. Never NULL; not to
+// be freed.
+const char *drex_last_error(void);
+
+/* -----------------------------------------------------------------------------
+ * Engines and their configuration
+ */
+
+// Most exit ramps that a model may have.
+#define DREX_MAX_RAMPS 16
+// Most of the greatest logits of a row that a ramp lists.
+#define DREX_MAX_TOP 64
+// In place of a ramp's index: none.
+#define DREX_NO_RAMP UINT32_MAX
+// In place of an arena row: none.
+#define DREX_NO_SLOT UINT32_MAX
+
+// The rule by which rows leave at a ramp: DREX_POLICY_*. A row is *confident*
+// when its confidence is at least its threshold. Under every policy, a row whose
 // confidence is NaN and a row whose threshold is above 1 go on.
 //
 // An *involuntary exit* is a row made to exit below its threshold; only
@@ -548,9 +666,9 @@ typedef uint32_t drex_fill_mode;
 // State-copy: K and V of the last computed layer at the token's cell are
 // copied to all skipped layers.
 #define DREX_FILL_COPY 0
-// K and V of the skipped layers are computed. The token's hidden row stays in the arena, *pending*,
-// and goes along when its request next goes through the skipped layers:
-// exactly what the full model would have put there for this text.
+// K and V of the skipped layers are computed. The token's hidden row stays in the
+// arena, *pending*, and goes along when its request next goes through the skipped
+// layers: exactly what the full model would have put there for this text.
 #define DREX_FILL_POSTFILL 1
 // As POSTFILL, and the token is a draft: emitted, that is given to the
 // client, when the full model's logits for the pending row agree; else
@@ -567,64 +685,6 @@ typedef uint32_t drex_fill_mode;
 // In a request: the engine's mode.
 #define DREX_FILL_DEFAULT UINT32_MAX
 
-// The decision on a row at a ramp, or by drex_verify(): DREX_DECISION_*.
-typedef uint32_t drex_decision;
-
-// Emit the token from the ramp's logits; the row is done.
-#define DREX_DECISION_EXIT 0
-// The row waits in the rebatching buffer for a deeper batch.
-#define DREX_DECISION_HOLD 1
-// The row goes on in the next step.
-#define DREX_DECISION_STAY 2
-// The request was removed while the step ran.
-#define DREX_DECISION_GONE 3
-// A pending row: it left before, and goes along.
-#define DREX_DECISION_PENDING 4
-// drex_verify(): the draft stands; it is a token now.
-#define DREX_DECISION_ACCEPT 5
-// drex_verify(): the full model's token is emitted in place of the draft.
-#define DREX_DECISION_REPLACE 6
-// drex_verify(): the row follows a draft that was replaced, and is void.
-#define DREX_DECISION_DROP 7
-
-// Why a step runs: DREX_FLUSH_*.
-typedef uint32_t drex_flush_reason;
-
-// How many reasons there are; a later version may have more, up to
-// DREX_MAX_FLUSH_REASONS.
-#define DREX_FLUSH_REASONS 7
-// Ready rows and prompt rows run through the first window.
-#define DREX_FLUSH_NONE 0
-// Enough rows were held.
-#define DREX_FLUSH_FILL 1
-// A row was held for as long as drex_config.max_hold_ns says.
-#define DREX_FLUSH_AGE 2
-// A held row's token would have missed its deadline.
-#define DREX_FLUSH_DEADLINE 3
-// Nothing else is left to run; under HOLD, fewer than min_ready rows.
-#define DREX_FLUSH_IDLE 4
-// Rows that a ramp told to go on at once.
-#define DREX_FLUSH_STAY 5
-// Prompt rows go on from a ramp, and take along what waits there.
-// Since 0.2.
-#define DREX_FLUSH_PROMPT 6
-
-// Where most of the time went of a token that missed its deadline:
-// DREX_MISS_*.
-typedef uint32_t drex_miss_reason;
-
-// How many reasons there are; a later version may have more, up to
-// DREX_MAX_MISS_REASONS.
-#define DREX_MISS_REASONS 4
-// Between its last token and drex_request_ready(): in the host.
-#define DREX_MISS_HOST 0
-// Ready, while other rows ran: overload.
-#define DREX_MISS_QUEUE 1
-// Held in the rebatching buffer.
-#define DREX_MISS_HELD 2
-// In layer windows, its own or others' while it was to go on at once.
-#define DREX_MISS_RUN 3
-
 // Where logits, arena rows and K/V lie: DREX_DEVICE_*.
 typedef uint32_t drex_device;
 
@@ -633,6 +693,11 @@ typedef uint32_t drex_device;
 // Memory of a CUDA device. drex_create() needs a current CUDA context on its
 // thread, and the engine works in that one: see chapter 7.
 #define DREX_DEVICE_CUDA 1
+
+// One engine: the scheduler of one model engine. Opaque, and not an
+// address: never read through it. Made by drex_create(), ended by
+// drex_destroy(). A destroyed handle gives DREX_ERROR_INVALID_HANDLE.
+typedef struct drex_engine drex_engine;
 
 // The description of an engine. Everything is copied; no pointer is kept.
 typedef struct drex_config {
@@ -706,6 +771,54 @@ typedef struct drex_config {
   uint32_t max_pass_rows;
 } drex_config;
 
+// Makes an engine. What serving needs is allocated here; chapter 3 says which
+// calls allocate nothing.
+//
+// config  copied, with what it points to
+// out     receives the engine; the caller owns it and ends it with
+//         drex_destroy()
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; MEMORY;
+// CAPACITY when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
+// UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
+// current, and DEVICE.
+drex_status drex_create(const drex_config *config, drex_engine **out);
+
+// Ends an engine, in any state, and frees what it holds. The host's tensors
+// are not touched. NULL is fine.
+//
+// Errors: INVALID_HANDLE for one that is destroyed already; HANDLE_BUSY
+// while another thread is inside, and then the engine lives on.
+drex_status drex_destroy(drex_engine *engine);
+
+// A policy's name in lower case, such as "hold"; NULL when unknown. Static.
+const char *drex_policy_name(drex_policy policy);
+
+// A metric's name in lower case, such as "gap"; NULL when unknown. Static.
+const char *drex_metric_name(drex_metric metric);
+
+// A fill mode's name in lower case, such as "copy"; NULL when unknown. Static.
+const char *drex_fill_name(drex_fill_mode fill);
+
+// The policy of a name, exactly as drex_policy_name() writes it.
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+drex_status drex_policy_from_name(const char *name, drex_policy *out);
+
+// The metric of a name, exactly as drex_metric_name() writes it.
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+drex_status drex_metric_from_name(const char *name, drex_metric *out);
+
+// The fill mode of a name, exactly as drex_fill_name() writes it.
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
+drex_status drex_fill_from_name(const char *name, drex_fill_mode *out);
+
+/* -----------------------------------------------------------------------------
+ * The host's K/V cache, for state-copy
+ */
+
 // The K/V cache of one layer. The tensors stay the host's, and must stay
 // valid until other ones are bound or the engine is destroyed.
 //
@@ -740,6 +853,43 @@ typedef struct drex_kv_layer {
   uint64_t v_elem_stride;
 } drex_kv_layer;
 
+// Names the K/V cache that drex_fill() works on. Binding again replaces it.
+//
+// Without it, filling the holes of exited rows is the host's business.
+//
+// layers    [n_layers] copied; the tensors stay the host's. The size of the
+//           first element is the distance to the next. NULL with n_layers =
+//           0 unbinds.
+// n_layers  drex_config.n_layers
+//
+// Layers before the first ramp's last one are not looked at. The others need
+// K rows of one size and V rows of one size and layout, and tensors of their
+// own.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; UNSUPPORTED,
+// with the layers named, where state-copy cannot work; CALL_ORDER while a step
+// is planned; DEVICE. After a failure, what was bound before still is.
+drex_status drex_bind_kv(drex_engine *engine,
+                         const drex_kv_layer *layers,
+                         uint32_t n_layers);
+
+/* -----------------------------------------------------------------------------
+ * Requests, from their first token to their end
+ */
+
+// The state of a request: DREX_REQUEST_*.
+typedef uint32_t drex_request_state;
+
+// The request has no token to run: its prompt is being processed, or the host
+// is sampling.
+#define DREX_REQUEST_IDLE 0
+// A token waits for the first window.
+#define DREX_REQUEST_READY 1
+// Its row is in the planned step, or was told to stay and is in the next.
+#define DREX_REQUEST_RUNNING 2
+// Its row waits in the rebatching buffer.
+#define DREX_REQUEST_HELD 3
+
 // The description of a request.
 typedef struct drex_request_config {
   // sizeof(drex_request_config)
@@ -767,19 +917,6 @@ typedef struct drex_request_config {
   // request's deadline itself counts.
   uint64_t max_tokens;
 } drex_request_config;
-
-// The state of a request: DREX_REQUEST_*.
-typedef uint32_t drex_request_state;
-
-// The request has no token to run: its prompt is being processed, or the host
-// is sampling.
-#define DREX_REQUEST_IDLE 0
-// A token waits for the first window.
-#define DREX_REQUEST_READY 1
-// Its row is in the planned step, or was told to stay and is in the next.
-#define DREX_REQUEST_RUNNING 2
-// Its row waits in the rebatching buffer.
-#define DREX_REQUEST_HELD 3
 
 // A request's state and counters.
 typedef struct drex_request_info {
@@ -811,6 +948,92 @@ typedef struct drex_request_info {
   // next one, or before its own row if it has one.
   uint32_t n_pending;
 } drex_request_info;
+
+// Makes a request known. It is IDLE: say drex_request_ready() when its
+// prompt is done and its first token can run.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE; INVALID_ARGUMENT, also for a fill mode
+// that n_slots or max_batch leave no room for; DUPLICATE_REQUEST; CAPACITY
+// when max_requests are alive.
+drex_status drex_request_add(drex_engine *engine,
+                             const drex_request_config *request);
+
+// The request's next token can run: IDLE becomes READY.
+//
+// id      of a request alive and IDLE
+// n_kv    KV cells that the row attends over, 0 if unknown; a hint that this
+//         version does not use: see drex_completion.n_kv
+// now_ns  now; the first call starts the clock of the request's deadline
+//
+// A row that exited may be made ready again before drex_complete().
+//
+// Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE.
+drex_status drex_request_ready(drex_engine *engine,
+                               uint64_t id,
+                               uint32_t n_kv,
+                               uint64_t now_ns);
+
+// Forgets a request: finished, or cancelled, in any state, also between plan
+// and complete. Its id is free at once. A held row leaves the buffer and its
+// arena row is free at once; the arena row of a row in the planned step is
+// free when the step ends, and drex_ramp() and drex_verify() say
+// DREX_DECISION_GONE for it. Where neither is called, because the window ends at
+// n_layers and has no drafts, the host passes over its logits by itself.
+// The hole of a row that exited and was not filled yet is not filled.
+//
+// Errors: UNKNOWN_REQUEST.
+drex_status drex_request_remove(drex_engine *engine, uint64_t id);
+
+// A request's state and counters.
+//
+// out  its size is set by the caller
+//
+// Errors: UNKNOWN_REQUEST, NULL_ARGUMENT, STRUCT_SIZE.
+drex_status drex_request_get(const drex_engine *engine,
+                             uint64_t id,
+                             drex_request_info *out);
+
+// Sends an IDLE request's pending rows to the last layer without a newer
+// row, in the next steps: at the request's end under DREX_FILL_VERIFY, or
+// wherever its K/V must be whole (before it is saved or shared). The request
+// is RUNNING until the last of them is through, then IDLE.
+//
+// now_ns   now
+// pending  receives how many rows; 0: there is none, and the request stays
+//          IDLE; may be NULL
+//
+// Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE, or when a row of it
+// is in a step that is not complete.
+drex_status drex_request_settle(drex_engine *engine,
+                                uint64_t id,
+                                uint64_t now_ns,
+                                uint32_t *pending);
+
+/* -----------------------------------------------------------------------------
+ * The next window and its rows
+ */
+
+// Why a step runs: DREX_FLUSH_*.
+typedef uint32_t drex_flush_reason;
+
+// Ready rows and prompt rows run through the first window.
+#define DREX_FLUSH_NONE 0
+// Enough rows were held.
+#define DREX_FLUSH_FILL 1
+// A row was held for as long as drex_config.max_hold_ns says.
+#define DREX_FLUSH_AGE 2
+// A held row's token would have missed its deadline.
+#define DREX_FLUSH_DEADLINE 3
+// Nothing else is left to run; under HOLD, fewer than min_ready rows.
+#define DREX_FLUSH_IDLE 4
+// Rows that a ramp told to go on at once.
+#define DREX_FLUSH_STAY 5
+// Prompt rows go on from a ramp, and take along what waits there.
+// Since 0.2.
+#define DREX_FLUSH_PROMPT 6
+// How many reasons there are; a later version may have more, up to
+// DREX_MAX_FLUSH_REASONS.
+#define DREX_FLUSH_REASONS 7
 
 // The input of drex_plan().
 typedef struct drex_plan_input {
@@ -853,9 +1076,8 @@ typedef struct drex_step {
   // rows may exit, and with prompt rows any ramp.
   uint32_t layer_end;
   // The ramp at the window's end: call drex_ramp() if n_rows is not 0.
-  // DREX_NO_RAMP: the
-  // window ends at n_layers; the host samples every row whose request it has
-  // not removed.
+  // DREX_NO_RAMP: the window ends at n_layers; the host samples every row whose
+  // request it has not removed.
   uint32_t ramp;
   // Why it runs.
   drex_flush_reason reason;
@@ -867,6 +1089,59 @@ typedef struct drex_step {
   // Since 0.2.
   uint32_t n_prompt_rows;
 } drex_step;
+
+// Chooses what to run next: a window of layers and its rows.
+//
+// input     the clock, and the prompt rows that wait
+// rows      [capacity] receives drex_step.n_rows rows, in the order in which
+//           the host must run them; the rest is not written
+// capacity  at least 1; give max_batch. Less cuts the step short.
+// out       its size is set by the caller
+//
+// In this order: prompt rows that the window before left at a ramp, together
+// with the rows that wait there, those that were told to stay before those that
+// are held, as many as fit; rows that a ramp told to stay, together with as
+// many held at the same ramp as fit; a queue of held rows that is due for a
+// deadline or for age; prompt rows that wait at layer 0, together with ready
+// rows; a queue of held rows that is due for its fill or because nothing else is
+// left, the deepest among equals; ready rows through the first window.
+//
+// A window with prompt rows from layer 0 has as many of them as fit into
+// drex_config.max_pass_rows beside the ready rows, and beside the rows held at
+// the ramp where it ends: decode rows come first, but for an eighth of the
+// places. It ends at the first ramp that the policy looks at where a ready row
+// may exit or rows are held, under OFF at none; under AUTO only where that is
+// predicted to be faster than the whole pass and a flush of the held rows' own.
+// A step with prompt rows may have n_rows = 0.
+//
+// When more rows wait than fit, those whose deadline is at stake come first,
+// the nearest before the others; then higher priority; then the older row. A
+// row passed over 8 times goes before all of these, in at most half of the
+// places, so that none starves: with k places, a ready row with q older ones
+// before it runs at the latest in the (9 + q / ceil(k / 2))th step of ready
+// rows.
+//
+// After out->n_rows = 0 and out->n_prompt_rows = 0 there is no step, and
+// nothing to complete. Any other step goes on until drex_complete() or
+// drex_abandon() ends it. Chapter 2 has a table of what is allowed meanwhile, and
+// of what must come before drex_complete().
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0, or has no
+// room for the pending rows of the request that comes first; CALL_ORDER while
+// a step is planned; DEVICE, and then no step is planned, and prompt rows that
+// were on their way start again, as after drex_abandon().
+drex_status drex_plan(drex_engine *engine,
+                      const drex_plan_input *input,
+                      drex_row *rows,
+                      uint32_t capacity,
+                      drex_step *out);
+
+// A flush reason's name in lower case, such as "deadline"; NULL when unknown. Static.
+const char *drex_flush_reason_name(drex_flush_reason reason);
+
+/* -----------------------------------------------------------------------------
+ * Verdicts at a ramp, and the fill
+ */
 
 // The element type of logits: DREX_DTYPE_*, in the machine's byte order.
 typedef uint32_t drex_dtype;
@@ -922,6 +1197,26 @@ typedef struct drex_logits {
   void *confirm_data;
 } drex_logits;
 
+// The decision on a row at a ramp, or by drex_verify(): DREX_DECISION_*.
+typedef uint32_t drex_decision;
+
+// Emit the token from the ramp's logits; the row is done.
+#define DREX_DECISION_EXIT 0
+// The row waits in the rebatching buffer for a deeper batch.
+#define DREX_DECISION_HOLD 1
+// The row goes on in the next step.
+#define DREX_DECISION_STAY 2
+// The request was removed while the step ran.
+#define DREX_DECISION_GONE 3
+// A pending row: it left before, and goes along.
+#define DREX_DECISION_PENDING 4
+// drex_verify(): the draft stands; it is a token now.
+#define DREX_DECISION_ACCEPT 5
+// drex_verify(): the full model's token is emitted in place of the draft.
+#define DREX_DECISION_REPLACE 6
+// drex_verify(): the row follows a draft that was replaced, and is void.
+#define DREX_DECISION_DROP 7
+
 // A ramp's verdict on a row.
 typedef struct drex_verdict {
   // EXIT, HOLD, STAY, GONE or PENDING.
@@ -937,6 +1232,141 @@ typedef struct drex_verdict {
   // where its window ends only because pending rows wait there.
   uint32_t forced;
 } drex_verdict;
+
+// At the end of a window that ends at a ramp: scores every row's logits and
+// decides what becomes of it. The logits must be complete, or on a CUDA device
+// enqueued on their stream, and stay unchanged during the call. A row's
+// confidence and token depend on nothing but its own logits.
+//
+// logits    the window's logits
+// cells     [n_rows] the KV cell of each row, below n_cells of every bound
+//           layer; for a row whose request was removed, any number. NULL only
+//           when no K/V is bound. Copied.
+// verdicts  [capacity] receives one per row, in their order
+// capacity  at least n_rows
+//
+// A request whose row says EXIT is IDLE from here on.
+//
+// Not needed in a step with n_rows = 0, which only prompt rows pass; allowed
+// there with logits.n_rows = 0, and then no other field is looked at.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
+// CALL_ORDER when no step is planned, when it ends at the last layer, when
+// it had its verdicts, when cells are missing, or when logits.enqueued is 1
+// and nothing was enqueued, or other logits were; DEVICE. After a failure, the
+// call may be made again.
+drex_status drex_ramp(drex_engine *engine,
+                      const drex_logits *logits,
+                      const uint32_t *cells,
+                      drex_verdict *verdicts,
+                      uint32_t capacity);
+
+// Fills the holes of the rows that the last drex_ramp() let out and whose
+// requests have DREX_FILL_COPY: for each, K and V of the window's last layer at
+// the row's cell are copied to all layers from layer_end on. Does nothing when
+// none exited, or when done already. Nothing else may touch these cells during
+// the call.
+//
+// On a CUDA device it is enqueued on the stream of that ramp's logits, in one
+// launch, and not waited for.
+//
+// Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
+// called since the last plan; DEVICE, and CAPACITY for more memory than one
+// launch can move.
+drex_status drex_fill(drex_engine *engine);
+
+// A decision's name in lower case, such as "exit"; NULL when unknown. Static.
+const char *drex_decision_name(drex_decision decision);
+
+// One of the greatest logits of a row.
+typedef struct drex_top {
+  // As it is, before any softmax.
+  float logit;
+  // Its index; -1 where the row has no more logits that are numbers.
+  int32_t token;
+} drex_top;
+
+// The greatest logits of a row, the greatest first and the lower index before
+// an equal one: candidates for hosts that sample, without the whole row. After
+// a drex_ramp() whose logits had n_top > 0, until its step ends.
+//
+// row       of the planned step, from 0
+// top       [capacity] receives them; may be NULL with capacity 0
+// capacity  entries at top; no more are written
+// n         receives how many: the lesser of capacity and n_top, or 0 for a
+//           row without a verdict of its own (GONE, PENDING)
+//
+// Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CALL_ORDER without such a ramp.
+drex_status drex_top_get(const drex_engine *engine,
+                         uint32_t row,
+                         drex_top *top,
+                         uint32_t capacity,
+                         uint32_t *n);
+
+/* -----------------------------------------------------------------------------
+ * Verdicts of the full model on drafts
+ */
+
+// At the end of a window that ends at n_layers and has drafts: says which of
+// them stand. A draft is the token that a row of a request with
+// DREX_FILL_VERIFY emitted at a ramp; the row is in the step as a pending
+// one. Allowed, and without consequence, in a step without drafts.
+//
+// For each request, going through its rows in their order (the oldest first):
+// choose a token from the row's logits, and compare it with the draft. After
+// the first that differs, the request's later rows are void. Hosts that sample
+// choose by drex_speculate().
+//
+// agrees     [n_rows] 1: the token chosen from the row's logits is its draft;
+//            2: the same, and it is the request's last token; 0: it is
+//            another. Looked at for drafts only, up to the first 0 or 2 of
+//            each request.
+// n_rows     drex_step.n_rows
+// decisions  [capacity] receives one per row: ACCEPT or REPLACE for drafts,
+//            PENDING for pending rows without, EXIT for the request's own row:
+//            emit the token chosen from its logits; DROP for what follows a
+//            draft that was replaced or was the last token; GONE
+// capacity   at least n_rows
+//
+// After REPLACE, the request's next token is the one chosen; the rows after it
+// never were: the host takes their tokens back and frees their KV cells. The
+// request is IDLE after drex_complete() in any case. Until then the verdicts
+// can be lost by drex_abandon(): give their tokens to clients after it.
+//
+// Errors: NULL_ARGUMENT, INVALID_ARGUMENT, CAPACITY; CALL_ORDER when no step is
+// planned, when it ends at a ramp, or when it is verified already.
+drex_status drex_verify(drex_engine *engine,
+                        const uint8_t *agrees,
+                        uint32_t n_rows,
+                        drex_decision *decisions,
+                        uint32_t capacity);
+
+// Speculative sampling: makes a token that was drawn from the ramp's
+// distribution one of the full model's, by keeping or replacing it. For hosts
+// that sample (greedy ones compare). The result is distributed as `deep`,
+// whatever `draft` is; it equals draft_token as often as is possible.
+// Leviathan et al. 2023, arXiv 2211.17192, section 2.3.
+//
+// deep         [n_vocab] probabilities by the full model, after temperature,
+//              top-k and the like; finite, >= 0, not all 0; need not sum to 1
+// draft        the same, by the ramp, as draft_token was drawn from them; NULL:
+//              draft_token was certain
+// draft_token  below n_vocab
+// u, v         two random numbers, uniform in [0, 1)
+// token        receives the token
+//
+// Takes no engine. Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
+drex_status drex_speculate(const float *deep,
+                           const float *draft,
+                           uint32_t n_vocab,
+                           int32_t draft_token,
+                           double u,
+                           double v,
+                           int32_t *token);
+
+/* -----------------------------------------------------------------------------
+ * The end of a step, and a step that is given up
+ */
 
 // The input of drex_complete().
 typedef struct drex_completion {
@@ -954,6 +1384,109 @@ typedef struct drex_completion {
   // cells' share is taken for the rows'. Give it always or never.
   uint64_t n_kv;
 } drex_completion;
+
+// The planned step ran, and its tokens are out. Rows of a window that ended
+// at n_layers have emitted theirs, and their requests are IDLE; held rows
+// enter the buffer; the arena rows of those that emitted are free.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
+// step is planned, when its ramp was not called, when it has drafts and
+// drex_verify() was not called, or when K/V is bound, rows exited with
+// DREX_FILL_COPY and drex_fill() was not called.
+drex_status drex_complete(drex_engine *engine,
+                          const drex_completion *completion);
+
+// The planned step failed. Its rows go back to where they were, in their old
+// order, and may be planned again; the step is not counted. Their arena rows
+// must be as they were when it was planned, where its window starts from them.
+// Rows that drex_ramp() let out before have given their token: they stay out,
+// and their holes stay open unless drex_fill() was called before this. Pending
+// rows that came along with one of these stay at this ramp: their arena rows
+// must be what the window left. What drex_verify() said is void: its tokens do
+// not count, and the rows come back with their drafts. Prompt rows of the step
+// are forgotten: the host starts them again at layer 0, by
+// drex_plan_input.n_prompt_rows, or ends their requests.
+//
+// Errors: CALL_ORDER when no step is planned.
+drex_status drex_abandon(drex_engine *engine);
+
+/* -----------------------------------------------------------------------------
+ * Arena rows, for hosts without a gather by index
+ */
+
+// Rows of an arena, and rows of a dense batch: row i of the batch belongs to
+// row i of the planned step.
+typedef struct drex_arena {
+  // sizeof(drex_arena)
+  uint32_t size;
+  // 0
+  uint32_t reserved;
+  // Row s at arena + s * arena_stride_bytes. Not NULL.
+  void *arena;
+  // Row i at dense + i * dense_stride_bytes. Not NULL.
+  void *dense;
+  // At least row_bytes.
+  uint64_t arena_stride_bytes;
+  // At least row_bytes.
+  uint64_t dense_stride_bytes;
+  // At least 1, below 2^32.
+  uint64_t row_bytes;
+  // As drex_logits.stream.
+  void *stream;
+} drex_arena;
+
+// Gathers the planned step's hidden rows: arena row rows[i].slot to row i of
+// a dense batch, for hosts whose engine has no gather by index. On a CUDA
+// device in one launch on arena->stream; may be captured.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
+// step is planned; DEVICE, and CAPACITY for more memory than one launch can
+// move.
+drex_status drex_gather(drex_engine *engine, const drex_arena *arena);
+
+// The way back: row i of the dense batch to arena row rows[i].slot.
+//
+// Errors: as drex_gather().
+drex_status drex_scatter(drex_engine *engine, const drex_arena *arena);
+
+/* -----------------------------------------------------------------------------
+ * Work on a CUDA device that is started apart from its call
+ */
+
+// CUDA: starts what drex_ramp() waits for, on the logits' stream, and returns
+// at once. Say drex_ramp() with the same logits and enqueued = 1 later; what
+// is between them, such as drex_replan(), runs beside the device. May be
+// captured into a graph, see chapter 7; if that was not launched, no row has a
+// confidence and none leaves.
+//
+// logits  as for drex_ramp(); n_rows may be any number up to the rows of the
+//         largest step. They must stay as they are until drex_ramp() returns.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY; DEVICE;
+// UNSUPPORTED on the host.
+drex_status drex_ramp_enqueue(drex_engine *engine,
+                              const drex_logits *logits);
+
+// CUDA: enqueues, for a graph capture, the fill of the holes that
+// drex_fill_plan() names last before the graph is launched. See chapter 7.
+//
+// stream  the CUstream that is being captured
+//
+// Errors: CALL_ORDER when no K/V is bound; DEVICE, and CAPACITY as for
+// drex_fill(); UNSUPPORTED on the host.
+drex_status drex_fill_enqueue(drex_engine *engine, void *stream);
+
+// CUDA: in place of drex_fill(), for a host that will launch a graph which
+// captured drex_fill_enqueue(): names the holes, and launches nothing. The
+// graph must be launched before drex_complete(), on the stream of the last
+// ramp's logits or ordered behind it.
+//
+// Errors: CALL_ORDER as for drex_fill(); DEVICE; UNSUPPORTED on the host.
+drex_status drex_fill_plan(drex_engine *engine);
+
+/* -----------------------------------------------------------------------------
+ * Costs of windows, and the search for a rule
+ */
 
 // A timing of a pass that drex did not plan: calibration, full passes.
 typedef struct drex_observation {
@@ -976,6 +1509,77 @@ typedef struct drex_observation {
   // Since 0.2.
   uint32_t reserved;
 } drex_observation;
+
+// Tells the cost model of a pass that drex did not plan, at any time.
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT.
+drex_status drex_observe(drex_engine *engine,
+                         const drex_observation *observation);
+
+// AUTO: works on the search for a better rule, on the calling thread. Call it
+// where the thread would wait for the device: after the window has been
+// launched, before its logits are waited for. From the first call on,
+// drex_complete() leaves this work to the host; without any, it does a part
+// of it each time, at most about 0.5 % of the window's time.
+//
+// max_windows  about how much: simulated windows, some 40 ns each; 0: all
+// done         receives 1 when no search is under way any more, else 0; may
+//              be NULL
+//
+// Allowed between any two calls. Does nothing under other policies.
+drex_status drex_replan(drex_engine *engine,
+                        uint32_t max_windows,
+                        uint32_t *done);
+
+// The cost model's numbers as JSON, for drex_profile_load() and drex-sim.
+//
+// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
+//           to ask for the length
+// capacity  bytes at text
+// length    receives the text's bytes without the 0 byte, also with CAPACITY
+//
+// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
+// not fit and capacity is not 0; CALL_ORDER before anything is known.
+drex_status drex_profile_save(const drex_engine *engine,
+                              char *text,
+                              size_t capacity,
+                              size_t *length);
+
+// Starts the cost model from numbers saved before, in place of what it has
+// learned. They are left behind where measurements contradict them.
+//
+// text  JSON as drex_profile_save() writes it, of a model with the same
+//       layers and ramps
+//
+// Allocates. Errors: NULL_ARGUMENT; INVALID_ARGUMENT with the field named.
+drex_status drex_profile_load(drex_engine *engine, const char *text);
+
+/* -----------------------------------------------------------------------------
+ * Totals and current values
+ */
+
+// Length of drex_stats.flushes, more than there are DREX_FLUSH_*.
+#define DREX_MAX_FLUSH_REASONS 16
+// Length of drex_stats.misses, more than there are DREX_MISS_*.
+#define DREX_MAX_MISS_REASONS 8
+// Length of drex_stats.wait_us_buckets.
+#define DREX_WAIT_BUCKETS 32
+
+// Where most of the time went of a token that missed its deadline:
+// DREX_MISS_*.
+typedef uint32_t drex_miss_reason;
+
+// Between its last token and drex_request_ready(): in the host.
+#define DREX_MISS_HOST 0
+// Ready, while other rows ran: overload.
+#define DREX_MISS_QUEUE 1
+// Held in the rebatching buffer.
+#define DREX_MISS_HELD 2
+// In layer windows, its own or others' while it was to go on at once.
+#define DREX_MISS_RUN 3
+// How many reasons there are; a later version may have more, up to
+// DREX_MAX_MISS_REASONS.
+#define DREX_MISS_REASONS 4
 
 // Totals since drex_create(), and some current values.
 typedef struct drex_stats {
@@ -1067,34 +1671,141 @@ typedef struct drex_stats {
   uint64_t prompt_steps;
 } drex_stats;
 
-// One of the greatest logits of a row.
-typedef struct drex_top {
-  // As it is, before any softmax.
-  float logit;
-  // Its index; -1 where the row has no more logits that are numbers.
-  int32_t token;
-} drex_top;
+// A snapshot of the engine's totals. Cheap enough for every step.
+//
+// out  its size is set by the caller
+//
+// Errors: NULL_ARGUMENT, STRUCT_SIZE.
+drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
 
-// Rows of an arena, and rows of a dense batch: row i of the batch belongs to
-// row i of the planned step.
-typedef struct drex_arena {
-  // sizeof(drex_arena)
-  uint32_t size;
-  // 0
-  uint32_t reserved;
-  // Row s at arena + s * arena_stride_bytes. Not NULL.
-  void *arena;
-  // Row i at dense + i * dense_stride_bytes. Not NULL.
-  void *dense;
-  // At least row_bytes.
-  uint64_t arena_stride_bytes;
-  // At least row_bytes.
-  uint64_t dense_stride_bytes;
-  // At least 1, below 2^32.
-  uint64_t row_bytes;
-  // As drex_logits.stream.
-  void *stream;
-} drex_arena;
+// A miss reason's name in lower case, such as "queue"; NULL when unknown. Static.
+const char *drex_miss_reason_name(drex_miss_reason reason);
+
+/* -----------------------------------------------------------------------------
+ * Logs, traces, snapshots and metrics of an engine
+ */
+
+// How much is logged: a level and all that are more urgent.
+typedef uint32_t drex_log_level;
+
+// Nothing.
+#define DREX_LOG_OFF 0
+// A device failed.
+#define DREX_LOG_ERROR 1
+// Refused calls, missed deadlines, logits that are not finite.
+#define DREX_LOG_WARN 2
+// Engines, and the rules that AUTO chooses.
+#define DREX_LOG_INFO 3
+// Requests.
+#define DREX_LOG_DEBUG 4
+// Every step.
+#define DREX_LOG_TRACE 5
+
+// Receives one event: its level and a line of UTF-8 without a line break, at
+// most 511 bytes, valid during the call. It runs on the thread and inside the
+// call that caused it, so a call on the same engine gets
+// DREX_ERROR_HANDLE_BUSY (DREX_ERROR_INVALID_HANDLE from the event of its
+// destruction). It must return: no exception, no longjmp.
+typedef void (*drex_log_callback)(void *user_data,
+                                  drex_log_level level,
+                                  const char *text);
+
+// Sends an engine's events to a callback, and says its configuration at level
+// INFO. Events of other engines do not go there.
+//
+// callback   NULL: none from now on
+// user_data  handed to the callback; kept until the engine ends or another
+//            call of this function; may be NULL
+// level      DREX_LOG_*
+//
+// Errors: INVALID_ARGUMENT for an unknown level.
+drex_status drex_log_set(drex_engine *engine,
+                         drex_log_callback callback,
+                         void *user_data,
+                         drex_log_level level);
+
+// Counters, queues, held rows with their ages, and the scheduler's estimates
+// as a JSON object. What is not known is null.
+//
+// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
+//           to ask for the length
+// capacity  bytes at text
+// length    receives the text's bytes without the 0 byte, also with CAPACITY
+//
+// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
+// not fit and capacity is not 0.
+drex_status drex_snapshot(const drex_engine *engine,
+                          char *text,
+                          size_t capacity,
+                          size_t *length);
+
+// Counters, gauges and histograms in Prometheus' text format 0.0.4. Every
+// engine's text has the same families in the same order, each from its HELP
+// line on, also where a family has no sample: so several texts can be merged.
+//
+// labels    put on every sample, as name="value" separated by commas, with
+//           values escaped as that format says; NULL or empty: none. Not
+//           ramp, reason, cause, rule or le.
+// text, capacity, length  as for drex_snapshot()
+//
+// Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
+// drex_snapshot().
+drex_status drex_metrics_text(const drex_engine *engine,
+                              const char *labels,
+                              char *text,
+                              size_t capacity,
+                              size_t *length);
+
+// Receives a part of a text: n_bytes bytes, without a 0 byte, valid during the
+// call. A call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return:
+// no exception, no longjmp.
+typedef void (*drex_trace_sink)(void *user_data, const char *bytes, size_t n_bytes);
+
+// Records from now on what happens to an engine's rows, in a ring: when it is
+// full, the oldest events go. A trace that is under way is dropped.
+//
+// max_events  at least 1, of at most 64 bytes each; memory is taken now, and
+//             none later. A step takes one for its window, one for its
+//             counters, and one for each row that exits, and for each that
+//             was held.
+//
+// Errors: INVALID_ARGUMENT; MEMORY, and then the trace before goes on.
+drex_status drex_trace_start(drex_engine *engine, uint32_t max_events);
+
+// Writes the trace so far, as Chrome's JSON trace events, which Perfetto
+// (ui.perfetto.dev) and chrome://tracing open. The trace goes on.
+//
+// sink       called with the text's parts in their order, on this thread
+// user_data  handed to it; may be NULL
+//
+// Windows are complete events on one track, from plan to complete, with the
+// host's own duration_ns in their arguments. Each time that a row was held is
+// a pair of async events of the request's, named after its ramp; rows that are
+// held now end now. Exits are instants on a track per ramp. Times are the
+// host's; an exit's is its window's end. Steps that were abandoned have no
+// window. Requests are strings, since viewers' numbers end at 2^53. The events
+// of several engines and processes can be put into one list.
+//
+// Allocates. Errors: NULL_ARGUMENT for sink; CALL_ORDER without
+// drex_trace_start().
+drex_status drex_trace_write(const drex_engine *engine,
+                             drex_trace_sink sink,
+                             void *user_data);
+
+// Ends the recording and frees its events. Without one, does nothing.
+drex_status drex_trace_stop(drex_engine *engine);
+
+/* -----------------------------------------------------------------------------
+ * Paged K/V
+ */
+
+// A block table entry without a page.
+#define DREX_NO_PAGE UINT32_MAX
+
+// An account of a pool of K/V pages. Opaque, and not an address. Made by
+// drex_pages_create(), ended by drex_pages_destroy(). A destroyed handle gives
+// DREX_ERROR_INVALID_HANDLE.
+typedef struct drex_pages drex_pages;
 
 // For drex_pages_create().
 typedef struct drex_pages_config {
@@ -1141,482 +1852,6 @@ typedef struct drex_pages_stats {
   // Cells of skipped layers that needed no copy.
   uint64_t cells_aliased;
 } drex_pages_stats;
-
-// How much is logged: a level and all that are more urgent.
-typedef uint32_t drex_log_level;
-
-// Nothing.
-#define DREX_LOG_OFF 0
-// A device failed.
-#define DREX_LOG_ERROR 1
-// Refused calls, missed deadlines, logits that are not finite.
-#define DREX_LOG_WARN 2
-// Engines, and the rules that AUTO chooses.
-#define DREX_LOG_INFO 3
-// Requests.
-#define DREX_LOG_DEBUG 4
-// Every step.
-#define DREX_LOG_TRACE 5
-
-// Receives one event: its level and a line of UTF-8 without a line break, at
-// most 511 bytes, valid during the call. It runs on the thread and inside the
-// call that caused it, so a call on the same engine gets
-// DREX_ERROR_HANDLE_BUSY (DREX_ERROR_INVALID_HANDLE from the event of its
-// destruction). It must return: no exception, no longjmp.
-typedef void (*drex_log_callback)(void *user_data,
-                                  drex_log_level level,
-                                  const char *text);
-
-// Receives a part of a text: n_bytes bytes, without a 0 byte, valid during the
-// call. A call on the same engine gets DREX_ERROR_HANDLE_BUSY. It must return:
-// no exception, no longjmp.
-typedef void (*drex_trace_sink)(void *user_data, const char *bytes, size_t n_bytes);
-
-#ifdef __cplusplus
-extern "C" {
-#endif // __cplusplus
-
-// The library's version, such as "0.1.0". Static; never NULL.
-const char *drex_version(void);
-
-// The library's DREX_ABI_VERSION, to compare with the header's.
-uint32_t drex_abi_version(void);
-
-// A status by its name, such as "DREX_ERROR_CAPACITY"; "DREX_ERROR_UNKNOWN"
-// for a number that this version does not know. Static; never NULL.
-const char *drex_status_name(drex_status status);
-
-// The general meaning of a status, such as "another thread is inside a call on
-// this handle"; "unknown status" for a number that this version does not
-// know. drex_last_error() says what it was in particular. Static; never NULL.
-const char *drex_status_text(drex_status status);
-
-// The text of the last call that failed on the calling thread, in UTF-8,
-// such as "drex_create: threshold is NaN; expected a finite number >= 0".
-// Empty before the first; a call that succeeds leaves it alone. Valid until
-// the next failure on this thread, or the thread's end. Never NULL; not to
-// be freed.
-const char *drex_last_error(void);
-
-// A policy's name in lower case, such as "hold"; NULL when unknown. Static.
-const char *drex_policy_name(drex_policy policy);
-
-// A metric's name in lower case, such as "gap"; NULL when unknown. Static.
-const char *drex_metric_name(drex_metric metric);
-
-// A fill mode's name in lower case, such as "copy"; NULL when unknown. Static.
-const char *drex_fill_name(drex_fill_mode fill);
-
-// A decision's name in lower case, such as "exit"; NULL when unknown. Static.
-const char *drex_decision_name(drex_decision decision);
-
-// A flush reason's name in lower case, such as "deadline"; NULL when unknown. Static.
-const char *drex_flush_reason_name(drex_flush_reason reason);
-
-// A miss reason's name in lower case, such as "queue"; NULL when unknown. Static.
-const char *drex_miss_reason_name(drex_miss_reason reason);
-
-// The policy of a name, exactly as drex_policy_name() writes it.
-//
-// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
-drex_status drex_policy_from_name(const char *name, drex_policy *out);
-
-// The metric of a name, exactly as drex_metric_name() writes it.
-//
-// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
-drex_status drex_metric_from_name(const char *name, drex_metric *out);
-
-// The fill mode of a name, exactly as drex_fill_name() writes it.
-//
-// Errors: NULL_ARGUMENT; INVALID_ARGUMENT for an unknown name.
-drex_status drex_fill_from_name(const char *name, drex_fill_mode *out);
-
-// Makes an engine. What serving needs is allocated here; chapter 3 says which
-// calls allocate nothing.
-//
-// config  copied, with what it points to
-// out     receives the engine; the caller owns it and ends it with
-//         drex_destroy()
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, ABI_MISMATCH, INVALID_ARGUMENT; MEMORY;
-// CAPACITY when 256 engines are alive in this process; with DREX_DEVICE_CUDA also
-// UNSUPPORTED where there is no CUDA driver, CALL_ORDER where no context is
-// current, and DEVICE.
-drex_status drex_create(const drex_config *config, drex_engine **out);
-
-// Ends an engine, in any state, and frees what it holds. The host's tensors
-// are not touched. NULL is fine.
-//
-// Errors: INVALID_HANDLE for one that is destroyed already; HANDLE_BUSY
-// while another thread is inside, and then the engine lives on.
-drex_status drex_destroy(drex_engine *engine);
-
-// Names the K/V cache that drex_fill() works on. Binding again replaces it.
-//
-// Without it, filling the holes of exited rows is the host's business.
-//
-// layers    [n_layers] copied; the tensors stay the host's. The size of the
-//           first element is the distance to the next. NULL with n_layers =
-//           0 unbinds.
-// n_layers  drex_config.n_layers
-//
-// Layers before the first ramp's last one are not looked at. The others need
-// K rows of one size and V rows of one size and layout, and tensors of their
-// own.
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; MEMORY; UNSUPPORTED,
-// with the layers named, where state-copy cannot work; CALL_ORDER while a step
-// is planned; DEVICE. After a failure, what was bound before still is.
-drex_status drex_bind_kv(drex_engine *engine,
-                         const drex_kv_layer *layers,
-                         uint32_t n_layers);
-
-// Makes a request known. It is IDLE: say drex_request_ready() when its
-// prompt is done and its first token can run.
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE; INVALID_ARGUMENT, also for a fill mode
-// that n_slots or max_batch leave no room for; DUPLICATE_REQUEST; CAPACITY
-// when max_requests are alive.
-drex_status drex_request_add(drex_engine *engine,
-                             const drex_request_config *request);
-
-// The request's next token can run: IDLE becomes READY.
-//
-// id      of a request alive and IDLE
-// n_kv    KV cells that the row attends over, 0 if unknown; a hint that this
-//         version does not use: see drex_completion.n_kv
-// now_ns  now; the first call starts the clock of the request's deadline
-//
-// A row that exited may be made ready again before drex_complete().
-//
-// Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE.
-drex_status drex_request_ready(drex_engine *engine,
-                               uint64_t id,
-                               uint32_t n_kv,
-                               uint64_t now_ns);
-
-// Forgets a request: finished, or cancelled, in any state, also between plan
-// and complete. Its id is free at once. A held row leaves the buffer and its
-// arena row is free at once; the arena row of a row in the planned step is
-// free when the step ends, and drex_ramp() and drex_verify() say
-// DREX_DECISION_GONE for it. Where neither is called, because the window ends at
-// n_layers and has no drafts, the host passes over its logits by itself.
-// The hole of a row that exited and was not filled yet is not filled.
-//
-// Errors: UNKNOWN_REQUEST.
-drex_status drex_request_remove(drex_engine *engine, uint64_t id);
-
-// A request's state and counters.
-//
-// out  its size is set by the caller
-//
-// Errors: UNKNOWN_REQUEST, NULL_ARGUMENT, STRUCT_SIZE.
-drex_status drex_request_get(const drex_engine *engine,
-                             uint64_t id,
-                             drex_request_info *out);
-
-// Chooses what to run next: a window of layers and its rows.
-//
-// input     the clock, and the prompt rows that wait
-// rows      [capacity] receives drex_step.n_rows rows, in the order in which
-//           the host must run them; the rest is not written
-// capacity  at least 1; give max_batch. Less cuts the step short.
-// out       its size is set by the caller
-//
-// In this order: prompt rows that the window before left at a ramp, together
-// with the rows that wait there, those that were told to stay before those that
-// are held, as many as fit; rows that a ramp told to stay, together with as
-// many held at the same ramp as fit; a queue of held rows that is due for a
-// deadline or for age; prompt rows that wait at layer 0, together with ready
-// rows; a queue of held rows that is due for its fill or because nothing else is
-// left, the deepest among equals; ready rows through the first window.
-//
-// A window with prompt rows from layer 0 has as many of them as fit into
-// drex_config.max_pass_rows beside the ready rows, and beside the rows held at
-// the ramp where it ends: decode rows come first, but for an eighth of the
-// places. It ends at the first ramp that the policy looks at where a ready row
-// may exit or rows are held, under OFF at none; under AUTO only where that is
-// predicted to be faster than the whole pass and a flush of the held rows' own.
-// A step with prompt rows may have n_rows = 0.
-//
-// When more rows wait than fit, those whose deadline is at stake come first,
-// the nearest before the others; then higher priority; then the older row. A
-// row passed over 8 times goes before all of these, in at most half of the
-// places, so that none starves: with k places, a ready row with q older ones
-// before it runs at the latest in the (9 + q / ceil(k / 2))th step of ready
-// rows.
-//
-// After out->n_rows = 0 and out->n_prompt_rows = 0 there is no step, and
-// nothing to complete. Any other step goes on until drex_complete() or
-// drex_abandon() ends it. What must come before drex_complete() is drex_ramp()
-// where the window ends at a ramp, then drex_fill() where K/V is bound, both only
-// where n_rows is not 0; drex_verify() where the window ends at n_layers and has
-// drafts. Meanwhile drex_plan() and drex_bind_kv() are CALL_ORDER, and all other
-// calls are allowed: requests come and go, rows are gathered and scattered, a
-// rule is searched for, statistics are read.
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE; CAPACITY when capacity is 0, or has no
-// room for the pending rows of the request that comes first; CALL_ORDER while
-// a step is planned; DEVICE, and then no step is planned, and prompt rows that
-// were on their way start again, as after drex_abandon().
-drex_status drex_plan(drex_engine *engine,
-                      const drex_plan_input *input,
-                      drex_row *rows,
-                      uint32_t capacity,
-                      drex_step *out);
-
-// At the end of a window that ends at a ramp: scores every row's logits and
-// decides what becomes of it. The logits must be complete, or on a CUDA device
-// enqueued on their stream, and stay unchanged during the call. A row's
-// confidence and token depend on nothing but its own logits.
-//
-// logits    the window's logits
-// cells     [n_rows] the KV cell of each row, below n_cells of every bound
-//           layer; for a row whose request was removed, any number. NULL only
-//           when no K/V is bound. Copied.
-// verdicts  [capacity] receives one per row, in their order
-// capacity  at least n_rows
-//
-// A request whose row says EXIT is IDLE from here on.
-//
-// Not needed in a step with n_rows = 0, which only prompt rows pass; allowed
-// there with logits.n_rows = 0, and then no other field is looked at.
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY;
-// CALL_ORDER when no step is planned, when it ends at the last layer, when
-// it had its verdicts, when cells are missing, or when logits.enqueued is 1
-// and nothing was enqueued, or other logits were; DEVICE. After a failure, the
-// call may be made again.
-drex_status drex_ramp(drex_engine *engine,
-                      const drex_logits *logits,
-                      const uint32_t *cells,
-                      drex_verdict *verdicts,
-                      uint32_t capacity);
-
-// Fills the holes of the rows that the last drex_ramp() let out and whose
-// requests have DREX_FILL_COPY: for each,
-// K and V of the window's last layer at the row's cell are copied to all
-// layers from layer_end on. Does nothing when none exited, or when done
-// already. Nothing else may touch these cells during the call.
-//
-// On a CUDA device it is enqueued on the stream of that ramp's logits, in one
-// launch, and not waited for.
-//
-// Errors: CALL_ORDER when no K/V is bound, or when drex_ramp() was not
-// called since the last plan; DEVICE, and CAPACITY for more memory than one
-// launch can move.
-drex_status drex_fill(drex_engine *engine);
-
-// At the end of a window that ends at n_layers and has drafts: says which of
-// them stand. A draft is the token that a row of a request with
-// DREX_FILL_VERIFY emitted at a ramp; the row is in the step as a pending
-// one. Allowed, and without consequence, in a step without drafts.
-//
-// For each request, going through its rows in their order (the oldest first):
-// choose a token from the row's logits, and compare it with the draft. After
-// the first that differs, the request's later rows are void. Hosts that sample
-// choose by drex_speculate().
-//
-// agrees     [n_rows] 1: the token chosen from the row's logits is its draft;
-//            2: the same, and it is the request's last token; 0: it is
-//            another. Looked at for drafts only, up to the first 0 or 2 of
-//            each request.
-// n_rows     drex_step.n_rows
-// decisions  [capacity] receives one per row: ACCEPT or REPLACE for drafts,
-//            PENDING for pending rows without, EXIT for the request's own row:
-//            emit the token chosen from its logits; DROP for what follows a
-//            draft that was replaced or was the last token; GONE
-// capacity   at least n_rows
-//
-// After REPLACE, the request's next token is the one chosen; the rows after it
-// never were: the host takes their tokens back and frees their KV cells. The
-// request is IDLE after drex_complete() in any case. Until then the verdicts
-// can be lost by drex_abandon(): give their tokens to clients after it.
-//
-// Errors: NULL_ARGUMENT, INVALID_ARGUMENT, CAPACITY; CALL_ORDER when no step is
-// planned, when it ends at a ramp, or when it is verified already.
-drex_status drex_verify(drex_engine *engine,
-                        const uint8_t *agrees,
-                        uint32_t n_rows,
-                        drex_decision *decisions,
-                        uint32_t capacity);
-
-// Sends an IDLE request's pending rows to the last layer without a newer
-// row, in the next steps: at the request's end under DREX_FILL_VERIFY, or
-// wherever its K/V must be whole (before it is saved or shared). The request
-// is RUNNING until the last of them is through, then IDLE.
-//
-// now_ns   now
-// pending  receives how many rows; 0: there is none, and the request stays
-//          IDLE; may be NULL
-//
-// Errors: UNKNOWN_REQUEST; CALL_ORDER when it is not IDLE, or when a row of it
-// is in a step that is not complete.
-drex_status drex_request_settle(drex_engine *engine,
-                                uint64_t id,
-                                uint64_t now_ns,
-                                uint32_t *pending);
-
-// Speculative sampling: makes a token that was drawn from the ramp's
-// distribution one of the full model's, by keeping or replacing it. For hosts
-// that sample (greedy ones compare). The result is distributed as `deep`,
-// whatever `draft` is; it equals draft_token as often as is possible.
-// Leviathan et al. 2023, arXiv 2211.17192, section 2.3.
-//
-// deep         [n_vocab] probabilities by the full model, after temperature,
-//              top-k and the like; finite, >= 0, not all 0; need not sum to 1
-// draft        the same, by the ramp, as draft_token was drawn from them; NULL:
-//              draft_token was certain
-// draft_token  below n_vocab
-// u, v         two random numbers, uniform in [0, 1)
-// token        receives the token
-//
-// Takes no engine. Errors: NULL_ARGUMENT, INVALID_ARGUMENT.
-drex_status drex_speculate(const float *deep,
-                           const float *draft,
-                           uint32_t n_vocab,
-                           int32_t draft_token,
-                           double u,
-                           double v,
-                           int32_t *token);
-
-// The planned step ran, and its tokens are out. Rows of a window that ended
-// at n_layers have emitted theirs, and their requests are IDLE; held rows
-// enter the buffer; the arena rows of those that emitted are free.
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
-// step is planned, when its ramp was not called, when it has drafts and
-// drex_verify() was not called, or when K/V is bound, rows exited with
-// DREX_FILL_COPY and drex_fill() was not called.
-drex_status drex_complete(drex_engine *engine,
-                          const drex_completion *completion);
-
-// The planned step failed. Its rows go back to where they were, in their old
-// order, and may be planned again; the step is not counted. Their arena rows
-// must be as they were when it was planned, where its window starts from them.
-// Rows that drex_ramp() let out before have given their token: they stay out,
-// and their holes stay open unless drex_fill() was called before this. Pending
-// rows that came along with one of these stay at this ramp: their arena rows
-// must be what the window left. What drex_verify() said is void: its tokens do
-// not count, and the rows come back with their drafts. Prompt rows of the step
-// are forgotten: the host starts them again at layer 0, by
-// drex_plan_input.n_prompt_rows, or ends their requests.
-//
-// Errors: CALL_ORDER when no step is planned.
-drex_status drex_abandon(drex_engine *engine);
-
-// Tells the cost model of a pass that drex did not plan, at any time.
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT.
-drex_status drex_observe(drex_engine *engine,
-                         const drex_observation *observation);
-
-// AUTO: works on the search for a better rule, on the calling thread. Call it
-// where the thread would wait for the device: after the window has been
-// launched, before its logits are waited for. From the first call on,
-// drex_complete() leaves this work to the host; without any, it does a part
-// of it each time, at most about 0.5 % of the window's time.
-//
-// max_windows  about how much: simulated windows, some 40 ns each; 0: all
-// done         receives 1 when no search is under way any more, else 0; may
-//              be NULL
-//
-// Allowed between any two calls. Does nothing under other policies.
-drex_status drex_replan(drex_engine *engine,
-                        uint32_t max_windows,
-                        uint32_t *done);
-
-// The cost model's numbers as JSON, for drex_profile_load() and drex-sim.
-//
-// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
-//           to ask for the length
-// capacity  bytes at text
-// length    receives the text's bytes without the 0 byte, also with CAPACITY
-//
-// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
-// not fit and capacity is not 0; CALL_ORDER before anything is known.
-drex_status drex_profile_save(const drex_engine *engine,
-                              char *text,
-                              size_t capacity,
-                              size_t *length);
-
-// Starts the cost model from numbers saved before, in place of what it has
-// learned. They are left behind where measurements contradict them.
-//
-// text  JSON as drex_profile_save() writes it, of a model with the same
-//       layers and ramps
-//
-// Allocates. Errors: NULL_ARGUMENT; INVALID_ARGUMENT with the field named.
-drex_status drex_profile_load(drex_engine *engine, const char *text);
-
-// A snapshot of the engine's totals. Cheap enough for every step.
-//
-// out  its size is set by the caller
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE.
-drex_status drex_stats_get(const drex_engine *engine, drex_stats *out);
-
-// CUDA: starts what drex_ramp() waits for, on the logits' stream, and returns
-// at once. Say drex_ramp() with the same logits and enqueued = 1 later; what
-// is between them, such as drex_replan(), runs beside the device. May be
-// captured into a graph, see chapter 7; if that was not launched, no row has a
-// confidence and none leaves.
-//
-// logits  as for drex_ramp(); n_rows may be any number up to the rows of the
-//         largest step. They must stay as they are until drex_ramp() returns.
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CAPACITY; DEVICE;
-// UNSUPPORTED on the host.
-drex_status drex_ramp_enqueue(drex_engine *engine,
-                              const drex_logits *logits);
-
-// The greatest logits of a row, the greatest first and the lower index before
-// an equal one: candidates for hosts that sample, without the whole row. After
-// a drex_ramp() whose logits had n_top > 0, until its step ends.
-//
-// row       of the planned step, from 0
-// top       [capacity] receives them; may be NULL with capacity 0
-// capacity  entries at top; no more are written
-// n         receives how many: the lesser of capacity and n_top, or 0 for a
-//           row without a verdict of its own (GONE, PENDING)
-//
-// Errors: NULL_ARGUMENT; INVALID_ARGUMENT; CALL_ORDER without such a ramp.
-drex_status drex_top_get(const drex_engine *engine,
-                         uint32_t row,
-                         drex_top *top,
-                         uint32_t capacity,
-                         uint32_t *n);
-
-// Gathers the planned step's hidden rows: arena row rows[i].slot to row i of
-// a dense batch, for hosts whose engine has no gather by index. On a CUDA
-// device in one launch on arena->stream; may be captured.
-//
-// Errors: NULL_ARGUMENT, STRUCT_SIZE, INVALID_ARGUMENT; CALL_ORDER when no
-// step is planned; DEVICE, and CAPACITY for more memory than one launch can
-// move.
-drex_status drex_gather(drex_engine *engine, const drex_arena *arena);
-
-// The way back: row i of the dense batch to arena row rows[i].slot.
-//
-// Errors: as drex_gather().
-drex_status drex_scatter(drex_engine *engine, const drex_arena *arena);
-
-// CUDA: enqueues, for a graph capture, the fill of the holes that
-// drex_fill_plan() names last before the graph is launched. See chapter 7.
-//
-// stream  the CUstream that is being captured
-//
-// Errors: CALL_ORDER when no K/V is bound; DEVICE, and CAPACITY as for
-// drex_fill(); UNSUPPORTED on the host.
-drex_status drex_fill_enqueue(drex_engine *engine, void *stream);
-
-// CUDA: in place of drex_fill(), for a host that will launch a graph which
-// captured drex_fill_enqueue(): names the holes, and launches nothing. The
-// graph must be launched before drex_complete(), on the stream of the last
-// ramp's logits or ordered behind it.
-//
-// Errors: CALL_ORDER as for drex_fill(); DEVICE; UNSUPPORTED on the host.
-drex_status drex_fill_plan(drex_engine *engine);
 
 // Accounts for a pool of K/V pages, see chapter 6.
 //
@@ -1703,86 +1938,6 @@ drex_status drex_pages_release(drex_pages *pages,
 // Errors: NULL_ARGUMENT, STRUCT_SIZE.
 drex_status drex_pages_stats_get(const drex_pages *pages,
                                  drex_pages_stats *out);
-
-// Sends an engine's events to a callback, and says its configuration at level
-// INFO. Events of other engines do not go there.
-//
-// callback   NULL: none from now on
-// user_data  handed to the callback; kept until the engine ends or another
-//            call of this function; may be NULL
-// level      DREX_LOG_*
-//
-// Errors: INVALID_ARGUMENT for an unknown level.
-drex_status drex_log_set(drex_engine *engine,
-                         drex_log_callback callback,
-                         void *user_data,
-                         drex_log_level level);
-
-// Counters, queues, held rows with their ages, and the scheduler's estimates
-// as a JSON object. What is not known is null.
-//
-// text      [capacity] receives the text and a 0 byte; NULL with capacity 0
-//           to ask for the length
-// capacity  bytes at text
-// length    receives the text's bytes without the 0 byte, also with CAPACITY
-//
-// Allocates. Errors: NULL_ARGUMENT; CAPACITY when the text and its 0 byte do
-// not fit and capacity is not 0.
-drex_status drex_snapshot(const drex_engine *engine,
-                          char *text,
-                          size_t capacity,
-                          size_t *length);
-
-// Counters, gauges and histograms in Prometheus' text format 0.0.4. Every
-// engine's text has the same families in the same order, each from its HELP
-// line on, also where a family has no sample: so several texts can be merged.
-//
-// labels    put on every sample, as name="value" separated by commas, with
-//           values escaped as that format says; NULL or empty: none. Not
-//           ramp, reason, cause, rule or le.
-// text, capacity, length  as for drex_snapshot()
-//
-// Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for
-// drex_snapshot().
-drex_status drex_metrics_text(const drex_engine *engine,
-                              const char *labels,
-                              char *text,
-                              size_t capacity,
-                              size_t *length);
-
-// Records from now on what happens to an engine's rows, in a ring: when it is
-// full, the oldest events go. A trace that is under way is dropped.
-//
-// max_events  at least 1, of at most 64 bytes each; memory is taken now, and
-//             none later. A step takes one for its window, one for its
-//             counters, and one for each row that exits, and for each that
-//             was held.
-//
-// Errors: INVALID_ARGUMENT; MEMORY, and then the trace before goes on.
-drex_status drex_trace_start(drex_engine *engine, uint32_t max_events);
-
-// Writes the trace so far, as Chrome's JSON trace events, which Perfetto
-// (ui.perfetto.dev) and chrome://tracing open. The trace goes on.
-//
-// sink       called with the text's parts in their order, on this thread
-// user_data  handed to it; may be NULL
-//
-// Windows are complete events on one track, from plan to complete, with the
-// host's own duration_ns in their arguments. Each time that a row was held is
-// a pair of async events of the request's, named after its ramp; rows that are
-// held now end now. Exits are instants on a track per ramp. Times are the
-// host's; an exit's is its window's end. Steps that were abandoned have no
-// window. Requests are strings, since viewers' numbers end at 2^53. The events
-// of several engines and processes can be put into one list.
-//
-// Allocates. Errors: NULL_ARGUMENT for sink; CALL_ORDER without
-// drex_trace_start().
-drex_status drex_trace_write(const drex_engine *engine,
-                             drex_trace_sink sink,
-                             void *user_data);
-
-// Ends the recording and frees its events. Without one, does nothing.
-drex_status drex_trace_stop(drex_engine *engine);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -4,14 +4,15 @@
 //!
 //! The public interface is the C ABI in `include/drex.h`, generated from
 //! [`ffi`]. [`core`] makes the decisions, [`device`] touches the host's
-//! tensors, [`instance`] joins the two.
+//! tensors, [`engine`] joins the two.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
 pub mod core;
 pub mod device;
+pub mod engine;
 pub mod ffi;
-pub mod instance;
 pub mod observe;
 pub mod profile;
+pub mod text;

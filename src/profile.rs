@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use crate::core::profile::{Line, MAX_NS, Profile, Segment, Window};
+use crate::core::estimate::profile::{Line, MAX_NS, Profile, Segment, Window};
 
 /// The format's version, under this key.
 const KEY: &str = "drex_profile";

@@ -9,7 +9,7 @@ use std::mem::size_of;
 use std::ptr::{null, null_mut};
 
 use common::*;
-use drex::ffi::device::drex_top_get;
+use drex::ffi::drex_top_get;
 
 const RAMPS: [u32; 2] = [4, 8];
 

@@ -16,7 +16,7 @@ mod headers;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use drex::ffi::entry::FIRST;
+use drex::ffi::sizes::FIRST;
 use headers::{Abi, Header};
 
 fn root() -> &'static Path {

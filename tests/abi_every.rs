@@ -13,9 +13,7 @@ use std::path::Path;
 use std::ptr::{null_mut, without_provenance_mut};
 
 use common::*;
-use drex::ffi::device::*;
 use drex::ffi::handle;
-use drex::ffi::observe::*;
 
 /// What is wrong with the call: the i-th pointer is NULL, or its struct's size is
 /// too small or none at all.

@@ -7,10 +7,10 @@
 use std::collections::HashSet;
 
 use drex::core::config::{Config, Fill};
-use drex::core::engine::Engine;
 use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
-use drex::core::request::RequestConfig;
+use drex::core::rows::requests::RequestConfig;
+use drex::core::scheduler::Scheduler;
 
 #[derive(Clone, Copy)]
 struct Cell {
@@ -35,13 +35,13 @@ fn uniform(request: u64, token: u64) -> f64 {
     (mix(mix(request + 1).wrapping_add(token)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-fn engine(n: u32, batch: u32, policy: Policy) -> Engine {
+fn engine(n: u32, batch: u32, policy: Policy) -> Scheduler {
     engine_with(n, batch, policy, 0, 4)
 }
 
 /// 16 layers, and a ramp after so many.
-fn engine_with(n: u32, batch: u32, policy: Policy, theta: u32, ramp: u32) -> Engine {
-    Engine::new(Config {
+fn engine_with(n: u32, batch: u32, policy: Policy, theta: u32, ramp: u32) -> Scheduler {
+    Scheduler::new(Config {
         n_layers: 16,
         ramp_layers: vec![ramp],
         thresholds: vec![0.5],
@@ -63,7 +63,7 @@ fn engine_with(n: u32, batch: u32, policy: Policy, theta: u32, ramp: u32) -> Eng
     .unwrap()
 }
 
-fn add(engine: &mut Engine, id: u64, now_ns: u64) {
+fn add(engine: &mut Scheduler, id: u64, now_ns: u64) {
     engine
         .add(RequestConfig {
             id,

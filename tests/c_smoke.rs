@@ -110,37 +110,48 @@ fn the_shared_library_has_a_soname() {
     assert!(out.contains("[libdrex.so.0]"), "{out}");
 }
 
-/// The loop that the header's second chapter shows is a program, but for what
-/// is the host's.
-#[test]
-fn the_headers_own_example_runs() {
+/// The program text in the header's second chapter: from the line that begins so,
+/// up to the end of the function of this name.
+fn example(begins: &str, function: &str) -> String {
     let header = std::fs::read_to_string(root().join("include/drex.h")).unwrap();
-    let mut lines = header
+    let lines = header
         .lines()
         .map(|l| l.strip_prefix(" *   ").unwrap_or(""));
     let mut text = String::new();
-    for line in lines.by_ref().skip_while(|l| !l.starts_with("#include")) {
+    for line in lines.skip_while(|l| !l.starts_with(begins)) {
         text.push_str(line);
         text.push('\n');
-        if line == "}" && text.contains("int host_loop") {
-            break;
+        if line == "}" && text.contains(function) {
+            return text;
         }
     }
-    assert!(text.ends_with("}\n") && text.lines().count() > 80, "{text}");
+    panic!("{function} does not end: {text}");
+}
+
+fn link_shared(dir: &Path) -> [String; 3] {
+    for name in ["libdrex.so", "libdrex.so.0"] {
+        std::os::unix::fs::symlink(library("libdrex.so"), dir.join(name)).unwrap();
+    }
+    ["-L".into(), dir.to_str().unwrap().into(), "-ldrex".into()]
+}
+
+/// The loop of the header's second chapter is a program, but for what is the host's.
+#[test]
+fn the_headers_own_example_runs() {
+    let text = example("#include", "int host_loop");
+    assert!(text.lines().count() > 80, "{text}");
     let host = std::fs::read_to_string(root().join("tests/c/header_loop.c")).unwrap();
     let dir = scratch("header-example");
     let source = dir.join("loop.c");
     let policy = "#ifdef HOLD\n  config.policy = DREX_POLICY_HOLD;\n#endif\n  config.n_layers";
     let text = text.replacen("config.n_layers", policy, 1);
     std::fs::write(&source, text + &host).unwrap();
-    for name in ["libdrex.so", "libdrex.so.0"] {
-        std::os::unix::fs::symlink(library("libdrex.so"), dir.join(name)).unwrap();
-    }
+    let shared = link_shared(&dir);
     // As it is, where AUTO first learns what pays; and with a policy that lets
     // every sure row out, where the numbers are known.
     for (standard, define) in [("c99", ""), ("c11", "-DHOLD")] {
         let exe = dir.join(standard);
-        let mut link = vec!["-L", dir.to_str().unwrap(), "-ldrex"];
+        let mut link: Vec<&str> = shared.iter().map(String::as_str).collect();
         link.extend(Some(define).filter(|d| !d.is_empty()));
         compile_file(&source, standard, &exe, &link);
         let out = run(Command::new(&exe).env("LD_LIBRARY_PATH", &dir));
@@ -150,4 +161,24 @@ fn the_headers_own_example_runs() {
             assert_eq!(out, "9 tokens at the ramp, 9 deep, 0 bytes wrong\n");
         }
     }
+}
+
+/// So is the one with drafts, whose tokens are the full model's.
+#[test]
+fn the_headers_example_with_drafts_runs() {
+    let text = example("#include", "int host_loop")
+        + &example("// The host's own, besides.", "static drex_status verified");
+    let host = std::fs::read_to_string(root().join("tests/c/header_verify.c")).unwrap();
+    let dir = scratch("header-verify");
+    let source = dir.join("verify.c");
+    std::fs::write(&source, text + &host).unwrap();
+    let shared = link_shared(&dir);
+    let link: Vec<&str> = shared.iter().map(String::as_str).collect();
+    let exe = dir.join("verify");
+    compile_file(&source, "c99", &exe, &link);
+    let out = run(Command::new(&exe).env("LD_LIBRARY_PATH", &dir));
+    assert_eq!(
+        out, "0 wrong, 27 tokens, drafts, replaced, taken back\n",
+        "{out}"
+    );
 }

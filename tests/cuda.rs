@@ -15,7 +15,6 @@ use std::sync::{Mutex, MutexGuard};
 
 use common::*;
 use drex::device::Dtype;
-use drex::ffi::device::*;
 
 const CONTEXT: usize = 0x1000;
 const STREAM: *mut c_void = ptr::without_provenance_mut(0x77);
@@ -99,8 +98,9 @@ impl Bytes {
 }
 
 fn pattern(n: usize, seed: usize) -> Vec<u8> {
-    let at = |i: usize| ((i + 1).wrapping_mul(seed * 2 + 3).wrapping_mul(0x9e37_79b9)) >> 16;
-    (0..n).map(|i| at(i) as u8).collect()
+    let mut bytes = vec![0; n];
+    fastrand::Rng::with_seed(seed as u64).fill(&mut bytes);
+    bytes
 }
 
 /// Rows of `row` bytes, without gaps.

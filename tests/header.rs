@@ -11,6 +11,18 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// The parts of the header behind its chapters, in its order. Each is a module of
+/// src/ffi, whose first line is the part's title.
+const PARTS: [&str; 14] = [
+    "status", "engine", "kv", "requests", "plan", "ramp", "verify", "complete", "arena", "graphs",
+    "learn", "stats", "observe", "pages",
+];
+
+fn source(part: &str) -> String {
+    let path = root().join(format!("src/ffi/{part}.rs"));
+    std::fs::read_to_string(path).unwrap()
+}
+
 fn generate() -> String {
     let mut config = cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap();
     config.header = config.header.map(|h| h.trim().to_owned());
@@ -19,9 +31,8 @@ fn generate() -> String {
             .replace("@MINOR@", env!("CARGO_PKG_VERSION_MINOR"))
             .replace("@PATCH@", env!("CARGO_PKG_VERSION_PATCH"))
     });
-    let sources = ["types", "functions", "device", "pages", "observe"];
     let mut builder = cbindgen::Builder::new().with_config(config);
-    for name in sources {
+    for name in PARTS {
         builder = builder.with_src(root().join(format!("src/ffi/{name}.rs")));
     }
     let mut out = Vec::new();
@@ -51,56 +62,96 @@ fn owner_of(name: &str) -> Option<&'static str> {
     found.map(|t| t.0)
 }
 
-/// cbindgen puts all types before all constants. A reader wants a type's
-/// values right below it.
-fn arrange(header: &str) -> String {
-    let blocks: Vec<&str> = header.split("\n\n").collect();
-    let constant = |block: &str| {
-        let last = block.lines().last().unwrap_or("");
-        let name = last.strip_prefix("#define ")?.split(' ').next()?;
-        let initializer = name.contains("INITIALIZER") || name == "DREX_H";
-        (!initializer).then(|| name.to_owned())
+/// The item that a block of the header declares.
+fn name_of(block: &str) -> Option<&str> {
+    let code = block.lines().find(|l| !l.trim_start().starts_with("//"))?;
+    let word = |s: &'_ str| -> usize {
+        let end = s.find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        end.unwrap_or(s.len())
     };
-    let mut out = String::new();
-    for block in &blocks {
-        // The types have names of their own; "struct" is noise in the uses.
-        let plain: Vec<String> = block
-            .lines()
-            .map(|l| match l.starts_with("typedef") || l.starts_with("//") {
+    let rest = if let Some(rest) = code.strip_prefix("#define ") {
+        rest
+    } else if let Some(rest) = code.strip_prefix("typedef struct ") {
+        rest
+    } else if let Some(rest) = code.strip_prefix("typedef ") {
+        match rest.split_once("(*") {
+            Some((_, rest)) => rest,
+            None => rest.split(' ').next_back()?,
+        }
+    } else {
+        code.split('(').next()?.split([' ', '*']).next_back()?
+    };
+    let name = &rest[..word(rest)];
+    let ours = name.starts_with("drex_") || name.starts_with("DREX_");
+    (ours && name != "DREX_H" && !name.ends_with("_INITIALIZER")).then_some(name)
+}
+
+/// The public items of a part, as they stand in its source.
+fn items(source: &str) -> impl Iterator<Item = &str> {
+    let starts = [
+        "type ",
+        "struct ",
+        "const ",
+        "extern \"C\" fn ",
+        "unsafe extern \"C\" fn ",
+    ];
+    source.lines().filter_map(move |l| {
+        let rest = l.strip_prefix("pub ")?;
+        let rest = starts.iter().find_map(|s| rest.strip_prefix(s))?;
+        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        Some(&rest[..end.unwrap_or(rest.len())])
+    })
+}
+
+/// cbindgen puts all types before all constants and all functions. A reader wants
+/// them by part: a type, its values and its calls, as they stand in the sources.
+fn arrange(header: &str) -> String {
+    const OPEN: &str = "#ifdef __cplusplus\nextern \"C\" {\n#endif // __cplusplus";
+    const CLOSE: &str = "#ifdef __cplusplus\n}  // extern \"C\"\n#endif  // __cplusplus";
+    // The types have names of their own; "struct" is noise in the uses.
+    let plain = |block: &str| -> String {
+        let lines = block.trim_start_matches('\n').lines().map(|l| {
+            match l.starts_with("typedef") || l.starts_with("//") {
                 true => l.to_owned(),
                 false => l.replace("struct drex_", "drex_"),
-            })
-            .collect();
-        let block = &plain.join("\n");
-        if constant(block).is_some_and(|name| owner_of(&name).is_some()) {
-            continue;
-        }
-        out.push_str(block.trim_start_matches('\n'));
-        out.push_str("\n\n");
-        let alias = block
-            .lines()
-            .last()
-            .and_then(|l| l.strip_prefix("typedef "))
-            .and_then(|l| l.strip_suffix(';'))
-            .and_then(|l| l.split(' ').next_back());
-        let mut any = false;
-        for value in &blocks {
-            let Some(name) = constant(value) else {
+            }
+        });
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    let (body, tail) = header.split_at(header.find(CLOSE).unwrap());
+    let blocks: Vec<String> = body.split("\n\n").map(plain).collect();
+    let first = blocks
+        .iter()
+        .position(|b| name_of(b).is_some_and(|name| !name.starts_with("DREX_VERSION_")));
+    let (head, rest) = blocks.split_at(first.unwrap());
+    let mut left: Vec<&String> = rest
+        .iter()
+        .filter(|b| !b.is_empty() && *b != OPEN)
+        .collect();
+    let mut out = format!("{}\n\n{OPEN}\n\n", head.join("\n\n"));
+    for part in PARTS {
+        let text = source(part);
+        let title = text.lines().find_map(|l| l.strip_prefix("//! ")).unwrap();
+        let title = title.split(". ").next().unwrap();
+        out += &format!("/* {:-<77}\n * {title}\n */\n\n", "");
+        let mut after_constant = false;
+        for item in items(&text) {
+            // What cbindgen leaves out is not for C.
+            let Some(at) = left.iter().position(|b| name_of(b) == Some(item)) else {
                 continue;
             };
-            if alias.is_some() && owner_of(&name) == alias {
-                out.push_str(value.trim_start_matches('\n'));
-                out.push('\n');
-                any = true;
+            let block = left.remove(at);
+            let constant = block.lines().last().unwrap().starts_with("#define");
+            if after_constant && constant {
+                out.pop();
             }
-        }
-        if any {
-            out.push('\n');
+            after_constant = constant;
+            out += block;
+            out += "\n\n";
         }
     }
-    out.truncate(out.trim_end().len());
-    out.push('\n');
-    out
+    assert!(left.is_empty(), "of no part: {left:?}");
+    format!("{out}{}\n", tail.trim_end())
 }
 
 #[test]

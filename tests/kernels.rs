@@ -314,13 +314,9 @@ fn fill_every_layout() {
                             _ => v_units as usize * v_stride,
                         };
                         let make = |bytes: usize, seed: usize| -> Vec<u128> {
-                            let mut v = vec![0u128; bytes.div_ceil(16) + 1];
-                            for (i, x) in v.iter_mut().enumerate() {
-                                *x = ((i + 1) as u128)
-                                    .wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
-                                    + seed as u128;
-                            }
-                            v
+                            let mut rng = fastrand::Rng::with_seed(seed as u64);
+                            let words = 0..bytes.div_ceil(16) + 1;
+                            words.map(|_| rng.u128(..)).collect()
                         };
                         let mut memory: Vec<[Vec<u128>; 2]> = (0..n_layers)
                             .map(|l| [make(k_bytes, l), make(v_bytes, l + 100)])

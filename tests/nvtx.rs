@@ -16,7 +16,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use common::*;
-use drex::ffi::device::*;
 use drex::observe::nvtx::VARIABLE;
 use libloading::Library;
 use tracing::span::{Attributes, Id, Record};

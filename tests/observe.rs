@@ -9,7 +9,6 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr;
 
 use common::*;
-use drex::ffi::observe::*;
 
 struct Seen {
     engine: *mut drex_engine,

@@ -58,16 +58,12 @@ struct Host {
     seq: u64,
     ready: Vec<Row>,
     held: Vec<Row>,
-    rng: u64,
+    rng: fastrand::Rng,
 }
 
 impl Host {
     fn draw(&mut self, n: u64) -> u64 {
-        self.rng = self
-            .rng
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        (self.rng >> 33) % n
+        self.rng.u64(..n)
     }
 
     fn arrive(&mut self, held: bool, mut row: Row) {
@@ -139,7 +135,7 @@ fn the_order_is_the_headers() {
             seq: 0,
             ready: Vec::new(),
             held: Vec::new(),
-            rng: seed,
+            rng: fastrand::Rng::with_seed(seed),
         };
         // Deadlines and priorities each in some engines only: the fast ways too.
         let (deadlines, priorities) = (seed % 2 == 1, seed % 4 > 1);

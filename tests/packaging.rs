@@ -73,7 +73,7 @@ fn map_of(symbols: &BTreeMap<String, Version>) -> String {
     for release in releases {
         let first = below.is_empty();
         let node = match first {
-            true => format!("DREX_{}", drex::ffi::types::DREX_ABI_VERSION - 1),
+            true => format!("DREX_{}", drex::ffi::DREX_ABI_VERSION - 1),
             false => format!("DREX_{}.{}", release[0], release[1]),
         };
         out += &format!("{node} {{\n  global:\n");

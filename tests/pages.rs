@@ -14,17 +14,6 @@ const LAYERS: usize = 12;
 const RAMPS: [usize; 3] = [3, 6, 9];
 const BLOCKS: usize = 40;
 
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as usize % n
-    }
-}
-
 #[derive(Clone)]
 struct Sequence {
     table: Vec<u32>,
@@ -143,14 +132,14 @@ impl Host {
 fn every_layer_reads_what_state_copy_would_have_left() {
     for tokens in [1, 2, 16] {
         for (seed, chance) in [(1, 9), (2, 5), (3, 2), (4, 0)] {
-            let mut rng = Rng(seed * 77 + tokens as u64);
+            let mut rng = fastrand::Rng::with_seed(seed * 77 + tokens as u64);
             let mut host = Host::new(tokens, 6 * LAYERS * BLOCKS);
             let mut all: Vec<Sequence> = (0..4).map(|_| host.sequence()).collect();
             let most = BLOCKS * tokens;
             let mut forked = false;
             for step in 0..2000 {
-                let i = rng.below(all.len());
-                match rng.below(100) {
+                let i = rng.usize(..all.len());
+                match rng.usize(..100) {
                     0 if all.len() < 6 && chance != 9 => {
                         let twin = all[i].clone();
                         let blocks = twin.len().div_ceil(tokens);
@@ -168,8 +157,8 @@ fn every_layer_reads_what_state_copy_would_have_left() {
                         }
                     }
                     _ if all[i].len() < most => {
-                        let leave = match rng.below(10) {
-                            n if n < chance as usize => RAMPS[rng.below(3).min(rng.below(3))],
+                        let leave = match rng.usize(..10) {
+                            n if n < chance as usize => RAMPS[rng.usize(..3).min(rng.usize(..3))],
                             _ => LAYERS,
                         };
                         host.token(&mut all[i], leave).unwrap();
@@ -236,12 +225,12 @@ fn memory_saved_is_what_the_depths_say() {
 fn memory_saved_at_random() {
     for tokens in [1, 16] {
         for percent in [50, 80, 95] {
-            let mut rng = Rng(9);
+            let mut rng = fastrand::Rng::with_seed(9);
             let mut host = Host::new(tokens, LAYERS * BLOCKS);
             let mut s = host.sequence();
             let n = BLOCKS * tokens;
             for _ in 0..n {
-                let out = rng.below(100) < percent;
+                let out = rng.usize(..100) < percent;
                 host.token(&mut s, if out { 6 } else { LAYERS }).unwrap();
             }
             let stats = host.pages.stats();
@@ -266,19 +255,19 @@ fn memory_saved_at_random() {
 /// while newer tokens have been written in shallow layers.
 #[test]
 fn pending_rows_are_written_later() {
-    let mut rng = Rng(5);
+    let mut rng = fastrand::Rng::with_seed(5);
     let mut host = Host::new(4, LAYERS * BLOCKS);
     let mut s = host.sequence();
     let mut waiting = Vec::new();
     for pos in 0..150 {
         // Some leave for good, by state-copy; only after what waits went deep.
-        if waiting.is_empty() && rng.below(3) == 0 {
+        if waiting.is_empty() && rng.usize(..3) == 0 {
             host.token(&mut s, 6).unwrap();
             continue;
         }
         host.window(&mut s, pos, 0, 6).unwrap();
         waiting.push(pos);
-        if rng.below(3) == 0 || pos == 149 {
+        if rng.usize(..3) == 0 || pos == 149 {
             for pos in waiting.drain(..) {
                 host.window(&mut s, pos, 6, LAYERS).unwrap();
             }

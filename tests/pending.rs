@@ -21,15 +21,6 @@ fn mix(a: u64, b: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = mix(self.0, 1);
-        self.0 % n
-    }
-}
-
 /// What a layer has written, by position; `None`: a hole.
 type Kv = Vec<Vec<Option<u64>>>;
 
@@ -98,8 +89,8 @@ struct Client {
 }
 
 impl Client {
-    fn new(id: u64, fill: drex_fill_mode, layers: usize, rng: &mut Rng) -> Self {
-        let prompt = 1 + rng.below(5) as usize;
+    fn new(id: u64, fill: drex_fill_mode, layers: usize, rng: &mut fastrand::Rng) -> Self {
+        let prompt = 1 + rng.u64(..5) as usize;
         let mut inputs: Vec<u64> = (0..prompt as u64).map(|i| mix(id, i) % 1000).collect();
         let mut alone = Alone::new(layers);
         let mut next = 0;
@@ -112,7 +103,7 @@ impl Client {
             inputs,
             prompt,
             emitted: 1,
-            want: 2 + rng.below(30) as usize,
+            want: 2 + rng.u64(..30) as usize,
             kv: alone.kv,
         }
     }
@@ -177,7 +168,7 @@ struct World {
 }
 
 fn run(w: &World, seed: u64) -> Seen {
-    let mut rng = Rng(seed);
+    let mut rng = fastrand::Rng::with_seed(seed);
     let mut c = config(&w.ramps, 6, w.batch, w.policy);
     c.n_slots = w.slots;
     c.max_pending = w.max_pending;
@@ -190,20 +181,20 @@ fn run(w: &World, seed: u64) -> Seen {
     let total = 24;
     while next_id < total || !clients.is_empty() {
         while next_id < total && clients.len() < 6 {
-            let fill = w.fills[rng.below(w.fills.len() as u64) as usize];
+            let fill = w.fills[rng.u64(..w.fills.len() as u64) as usize];
             e.add_with(next_id, |r| {
                 r.fill = fill;
-                r.threshold = [0.2, 0.4, 0.7, 2.0][rng.below(4) as usize];
+                r.threshold = [0.2, 0.4, 0.7, 2.0][rng.u64(..4) as usize];
             })
             .unwrap();
             clients.insert(next_id, Client::new(next_id, fill, layers, &mut rng));
             e.ready(next_id, now).unwrap();
             next_id += 1;
         }
-        if w.chaos && rng.below(40) == 0 {
+        if w.chaos && rng.u64(..40) == 0 {
             let id = *clients
                 .keys()
-                .nth(rng.below(clients.len() as u64) as usize)
+                .nth(rng.u64(..clients.len() as u64) as usize)
                 .unwrap();
             e.remove(id).unwrap();
             clients.remove(&id).unwrap().check(id);
@@ -224,7 +215,7 @@ fn run(w: &World, seed: u64) -> Seen {
         }
         idle = 0;
         assert!(p.rows.len() <= w.batch as usize);
-        if w.chaos && rng.below(25) == 0 {
+        if w.chaos && rng.u64(..25) == 0 {
             e.abandon().unwrap();
             continue;
         }
@@ -295,13 +286,13 @@ fn run(w: &World, seed: u64) -> Seen {
         };
         // Sometimes somebody leaves while the step is open.
         let mut left = None;
-        if w.chaos && rng.below(30) == 0 {
-            let id = at[rng.below(at.len() as u64) as usize].0;
+        if w.chaos && rng.u64(..30) == 0 {
+            let id = at[rng.u64(..at.len() as u64) as usize].0;
             e.remove(id).unwrap();
             left = Some(id);
             seen.cancelled += 1;
         }
-        if w.chaos && p.step.ramp != DREX_NO_RAMP && rng.below(20) == 0 {
+        if w.chaos && p.step.ramp != DREX_NO_RAMP && rng.u64(..20) == 0 {
             // The exits stand, with what came along with them; all else is as it was.
             e.abandon().unwrap();
             seen.given_up += 1;
@@ -374,7 +365,7 @@ fn run(w: &World, seed: u64) -> Seen {
         for id in again {
             let c = &clients[&id];
             let done = c.emitted >= c.want;
-            if done && c.fill != DREX_FILL_VERIFY && rng.below(2) == 0 || done && c.drafts() == 0 {
+            if done && c.fill != DREX_FILL_VERIFY && rng.u64(..2) == 0 || done && c.drafts() == 0 {
                 e.remove(id).unwrap();
                 clients.remove(&id).unwrap().check(id);
             } else if c.emitted + c.drafts() >= c.want {

@@ -10,7 +10,6 @@ use std::ffi::{c_char, c_void};
 use std::ptr;
 
 use common::*;
-use drex::ffi::observe::*;
 use serde_json::Value;
 
 struct Sunk {
@@ -63,15 +62,13 @@ type Windows = Vec<(u64, u64, u64)>;
 /// they have no wait of their own.
 fn serve(e: &Engine, steps: u64) -> (Windows, u64) {
     let (mut done, mut failed_out) = (Vec::new(), 0);
-    let (mut now, mut x) = (1000, 1u64);
+    let (mut now, mut rng) = (1000, fastrand::Rng::with_seed(1));
     for id in 0..N {
         e.add(id).unwrap();
     }
     for i in 0..steps {
         now += 1001;
-        x = x
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
+        let x = rng.u64(..);
         for id in 0..N {
             let _ = e.ready(id, now);
         }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use super::MAX_RAMPS;
-use super::error::{Error, Result};
-use super::metric::Metric;
-use super::names::named;
-use super::policy::Policy;
+use crate::core::MAX_RAMPS;
+use crate::core::error::{Error, Result};
+use crate::core::metric::Metric;
+use crate::core::names::named;
+use crate::core::policy::Policy;
 
 /// Sizes beyond this are mistakes.
 pub const MAX_ROWS: u32 = 1 << 20;
@@ -57,7 +57,7 @@ pub struct Config {
     /// 0: the policy's own rule.
     pub flush_rows: u32,
     pub min_ready: u32,
-    /// 0: see [`super::planner::HOLD_TIMES`].
+    /// 0: see [`crate::core::flush::planner::HOLD_TIMES`].
     pub max_hold_ns: u64,
     /// 0: none.
     pub token_deadline_ns: u64,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-use super::MAX_RAMPS;
-use super::names::named;
+use crate::core::MAX_RAMPS;
+use crate::core::names::named;
+use crate::core::policy::Decision;
 
 pub const WAIT_BUCKETS: usize = 32;
 
@@ -24,7 +25,7 @@ pub const REASONS: usize = Reason::ALL.len();
 
 named! {
     /// Where the time of a token goes, and most of it where it missed its deadline.
-    Miss {
+    TimeIn {
         /// Between its last token and the request being ready: the host's part.
         Host = c"host",
         /// Ready, with other rows going first.
@@ -36,7 +37,7 @@ named! {
     }
 }
 
-pub const MISSES: usize = Miss::ALL.len();
+pub const MISSES: usize = TimeIn::ALL.len();
 
 /// Totals since the engine was made.
 #[derive(Debug, Clone, Default)]
@@ -77,6 +78,19 @@ impl Counters {
         let us = ns / 1000;
         self.wait_us_buckets[bucket(us)] += 1;
         self.wait_us_sum = self.wait_us_sum.saturating_add(us);
+    }
+
+    /// A ramp decided a row; `token`: its exit is one.
+    pub fn decided(&mut self, decision: Decision, ramp: usize, forced: bool, token: bool) {
+        match decision {
+            Decision::Exit => {
+                self.tokens += u64::from(token);
+                self.exits[ramp] += 1;
+                self.involuntary_exits += u64::from(forced);
+            }
+            Decision::Hold | Decision::Stay => self.involuntary_stays += u64::from(forced),
+            _ => {}
+        }
     }
 
     pub fn window(&mut self, ns: u64) {

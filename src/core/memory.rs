@@ -5,7 +5,7 @@
 
 use std::mem::size_of;
 
-use super::error::{Error, Result};
+use crate::core::error::{Error, Result};
 
 /// An empty vector with room for `n`.
 pub fn room<T>(n: usize) -> Result<Vec<T>> {

@@ -2,7 +2,7 @@
 
 //! From the moments of one row of logits to its confidence.
 
-use super::names::named;
+use crate::core::names::named;
 
 named! {
     /// How sure a row is, as a number in [0, 1].

@@ -2,33 +2,29 @@
 
 //! The decisions, and nothing else: no FFI, no device, no clock, no threads.
 //! Time comes in as nanoseconds of whatever monotonic clock the caller reads.
-//! Everything is allocated in [`engine::Engine::new`]; no later call allocates.
+//! Everything is allocated in [`scheduler::Scheduler::new`]; no later call allocates.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`scheduler`] | the calls of a step, a file for each |
+//! | [`policy`] | the policies: their names, who exits at a ramp, how many rows a flush waits for, the search of `auto` |
+//! | [`flush`] | the choice of the next window and of its rows |
+//! | [`rows`] | the places where rows wait: requests, arena slots, queues, deadlines, pending rows |
+//! | [`estimate`] | the numbers that are learned: times, exits, drafts, prompts |
 
-pub mod auto;
-pub mod buffer;
-pub mod carrier;
 pub mod config;
-pub mod cost;
 pub mod counters;
-pub mod drafts;
-pub mod dues;
-pub mod engine;
 pub mod error;
-pub mod exits;
-pub mod gaps;
+pub mod estimate;
+pub mod flush;
 pub mod memory;
 pub mod metric;
 pub mod names;
 pub mod pages;
-pub mod pending;
-pub mod planner;
 pub mod policy;
-pub mod profile;
-pub mod prompts;
-pub mod queue;
-pub mod request;
-pub mod rollout;
-pub mod speculate;
+pub mod rows;
+pub mod sampling;
+pub mod scheduler;
 
 /// Most exit ramps that one model may have.
 pub const MAX_RAMPS: usize = 16;

@@ -13,8 +13,8 @@
 //! sequences that share a block must copy when they part. With pages of one
 //! token, none is.
 
-use super::error::{Error, Result};
-use super::memory;
+use crate::core::error::{Error, Result};
+use crate::core::memory;
 
 /// A block table entry without a page.
 pub const NO_PAGE: u32 = u32::MAX;
@@ -62,7 +62,12 @@ impl Pages {
             true => Ok(()),
             false => Err(Error::int(field, value, expected)),
         };
-        range("n_layers", layers, super::config::MAX_LAYERS, "1..65536")?;
+        range(
+            "n_layers",
+            layers,
+            crate::core::config::MAX_LAYERS,
+            "1..65536",
+        )?;
         range("page_tokens", page_tokens, MAX_PAGE_TOKENS, "1..65536")?;
         range("n_pages", n_pages, MAX_PAGES, "1..67108864")?;
         Ok(Pages {

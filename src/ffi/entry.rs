@@ -9,11 +9,13 @@ use std::mem::{MaybeUninit, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
-use super::error::{self, Fault};
+use super::engine::drex_engine;
+use super::fault::Fault;
 use super::handle;
-use super::types::*;
+use super::last_error;
+use super::status::*;
 use crate::core::error::Error;
-use crate::instance::Instance;
+use crate::engine::Engine;
 
 /// A size beyond this is garbage, and reading so far would be worse.
 const SIZE_MAX: usize = 4096;
@@ -37,13 +39,13 @@ fn call_or(
         Err(fault) => catch_unwind(AssertUnwindSafe(|| {
             failed(&fault);
             // A callback's own calls may fail too: this one's text comes last.
-            error::set(function, format_args!("{fault}"));
+            last_error::set(function, format_args!("{fault}"));
             fault.status()
         })),
     });
     outcome.unwrap_or_else(|payload| {
         let text = message(&*payload);
-        error::set(function, format_args!("internal error: {text}"));
+        last_error::set(function, format_args!("internal error: {text}"));
         // A payload's own drop may panic; leaking it cannot.
         std::mem::forget(payload);
         DREX_ERROR_PANIC
@@ -54,7 +56,7 @@ fn call_or(
 pub fn with(
     function: &str,
     engine: *const drex_engine,
-    body: impl FnOnce(&mut Instance) -> Result<(), Fault>,
+    body: impl FnOnce(&mut Engine) -> Result<(), Fault>,
 ) -> drex_status {
     let inside = || handle::ENGINES.visit(engine, body)?;
     call_or(function, inside, |fault| failed(function, engine, fault))
@@ -69,10 +71,10 @@ fn failed(function: &str, engine: *const drex_engine, fault: &Fault) {
     if matches!(fault, Fault::Handle(_) | Fault::Busy(_)) {
         return;
     }
-    let _ = handle::ENGINES.visit(engine, |instance| {
-        if instance.watch.on() {
+    let _ = handle::ENGINES.visit(engine, |engine| {
+        if engine.watch.on() {
             let device = fault.status() == DREX_ERROR_DEVICE;
-            instance.watch.failed(function, fault, device);
+            engine.watch.failed(function, fault, device);
         }
     });
 }
@@ -98,35 +100,6 @@ pub unsafe trait Sized32: Copy {
     /// give.
     const FIRST: usize;
 }
-
-macro_rules! sized {
-    ($($t:ident = $first:expr),* $(,)?) => {
-        $(
-            // SAFETY: as the trait asks; see types.rs.
-            unsafe impl Sized32 for $t {
-                const FIRST: usize = $first;
-            }
-            const _: () = assert!($first <= size_of::<$t>());
-        )*
-        /// All of them, for the test that holds them against the releases.
-        pub const FIRST: &[(&str, usize)] = &[$((stringify!($t), $first)),*];
-    };
-}
-sized!(
-    drex_config = 120,
-    drex_kv_layer = 72,
-    drex_request_config = 56,
-    drex_request_info = 192,
-    drex_plan_input = 16,
-    drex_step = 24,
-    drex_logits = 48,
-    drex_arena = 56,
-    drex_completion = 32,
-    drex_observation = 32,
-    drex_stats = 1040,
-    drex_pages_config = 16,
-    drex_pages_stats = 56,
-);
 
 fn check_size<T: Sized32>(what: &'static str, size: u32) -> Result<(), Fault> {
     let (index, least) = (None, T::FIRST);
@@ -249,9 +222,10 @@ mod tests {
     use crate::core::config::{Config, Fill};
     use crate::core::metric::Metric;
     use crate::core::policy::Policy;
+    use crate::ffi::plan::drex_plan_input;
 
-    fn instance() -> Instance {
-        Instance::new(Config {
+    fn an_engine() -> Engine {
+        Engine::new(Config {
             n_layers: 4,
             ramp_layers: vec![2],
             thresholds: vec![0.5],
@@ -275,14 +249,14 @@ mod tests {
 
     fn text() -> String {
         // SAFETY: the thread's own text.
-        let text = unsafe { std::ffi::CStr::from_ptr(error::last()) };
+        let text = unsafe { std::ffi::CStr::from_ptr(last_error::get()) };
         text.to_str().unwrap().to_owned()
     }
 
     #[test]
     fn a_panic_poisons_the_engine_and_nothing_else() {
-        let bad = handle::ENGINES.insert::<drex_engine>(instance()).unwrap();
-        let good = handle::ENGINES.insert::<drex_engine>(instance()).unwrap();
+        let bad = handle::ENGINES.insert::<drex_engine>(an_engine()).unwrap();
+        let good = handle::ENGINES.insert::<drex_engine>(an_engine()).unwrap();
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
         let status = with("drex_test", bad, |_| panic!("number {}", 7));
@@ -319,7 +293,7 @@ mod tests {
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
         for fails in [false, true] {
-            let h = handle::ENGINES.insert::<drex_engine>(instance()).unwrap();
+            let h = handle::ENGINES.insert::<drex_engine>(an_engine()).unwrap();
             let unwound = catch_unwind(AssertUnwindSafe(|| {
                 let _calls = Calls(h, fails);
                 panic!("the host's");
@@ -391,7 +365,7 @@ mod tests {
 
     #[test]
     fn a_handle_admits_one_thread_at_a_time() {
-        let h = handle::ENGINES.insert::<drex_engine>(instance()).unwrap();
+        let h = handle::ENGINES.insert::<drex_engine>(an_engine()).unwrap();
         let status = with("drex_outer", h, |_| {
             let addr = h.addr();
             std::thread::spawn(move || {

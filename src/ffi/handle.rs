@@ -7,9 +7,9 @@
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
-use super::error::Fault;
+use super::fault::Fault;
 use crate::core::pages::Pages;
-use crate::instance::Instance;
+use crate::engine::Engine;
 
 /// Objects of one kind that one process may have at a time.
 pub const MAX_HANDLES: usize = 256;
@@ -42,7 +42,7 @@ pub struct Table<T: Send + 'static> {
     entries: [Entry<T>; MAX_HANDLES],
 }
 
-pub static ENGINES: Table<Instance> = Table::new("engine", "engines", 0b101);
+pub static ENGINES: Table<Engine> = Table::new("engine", "engines", 0b101);
 pub static PAGES: Table<Pages> = Table::new("pages", "page pools", 0b011);
 
 fn word(generation: u64, state: u64) -> u64 {

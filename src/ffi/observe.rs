@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Logging, snapshot, metrics and trace. Their documentation is the header's.
+//! Logs, traces, snapshots and metrics of an engine. The documentation is the header's.
 
 #![allow(clippy::missing_safety_doc, non_camel_case_types)] // the header states each contract, for C
 
 use std::ffi::{CStr, c_char, c_void};
 
+use super::engine::drex_engine;
 use super::entry::{give_text, with};
-use super::error::Fault;
+use super::fault::Fault;
 use super::handle;
-use super::types::*;
+use super::status::drex_status;
 use crate::core::error::Error;
 use crate::observe::trace::Trace;
 use crate::observe::{Sink, metrics, snapshot};
@@ -55,18 +56,18 @@ pub unsafe extern "C" fn drex_log_set(
     user_data: *mut c_void,
     level: drex_log_level,
 ) -> drex_status {
-    with("drex_log_set", engine, |instance| {
+    with("drex_log_set", engine, |engine| {
         if level > DREX_LOG_TRACE {
             return Err(Error::int("level", level, "DREX_LOG_* (0..5)").into());
         }
         let sink = callback.filter(|_| level > DREX_LOG_OFF);
-        instance.watch.set(sink.map(|callback| Sink {
+        engine.watch.set(sink.map(|callback| Sink {
             callback,
             user_data,
             level,
         }));
         if sink.is_some() {
-            instance.watch.created(&instance.engine);
+            engine.watch.created(&engine.scheduler);
         }
         Ok(())
     })
@@ -89,8 +90,8 @@ pub unsafe extern "C" fn drex_snapshot(
     capacity: usize,
     length: *mut usize,
 ) -> drex_status {
-    with("drex_snapshot", engine, |instance| {
-        let json = snapshot::to_json(&instance.engine);
+    with("drex_snapshot", engine, |engine| {
+        let json = snapshot::to_json(&engine.scheduler);
         // SAFETY: the caller's contract.
         unsafe { give_text(&json, text, capacity, length) }
     })
@@ -115,7 +116,7 @@ pub unsafe extern "C" fn drex_metrics_text(
     capacity: usize,
     length: *mut usize,
 ) -> drex_status {
-    with("drex_metrics_text", engine, |instance| {
+    with("drex_metrics_text", engine, |engine| {
         let labels = match labels.is_null() {
             true => "",
             // SAFETY: the caller passes a C string.
@@ -124,7 +125,7 @@ pub unsafe extern "C" fn drex_metrics_text(
                 .map_err(|_| Fault::Profile("labels is not UTF-8".into()))?,
         };
         metrics::check_labels(labels).map_err(|e| Fault::Profile(format!("labels: {e}")))?;
-        let all = metrics::text(&instance.engine, labels);
+        let all = metrics::text(&engine.scheduler, labels);
         // SAFETY: the caller's contract.
         unsafe { give_text(&all, text, capacity, length) }
     })
@@ -150,7 +151,7 @@ pub unsafe extern "C" fn drex_trace_start(
     engine: *mut drex_engine,
     max_events: u32,
 ) -> drex_status {
-    with("drex_trace_start", engine, |instance| {
+    with("drex_trace_start", engine, |engine| {
         if max_events == 0 {
             return Err(Error::int("max_events", max_events, "at least 1").into());
         }
@@ -158,7 +159,7 @@ pub unsafe extern "C" fn drex_trace_start(
             let bytes = u64::from(max_events) * 64;
             return Err(Error::Memory { bytes }.into());
         };
-        instance.watch.set_trace(Some(Box::new(trace)));
+        engine.watch.set_trace(Some(Box::new(trace)));
         Ok(())
     })
 }
@@ -185,17 +186,17 @@ pub unsafe extern "C" fn drex_trace_write(
     sink: drex_trace_sink,
     user_data: *mut c_void,
 ) -> drex_status {
-    with("drex_trace_write", engine, |instance| {
+    with("drex_trace_write", engine, |engine| {
         let Some(sink) = sink else {
             return Err(Fault::Null("sink"));
         };
-        let Some(trace) = instance.watch.trace() else {
+        let Some(trace) = engine.watch.trace() else {
             return Err(
                 Error::CallOrder("no trace is under way; expected drex_trace_start first").into(),
             );
         };
         let number = handle::ENGINES.number(engine);
-        trace.write(&instance.engine, number, &mut |part| {
+        trace.write(&engine.scheduler, number, &mut |part| {
             // SAFETY: the host vouches for the pair.
             unsafe { sink(user_data, part.as_ptr().cast(), part.len()) }
         });
@@ -206,8 +207,8 @@ pub unsafe extern "C" fn drex_trace_write(
 /// Ends the recording and frees its events. Without one, does nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_trace_stop(engine: *mut drex_engine) -> drex_status {
-    with("drex_trace_stop", engine, |instance| {
-        instance.watch.set_trace(None);
+    with("drex_trace_stop", engine, |engine| {
+        engine.watch.set_trace(None);
         Ok(())
     })
 }

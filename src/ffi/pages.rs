@@ -1,17 +1,79 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! State-copy for paged K/V. The documentation is the header's.
+//! Paged K/V. The documentation is the header's.
 
-#![allow(clippy::missing_safety_doc)] // the header states each contract, for C
+#![allow(clippy::missing_safety_doc, non_camel_case_types)] // the header states each contract, for C
 
 use std::slice;
 
 use super::entry::{self, call};
-use super::error::Fault;
+use super::fault::Fault;
 use super::handle::PAGES;
-use super::types::*;
+use super::status::drex_status;
 use crate::core::error::Error;
 use crate::core::pages::{CellCopy, Changed, Pages, Read};
+
+/// A block table entry without a page.
+pub const DREX_NO_PAGE: u32 = u32::MAX;
+
+/// An account of a pool of K/V pages. Opaque, and not an address. Made by
+/// drex_pages_create(), ended by drex_pages_destroy(). A destroyed handle gives
+/// DREX_ERROR_INVALID_HANDLE.
+pub struct drex_pages {
+    _opaque: [u8; 0],
+}
+
+/// For drex_pages_create().
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_pages_config {
+    /// sizeof(drex_pages_config)
+    pub size: u32,
+    /// Layers of the model, 1 to 65536.
+    pub n_layers: u32,
+    /// Cells of a page, 1 to 65536. A page holds K and V of one layer.
+    pub page_tokens: u32,
+    /// Pages of the pool, numbered from 0; at most 67108864. Any layer can use
+    /// any of them.
+    pub n_pages: u32,
+}
+
+/// Cells [first_cell, first_cell + n_cells) of a page, K and V, to the same
+/// cells of another.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct drex_page_copy {
+    /// The page that is read.
+    pub from: u32,
+    /// The page that is written, another one.
+    pub to: u32,
+    /// Below page_tokens.
+    pub first_cell: u32,
+    /// At least 1.
+    pub n_cells: u32,
+}
+
+/// For drex_pages_stats_get().
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_pages_stats {
+    /// sizeof(drex_pages_stats), set by the caller
+    pub size: u32,
+    /// 0
+    pub reserved: u32,
+    /// Pages that some entry points to.
+    pub pages_used: u64,
+    /// All others.
+    pub pages_free: u64,
+    /// Block table entries that point to a page.
+    pub references: u64,
+    /// Pages that sharing saves: references - pages_used.
+    pub pages_saved: u64,
+    /// Cells of one layer that were copied so far.
+    pub cells_copied: u64,
+    /// Cells of skipped layers that needed no copy.
+    pub cells_aliased: u64,
+}
 
 fn with(
     function: &str,
@@ -262,3 +324,5 @@ pub unsafe extern "C" fn drex_pages_stats_get(
         Ok(())
     })
 }
+
+const _: () = assert!(DREX_NO_PAGE == crate::core::pages::NO_PAGE);

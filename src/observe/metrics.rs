@@ -4,9 +4,9 @@
 
 use std::fmt::{Display, Write};
 
-use crate::core::counters::{Miss, Reason, WAIT_BUCKETS};
-use crate::core::engine::Engine;
+use crate::core::counters::{Reason, TimeIn, WAIT_BUCKETS};
 use crate::core::policy::Policy;
+use crate::core::scheduler::Scheduler;
 
 const COUNTER: &str = "counter";
 const GAUGE: &str = "gauge";
@@ -78,7 +78,7 @@ impl Text<'_> {
 }
 
 /// The families and their order are the same in every text.
-pub fn text(e: &Engine, labels: &str) -> String {
+pub fn text(e: &Scheduler, labels: &str) -> String {
     let mut t = Text {
         out: String::new(),
         labels,
@@ -90,7 +90,7 @@ pub fn text(e: &Engine, labels: &str) -> String {
     t.out
 }
 
-fn served(t: &mut Text, e: &Engine) {
+fn served(t: &mut Text, e: &Scheduler) {
     let (c, n) = (e.counters(), e.config().n_ramps());
     t.one("drex_tokens_total", COUNTER, "Tokens emitted.", c.tokens);
     t.many(
@@ -121,8 +121,8 @@ fn served(t: &mut Text, e: &Engine) {
         ("drex_deadline_misses_total", COUNTER),
         "Late tokens by where most of their time went.",
         "cause",
-        Miss::ALL
-            .map(Miss::name)
+        TimeIn::ALL
+            .map(TimeIn::name)
             .iter()
             .zip(c.misses.iter().map(Some)),
     );
@@ -164,7 +164,7 @@ fn served(t: &mut Text, e: &Engine) {
     );
 }
 
-fn waiting(t: &mut Text, e: &Engine) {
+fn waiting(t: &mut Text, e: &Scheduler) {
     let (c, n) = (e.counters(), e.config().n_ramps());
     t.many(
         ("drex_held_rows", GAUGE),
@@ -210,7 +210,7 @@ fn waiting(t: &mut Text, e: &Engine) {
     );
 }
 
-fn filling(t: &mut Text, e: &Engine) {
+fn filling(t: &mut Text, e: &Scheduler) {
     let c = e.counters();
     t.one(
         "drex_filled_cells_total",
@@ -245,12 +245,12 @@ fn filling(t: &mut Text, e: &Engine) {
     );
 }
 
-fn rule(t: &mut Text, e: &Engine) {
+fn rule(t: &mut Text, e: &Scheduler) {
     let (auto, n) = (e.auto(), e.config().n_ramps());
     let follows = e.config().policy == Policy::Auto;
-    let marks = follows.then(|| e.chosen_marks());
+    let row_rule = follows.then(|| e.chosen_rule());
     let shares = (0..n).map(|r| {
-        let chance = e.exits().chance(None, r);
+        let chance = e.exit_rates().chance(None, r);
         (r, (chance.looks > 0.0).then_some(chance.p))
     });
     t.many(
@@ -269,19 +269,19 @@ fn rule(t: &mut Text, e: &Engine) {
         ("drex_rule_ramp", GAUGE),
         "Policy auto: 1 where the rule looks at a ramp.",
         "ramp",
-        (0..n).map(|r| (r, marks.map(|m| m.ramps >> r & 1))),
+        (0..n).map(|r| (r, row_rule.map(|m| m.ramps >> r & 1))),
     );
     t.one(
         "drex_rule_hold_rows",
         GAUGE,
         "Policy auto: held rows at a ramp that are flushed.",
-        marks.map(|m| m.hold_rows.into()),
+        row_rule.map(|m| m.hold_rows.into()),
     );
     t.one(
         "drex_rule_ready_rows",
         GAUGE,
         "Policy auto: ready rows below which held rows are flushed.",
-        marks.map(|m| m.ready_rows.into()),
+        row_rule.map(|m| m.ready_rows.into()),
     );
     let known = follows && auto.searches() > 0;
     let (chosen, off) = auto.predicted();

@@ -9,15 +9,16 @@ pub mod nvtx;
 pub mod snapshot;
 pub mod trace;
 
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{c_char, c_void};
 use std::fmt::{self, Display, Write};
 
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
 
-use crate::core::engine::Engine;
-use crate::core::planner::Marks;
+use crate::core::policy::rule::RowRule;
 use crate::core::policy::{Decision, Policy};
+use crate::core::scheduler::Scheduler;
+use crate::text::Text;
 use nvtx::Profiler;
 use trace::Trace;
 
@@ -44,26 +45,6 @@ pub struct Sink {
 // runs on whatever thread calls, one at a time: the header says so.
 unsafe impl Send for Sink {}
 
-/// A line that is cut to its room, so that no event allocates.
-struct Line {
-    bytes: [u8; 512],
-    len: usize,
-}
-
-impl Write for Line {
-    fn write_str(&mut self, s: &str) -> fmt::Result {
-        let mut n = s.len().min(self.bytes.len() - 1 - self.len);
-        while !s.is_char_boundary(n) {
-            n -= 1;
-        }
-        for (to, &from) in self.bytes[self.len..].iter_mut().zip(&s.as_bytes()[..n]) {
-            *to = if from == 0 { b'?' } else { from };
-        }
-        self.len += n;
-        Ok(())
-    }
-}
-
 /// One event: to the Rust host's subscriber, if any, and to the callback.
 macro_rules! log {
     ($watch:expr, $level:expr, $number:expr, $($text:tt)+) => {
@@ -75,7 +56,7 @@ macro_rules! log {
 /// The counters that a step's end is compared with.
 pub struct Before {
     misses: u64,
-    marks: Marks,
+    row_rule: RowRule,
     ramps_predicted: Option<f64>,
     duration_ns: u64,
     now_ns: u64,
@@ -144,21 +125,16 @@ impl Watch {
         let Some(sink) = self.sink.as_ref().filter(|s| level <= s.level) else {
             return;
         };
-        let mut line = Line {
-            bytes: [0; 512],
-            len: 0,
-        };
+        let mut line = Text::EMPTY;
         let _ = line.write_fmt(text);
-        if let Ok(text) = CStr::from_bytes_until_nul(&line.bytes) {
-            // SAFETY: the host vouched for the pair when it set it.
-            unsafe { (sink.callback)(sink.user_data, level, text.as_ptr()) };
-        }
+        // SAFETY: the host vouched for the pair when it set it.
+        unsafe { (sink.callback)(sink.user_data, level, line.as_ptr()) };
     }
 
     #[cold]
     #[inline(never)]
-    pub fn created(&self, engine: &Engine) {
-        let c = engine.config();
+    pub fn created(&self, scheduler: &Scheduler) {
+        let c = scheduler.config();
         log!(
             self,
             Level::INFO,
@@ -179,8 +155,8 @@ impl Watch {
 
     #[cold]
     #[inline(never)]
-    pub fn destroyed(&self, engine: &Engine) {
-        let c = engine.counters();
+    pub fn destroyed(&self, scheduler: &Scheduler) {
+        let c = scheduler.counters();
         log!(
             self,
             Level::INFO,
@@ -209,9 +185,9 @@ impl Watch {
 
     #[cold]
     #[inline(never)]
-    pub fn planned(&self, engine: &Engine) {
-        if let Some(s) = engine.step() {
-            let rows = engine.step_rows().len();
+    pub fn planned(&self, scheduler: &Scheduler) {
+        if let Some(s) = scheduler.step() {
+            let rows = scheduler.step_rows().len();
             log!(
                 self,
                 Level::TRACE,
@@ -228,8 +204,8 @@ impl Watch {
 
     #[cold]
     #[inline(never)]
-    pub fn ramped(&self, engine: &Engine) {
-        let rows = engine.step_rows();
+    pub fn ramped(&self, scheduler: &Scheduler) {
+        let rows = scheduler.step_rows();
         let exits = rows.iter().filter(|r| r.decision == Decision::Exit).count();
         let nan = rows.iter().filter(|r| !r.gone && r.back == 0);
         let nan = nan.filter(|r| r.score.confidence.is_nan()).count();
@@ -252,32 +228,32 @@ impl Watch {
 
     #[cold]
     #[inline(never)]
-    pub fn removing(&mut self, engine: &Engine, id: u64) {
+    pub fn removing(&mut self, scheduler: &Scheduler, id: u64) {
         if let Some(trace) = &mut self.trace {
-            trace.removing(engine, id);
+            trace.removing(scheduler, id);
         }
     }
 
     #[cold]
     #[inline(never)]
-    pub fn abandoning(&mut self, engine: &Engine) {
+    pub fn abandoning(&mut self, scheduler: &Scheduler) {
         if let Some(trace) = &mut self.trace {
-            trace.leaving(engine, engine.clock_ns(), None);
+            trace.leaving(scheduler, scheduler.clock_ns(), None);
         }
     }
 
-    /// The planned step is one that [`Engine::complete`] will end.
+    /// The planned step is one that [`Scheduler::complete`] will end.
     #[cold]
     #[inline(never)]
-    pub fn completing(&mut self, engine: &Engine, now_ns: u64, duration_ns: u64) -> Before {
+    pub fn completing(&mut self, scheduler: &Scheduler, now_ns: u64, duration_ns: u64) -> Before {
         if let Some(trace) = &mut self.trace {
-            trace.leaving(engine, now_ns, Some(duration_ns));
+            trace.leaving(scheduler, now_ns, Some(duration_ns));
         }
-        let auto = engine.config().policy == Policy::Auto;
+        let auto = scheduler.config().policy == Policy::Auto;
         Before {
-            misses: engine.counters().deadline_misses,
-            marks: engine.chosen_marks(),
-            ramps_predicted: auto.then(|| engine.auto().predicted().0),
+            misses: scheduler.counters().deadline_misses,
+            row_rule: scheduler.chosen_rule(),
+            ramps_predicted: auto.then(|| scheduler.auto().predicted().0),
             duration_ns,
             now_ns,
         }
@@ -285,18 +261,18 @@ impl Watch {
 
     #[cold]
     #[inline(never)]
-    pub fn completed(&mut self, engine: &Engine, before: &Before) {
+    pub fn completed(&mut self, scheduler: &Scheduler, before: &Before) {
         if let Some(trace) = &mut self.trace {
-            trace.completed(engine);
+            trace.completed(scheduler);
         }
-        let missed = engine.counters().deadline_misses - before.misses;
+        let missed = scheduler.counters().deadline_misses - before.misses;
         log!(
             self,
             Level::TRACE,
             5,
             "complete: {} ns, {} rows held, at {} ns",
             before.duration_ns,
-            engine.buffer().held(),
+            scheduler.buffer().held(),
             before.now_ns
         );
         if missed > 0 {
@@ -307,18 +283,18 @@ impl Watch {
                 "{missed} tokens missed their deadline"
             );
         }
-        let marks = engine.chosen_marks();
-        let (rate, off) = engine.auto().predicted();
+        let row_rule = scheduler.chosen_rule();
+        let (rate, off) = scheduler.auto().predicted();
         // The row counts move with the load; a rule is new when a search chose.
-        if before.ramps_predicted.is_some_and(|old| old != rate) && marks != before.marks {
+        if before.ramps_predicted.is_some_and(|old| old != rate) && row_rule != before.row_rule {
             log!(
                 self,
                 Level::INFO,
                 3,
                 "rule: ramps {:#x}, flush at {} rows, or below {} ready; predicted {:.1} tokens/s, {:.1} without exits",
-                marks.ramps,
-                marks.hold_rows,
-                marks.ready_rows,
+                row_rule.ramps,
+                row_rule.hold_rows,
+                row_rule.ready_rows,
                 rate * 1e9,
                 off * 1e9
             );

@@ -4,15 +4,15 @@
 
 use serde_json::{Value, json};
 
-use crate::core::engine::Engine;
+use crate::core::scheduler::Scheduler;
 
-pub fn to_json(e: &Engine) -> String {
+pub fn to_json(e: &Scheduler) -> String {
     let (c, k) = (e.counters(), e.config());
     let n = k.n_ramps();
     let held_at = e.held_rows_at();
     let ramps: Vec<Value> = (0..n)
         .map(|r| {
-            let chance = e.exits().chance(None, r);
+            let chance = e.exit_rates().chance(None, r);
             json!({
                 "layer": k.ramp_layers[r], "threshold": k.thresholds[r],
                 "exits": c.exits[r], "held": held_at[r], "staying": e.buffer().stays_at(r),
@@ -35,7 +35,7 @@ pub fn to_json(e: &Engine) -> String {
         .known()
         .then(|| serde_json::from_str(&crate::profile::to_json(cost.profile())).ok())
         .flatten();
-    let (marks, rate) = (e.chosen_marks(), e.auto().predicted());
+    let (row_rule, rate) = (e.chosen_rule(), e.auto().predicted());
     json!({
         "drex_snapshot": 1,
         "now_ns": now,
@@ -60,12 +60,12 @@ pub fn to_json(e: &Engine) -> String {
         "ramps": ramps,
         "held_rows": held,
         "rule": {
-            "ramps": marks.ramps, "hold_rows": marks.hold_rows, "ready_rows": marks.ready_rows,
+            "ramps": row_rule.ramps, "hold_rows": row_rule.hold_rows, "ready_rows": row_rule.ready_rows,
             "predicted_tokens_per_s": rate.0 * 1e9,
             "predicted_off_tokens_per_s": rate.1 * 1e9, "searches": e.auto().searches(),
         },
         "cost": {"observations": cost.observations(), "profile": profile,
-                 "gap_ns": e.gaps().gap_ns(), "art_ratio": e.art_ratio()},
+                 "gap_ns": e.host_time().gap_ns(), "art_ratio": e.art_ratio()},
     })
     .to_string()
 }

@@ -8,9 +8,9 @@ use std::fmt::Write;
 
 use crate::core::MAX_RAMPS;
 use crate::core::counters::Reason;
-use crate::core::engine::Engine;
 use crate::core::policy::Decision;
-use crate::core::request::{Request, State};
+use crate::core::rows::requests::{Request, State};
+use crate::core::scheduler::Scheduler;
 
 #[derive(Debug, Clone, Copy)]
 enum Event {
@@ -95,7 +95,7 @@ impl Trace {
     }
 
     /// The planned step is about to end, and was timed, or is given up.
-    pub fn leaving(&mut self, e: &Engine, now_ns: u64, run_ns: Option<u64>) {
+    pub fn leaving(&mut self, e: &Scheduler, now_ns: u64, run_ns: Option<u64>) {
         let Some(step) = e.step() else {
             return;
         };
@@ -145,7 +145,7 @@ impl Trace {
     }
 
     /// The step that was leaving has ended well.
-    pub fn completed(&mut self, e: &Engine) {
+    pub fn completed(&mut self, e: &Scheduler) {
         self.push(Event::Rows {
             at_ns: self.last_ns,
             held: e.buffer().held(),
@@ -154,7 +154,7 @@ impl Trace {
     }
 
     /// A request is about to be forgotten.
-    pub fn removing(&mut self, e: &Engine, id: u64) {
+    pub fn removing(&mut self, e: &Scheduler, id: u64) {
         if let Some(event) = e.request(id).ok().and_then(|r| held(e, r)) {
             self.push(event);
         }
@@ -162,7 +162,7 @@ impl Trace {
 
     /// Hands the JSON text to `sink`, in pieces. What is still held ends now.
     /// `number` tells the engines of a process from each other.
-    pub fn write(&self, e: &Engine, number: usize, sink: &mut dyn FnMut(&str)) {
+    pub fn write(&self, e: &Scheduler, number: usize, sink: &mut dyn FnMut(&str)) {
         let open = e.held_requests().filter_map(|r| held(e, r));
         let planned = e.step_rows().iter().filter_map(|row| {
             let begin_ns = row.since_ns;
@@ -211,7 +211,7 @@ impl Trace {
 }
 
 /// The span of a row that is held and not in the planned step, if it is.
-fn held(e: &Engine, r: &Request) -> Option<Event> {
+fn held(e: &Scheduler, r: &Request) -> Option<Event> {
     let waits = r.state == State::Held && r.in_step == crate::core::NONE;
     waits.then(|| {
         let begin_ns = e.buffer().node(r.slot).since_ns;
@@ -265,7 +265,7 @@ impl Text<'_> {
         FIRST_TRACK + self.number * TRACKS + which
     }
 
-    fn head(&mut self, e: &Engine, dropped: u64) {
+    fn head(&mut self, e: &Scheduler, dropped: u64) {
         let (pid, number) = (self.pid, self.number);
         let _ = write!(
             self.text,

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the loop in drex.h's second chapter leaves to the host, made up: three
+ * The host's part of the loop in drex.h's second chapter, made up: three
  * requests of six tokens over a model that is sure of every other token. The
  * test puts the chapter's text before this file. */
 

@@ -8,9 +8,7 @@ use std::ffi::{CStr, c_void};
 use std::ptr;
 use std::time::Duration;
 
-pub use drex::ffi::functions::*;
-pub use drex::ffi::pages::*;
-pub use drex::ffi::types::*;
+pub use drex::ffi::*;
 
 macro_rules! sized {
     ($t:ty) => {{

@@ -58,15 +58,8 @@ pub fn reference(row: &[f64], metric: Metric) -> (f64, i32) {
 }
 
 pub fn noise(n: usize, seed: u64, scale: f32) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..n)
-        .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            ((x >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * scale
-        })
-        .collect()
+    let mut rng = fastrand::Rng::with_seed(seed);
+    (0..n).map(|_| (rng.f32() - 0.5) * scale).collect()
 }
 
 /// The greatest `k`, by sorting: (index, value).

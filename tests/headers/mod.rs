@@ -192,6 +192,18 @@ impl Header {
         all.map(|s| s.0.as_str())
     }
 
+    /// Functions on a handle of this kind.
+    pub fn on(&self, kind: &str) -> impl Iterator<Item = &str> {
+        let (handle, constant) = (format!("({kind} *"), format!("(const {kind} *"));
+        let all = self.symbols.iter().filter(move |(_, signature)| {
+            let after = [&handle, &constant]
+                .into_iter()
+                .find_map(|h| signature.split_once(h.as_str()));
+            after.is_some_and(|(_, rest)| !rest.starts_with('*'))
+        });
+        all.map(|s| s.0.as_str())
+    }
+
     pub fn functions(&self) -> impl Iterator<Item = &str> {
         self.symbols.iter().map(|s| s.0.as_str())
     }

@@ -300,12 +300,12 @@ fn count(text: &str, lines: &Lines) -> Result<Count> {
 
 fn adds_up_what_callgrind_says() -> Result<()> {
     let text = "version: 1\nevents: Ir\nfl=(1) /a/src/observe/mod.rs\nfn=(1) f\n3 10\n\
-                fi=(2) /a/src/instance.rs\n7 5\n8 100\nfe=(1)\n4 2\ncfi=(3) x.c\ncfn=(2) g\n\
+                fi=(2) /a/src/engine.rs\n7 5\n8 100\nfe=(1)\n4 2\ncfi=(3) x.c\ncfn=(2) g\n\
                 calls=1 9\n3 5000\n\nfl=(3)\nfn=(2)\n9 5000\n";
     let lines = [
         ("src/observe/mod.rs", 3),
         ("src/observe/mod.rs", 4),
-        ("src/instance.rs", 7),
+        ("src/engine.rs", 7),
     ];
     let lines = lines.iter().map(|&(f, n)| (f.to_owned(), n)).collect();
     let sum = count(text, &lines)?;
@@ -316,7 +316,7 @@ fn adds_up_what_callgrind_says() -> Result<()> {
 fn finds_the_hooks() -> Result<()> {
     let lines = hook_lines(&cache::repo())?;
     let of = |file: &str| lines.iter().filter(|l| l.0 == file).count();
-    assert!(of("src/instance.rs") > 10 && of("src/observe/mod.rs") > 100);
-    assert_eq!(of("src/core/engine.rs"), 0);
+    assert!(of("src/engine.rs") > 10 && of("src/observe/mod.rs") > 100);
+    assert_eq!(of("src/core/scheduler/complete.rs"), 0);
     Ok(())
 }

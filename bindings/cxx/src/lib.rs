@@ -12,8 +12,7 @@ use std::fmt;
 use std::mem::zeroed;
 
 use cxx::UniquePtr;
-use drex::ffi::functions::*;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 pub use bridge::{Kv, Model, Row};
 

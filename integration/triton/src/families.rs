@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which metrics there are: llama-server's, and what a server of several models needs beside them.
 
-use drex::ffi::types::{DREX_FLUSH_REASONS, DREX_MISS_REASONS, drex_stats};
+use drex::ffi::{DREX_FLUSH_REASONS, DREX_MISS_REASONS, drex_stats};
 
 use crate::triton::abi::{
     METRIC_COUNTER as COUNTER, METRIC_GAUGE as GAUGE, METRIC_HISTOGRAM as HISTOGRAM,

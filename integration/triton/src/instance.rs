@@ -389,7 +389,7 @@ mod tests {
         }
         fn snapshot(&self) -> Snapshot {
             // SAFETY: plain numbers.
-            let mut stats: drex::ffi::types::drex_stats = unsafe { std::mem::zeroed() };
+            let mut stats: drex::ffi::drex_stats = unsafe { std::mem::zeroed() };
             (stats.steps, stats.step_rows) = (self.steps, self.steps * 3);
             Snapshot {
                 stats,

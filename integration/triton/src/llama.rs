@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use drex::ffi::types::drex_kv_layer;
+use drex::ffi::drex_kv_layer;
 
 use crate::engine::decoder::{Decoder, Device, Row, SamplerParams, Windows};
 use crate::families::Graphs;

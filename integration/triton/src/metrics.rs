@@ -4,7 +4,7 @@
 //! While a model is loaded anew its old instance and its new one have equal labels, and so the same metrics. So nothing is
 //! ever set: each instance adds its changes, and at its end takes its gauges back.
 
-use drex::ffi::types::DREX_WAIT_BUCKETS;
+use drex::ffi::DREX_WAIT_BUCKETS;
 
 use crate::families::{
     BOUNDS, FAMILIES, FLUSHES, Family, HELD, MISSES, Over, RULES, Snapshot, WINDOW,
@@ -221,7 +221,7 @@ mod tests {
         let mut old = Metrics::new("m", 1, "m_0", &[4, 8]);
         let mut now = snapshot();
         now.stats.art_ratio = f64::NAN;
-        now.stats.exit_share = [f64::NAN; drex::ffi::types::DREX_MAX_RAMPS];
+        now.stats.exit_share = [f64::NAN; drex::ffi::DREX_MAX_RAMPS];
         now.stats.tokens = 5;
         now.stats.exits[1] = 3;
         now.stats.misses[2] = 2;
@@ -288,15 +288,12 @@ mod tests {
     /// Counts as Prometheus does, whose bounds belong to their bucket, against drex's counts.
     #[test]
     fn observations_have_the_counts_and_the_sum() {
-        let mut random = 1u64;
+        let mut rng = fastrand::Rng::with_seed(1);
         let mut last = [0; DREX_WAIT_BUCKETS];
         for round in 0..50 {
             let (mut now, mut us) = (last, 0);
             for _ in 0..1 + round % 7 {
-                random = random
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-                let wait = (random >> 33) >> (random >> 59);
+                let wait = rng.u64(..1 << 31) >> rng.u32(..32);
                 let bucket = (64 - wait.leading_zeros() as usize).min(DREX_WAIT_BUCKETS - 1);
                 now[bucket] += 1;
                 us += wait;

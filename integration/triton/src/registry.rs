@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use drex::ffi::types::DREX_ABI_VERSION;
+use drex::ffi::DREX_ABI_VERSION;
 
 use crate::families::{About, BUILD, FAMILIES, OTHERS};
 use crate::triton::abi;

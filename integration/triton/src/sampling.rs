@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use drex::ffi::types::{DREX_METRIC_ENTROPY, DREX_METRIC_GAP, DREX_METRIC_MAXPROB};
+use drex::ffi::{DREX_METRIC_ENTROPY, DREX_METRIC_GAP, DREX_METRIC_MAXPROB};
 use serde_json::Value;
 
 use crate::triton::error::Failure;

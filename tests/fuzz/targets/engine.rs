@@ -8,10 +8,7 @@ use std::ffi::{c_char, c_void};
 use std::ptr::{null, null_mut};
 
 use arbitrary::{Arbitrary, Result, Unstructured};
-use drex::ffi::device::*;
-use drex::ffi::functions::*;
-use drex::ffi::observe::*;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 use crate::{sized, succeeded};
 

@@ -9,7 +9,7 @@ pub mod texts;
 
 use std::ffi::CStr;
 
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 pub type Target = fn(&[u8]);
 
@@ -52,6 +52,6 @@ pub(crate) fn succeeded(function: &str, status: drex_status) -> bool {
 /// The text of this thread's last failed call.
 pub(crate) fn last_error() -> String {
     // SAFETY: the thread's own text.
-    let text = unsafe { CStr::from_ptr(drex::ffi::functions::drex_last_error()) };
+    let text = unsafe { CStr::from_ptr(drex::ffi::drex_last_error()) };
     text.to_str().expect("an error text is no UTF-8").to_owned()
 }

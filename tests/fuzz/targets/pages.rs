@@ -5,8 +5,7 @@
 use std::ptr::null_mut;
 
 use arbitrary::{Result, Unstructured};
-use drex::ffi::pages::*;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 use crate::{sized, succeeded};
 

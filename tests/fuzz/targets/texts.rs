@@ -5,9 +5,7 @@
 use std::ffi::CString;
 use std::ptr::null_mut;
 
-use drex::ffi::functions::*;
-use drex::ffi::observe::drex_metrics_text;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 use crate::{sized, succeeded};
 

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
 use drex::core::config::Fill;
-use drex::core::drafts::Cycle;
+use drex::core::estimate::acceptance::Cycle;
+use drex::core::estimate::profile::Profile;
 use drex::core::policy::Policy;
-use drex::core::profile::Profile;
 use serde_json::{Value, json};
 
 use crate::profiles::{CLASSES, Class};

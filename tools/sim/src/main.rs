@@ -413,7 +413,7 @@ fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
     Ok(w)
 }
 
-fn base(cli: &Cli, profile: drex::core::profile::Profile, thresholds: Vec<f32>) -> Setup {
+fn base(cli: &Cli, profile: drex::core::estimate::profile::Profile, thresholds: Vec<f32>) -> Setup {
     Setup {
         start: (cli.wrong_profile != 1.0).then(|| {
             let mut wrong = profile.clone();

@@ -3,7 +3,7 @@
 //! Cost profiles: the bundled classes of machine, or a file.
 
 use anyhow::{Context, Result};
-use drex::core::profile::{Line, Profile, Segment, Window};
+use drex::core::estimate::profile::{Line, Profile, Segment, Window};
 
 /// A pass over b rows takes `t0 + t1 b`; the ramp's head takes 2 % of `t0`.
 #[derive(Debug, Clone, Copy, PartialEq)]

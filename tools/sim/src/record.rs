@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result, bail};
-use drex::core::cost::CostModel;
-use drex::core::profile::Profile;
+use drex::core::estimate::cost::CostModel;
+use drex::core::estimate::profile::Profile;
 use serde_json::Value;
 
 use crate::workload::{Arrivals, Confidence};

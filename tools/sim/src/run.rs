@@ -6,11 +6,11 @@ use std::collections::{HashMap, VecDeque};
 
 use anyhow::{Context, Result, bail};
 use drex::core::config::{Config, Fill};
-use drex::core::engine::{Agrees, Engine, Step, StepRow};
+use drex::core::estimate::profile::{Profile, Work};
 use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
-use drex::core::profile::{Profile, Work};
-use drex::core::request::RequestConfig;
+use drex::core::rows::requests::RequestConfig;
+use drex::core::scheduler::{Agrees, Scheduler, Step, StepRow};
 
 use crate::draw::{normal, purpose, uniform};
 use crate::workload::{Arrivals, Confidence, TURN_SHIFT, Workload};
@@ -176,7 +176,7 @@ struct Live {
 pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
     let ramps = setup.profile.ramp_layers.len();
     let w = &setup.workload;
-    let mut engine = Engine::new(Config {
+    let mut engine = Scheduler::new(Config {
         n_layers: setup.profile.n_layers,
         ramp_layers: setup.profile.ramp_layers.clone(),
         thresholds: setup.thresholds.clone(),
@@ -427,7 +427,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
 
 /// `art` compares windows with full passes, which it never runs: a host times
 /// some before it serves.
-fn calibrate(engine: &mut Engine, setup: &Setup) -> Result<()> {
+fn calibrate(engine: &mut Scheduler, setup: &Setup) -> Result<()> {
     let p = &setup.profile;
     let mut bounds = vec![0];
     bounds.extend_from_slice(&p.ramp_layers);
@@ -475,7 +475,7 @@ impl Host<'_> {
 
     /// A window with prompt rows ran: those of whole prompts at the last layer
     /// make their requests ready.
-    fn prompts_ran(&mut self, engine: &mut Engine, step: &Step) -> Result<()> {
+    fn prompts_ran(&mut self, engine: &mut Scheduler, step: &Step) -> Result<()> {
         let mut left = u64::from(step.prompt_rows);
         if step.layer_begin == 0 {
             while left > 0 {
@@ -509,7 +509,7 @@ impl Host<'_> {
     }
 
     /// Takes in who has come and fits.
-    fn admit(&mut self, engine: &mut Engine) -> Result<()> {
+    fn admit(&mut self, engine: &mut Scheduler) -> Result<()> {
         let w = &self.setup.workload;
         if let (Arrivals::Closed(n), 0) = (&w.arrivals, self.next_id) {
             self.waiting.extend((0..u64::from(*n)).map(|id| (id, 0.0)));

@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 use drex::core::config::{Config, Fill};
-use drex::core::engine::Engine;
 use drex::core::metric::{Metric, Score};
 use drex::core::policy::{Decision, Policy};
-use drex::core::request::RequestConfig;
+use drex::core::rows::requests::RequestConfig;
+use drex::core::scheduler::Scheduler;
 
 use crate::draw::uniform;
 
@@ -26,7 +26,7 @@ pub struct Cost {
 /// has one.
 pub fn measure(requests: u32, ramps: usize, steps: u32, deadlines: bool) -> Result<Cost> {
     let layers = 4 * (ramps as u32 + 1);
-    let mut engine = Engine::new(Config {
+    let mut engine = Scheduler::new(Config {
         n_layers: layers,
         ramp_layers: (1..=ramps as u32).map(|r| 4 * r).collect(),
         thresholds: vec![0.5; ramps],

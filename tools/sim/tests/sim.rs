@@ -5,7 +5,7 @@
 //! and the scheduler under load, overload, deadlines and drift.
 
 use drex::core::config::Fill;
-use drex::core::drafts::Cycle;
+use drex::core::estimate::acceptance::Cycle;
 use drex_sim::grid::{Options, cell, limit};
 use drex_sim::profiles::{CLASSES, Class};
 use drex_sim::record::Record;

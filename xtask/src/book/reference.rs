@@ -18,6 +18,8 @@ enum Kind {
     Function,
     /// A comment that belongs to nothing.
     Note,
+    /// The title of the items that follow.
+    Part,
 }
 
 #[derive(Debug)]
@@ -38,7 +40,7 @@ pub fn pages(header: &str) -> Result<Vec<(&'static str, String)>> {
         .iter()
         .filter_map(|item| match item.kind {
             Kind::Function => Some((item.name.as_str(), FUNCTIONS)),
-            Kind::Note => None,
+            Kind::Note | Kind::Part => None,
             _ => Some((item.name.as_str(), TYPES)),
         })
         .collect();
@@ -78,11 +80,22 @@ fn chapters_page(comment: &str, linker: &Linker) -> String {
             chapter.clear();
             started = true;
             out += &format!("## {number}. {}\n\n", sentence_case(title));
+        } else if started && is_heading(&line) {
+            out += &linker.prose(&chapter);
+            chapter.clear();
+            out += &format!("### {}\n\n", sentence_case(&line));
         } else {
             chapter.push(line);
         }
     }
     out + &linker.prose(&chapter)
+}
+
+/// A heading within a chapter.
+fn is_heading(line: &str) -> bool {
+    line.starts_with(|c: char| c.is_ascii_uppercase())
+        && line.contains(' ')
+        && line.chars().all(|c| c.is_ascii_uppercase() || c == ' ')
 }
 
 fn sentence_case(title: &str) -> String {
@@ -103,10 +116,26 @@ fn sentence_case(title: &str) -> String {
     out
 }
 
+/// The items of one page, with the titles of those parts that have any.
+fn of_page(items: &[Item], belongs: impl Fn(&Item) -> bool) -> Vec<&Item> {
+    let mut out: Vec<&Item> = Vec::new();
+    for item in items {
+        if item.kind == Kind::Part {
+            out.pop_if(|last| last.kind == Kind::Part);
+            out.push(item);
+        } else if belongs(item) {
+            out.push(item);
+        }
+    }
+    out.pop_if(|last| last.kind == Kind::Part);
+    out
+}
+
 fn types_page(items: &[Item], linker: &Linker) -> String {
     let mut out = format!("# Types and constants\n\n{MADE}");
-    for item in items.iter().filter(|item| item.kind != Kind::Function) {
+    for item in of_page(items, |item| item.kind != Kind::Function) {
         match item.kind {
+            Kind::Part => out += &format!("## {}\n\n", item.name),
             Kind::Define => {
                 // Short ones are a line of what they belong to, which stands before them.
                 let value = item
@@ -129,7 +158,7 @@ fn types_page(items: &[Item], linker: &Linker) -> String {
             }
             Kind::Note => out += &linker.prose(&item.prose),
             _ => {
-                out += &format!("## {}\n\n{}", item.name, linker.prose(&item.prose));
+                out += &format!("### {}\n\n{}", item.name, linker.prose(&item.prose));
                 out += &format!("```c\n{}\n```\n\n", item.code);
             }
         }
@@ -139,9 +168,13 @@ fn types_page(items: &[Item], linker: &Linker) -> String {
 
 fn functions_page(items: &[Item], linker: &Linker) -> String {
     let mut out = format!("# Functions\n\n{MADE}");
-    for item in items.iter().filter(|item| item.kind == Kind::Function) {
+    for item in of_page(items, |item| item.kind == Kind::Function) {
+        if item.kind == Kind::Part {
+            out += &format!("## {}\n\n", item.name);
+            continue;
+        }
         out += &format!(
-            "## {}\n\n```c\n{}\n```\n\n{}",
+            "### {}\n\n```c\n{}\n```\n\n{}",
             item.name,
             item.code,
             linker.prose(&item.prose)
@@ -179,10 +212,15 @@ fn items(text: &str) -> Result<Vec<Item>> {
             }
         } else if line.is_empty() {
             if !comment.is_empty() {
-                let prose = plain_comment(comment.drain(..));
+                let mut prose = plain_comment(comment.drain(..));
+                let part = prose.len() > 1 && prose[0].starts_with("---");
+                let (kind, name) = match part {
+                    true => (Kind::Part, prose.swap_remove(1)),
+                    false => (Kind::Note, String::new()),
+                };
                 out.push(Item {
-                    kind: Kind::Note,
-                    name: String::new(),
+                    kind,
+                    name,
                     prose,
                     code: String::new(),
                 });
@@ -267,7 +305,9 @@ impl Linker<'_> {
             .collect();
         paragraphs.reverse();
         while let Some(paragraph) = paragraphs.pop() {
-            if table_row(&paragraph[0]).is_some() {
+            if let Some(grid) = self.grid(paragraph) {
+                out += &grid;
+            } else if table_row(&paragraph[0]).is_some() {
                 out += &self.table(paragraph);
             } else if paragraph[0].starts_with("  ") {
                 // Code, with the empty lines in it.
@@ -287,6 +327,30 @@ impl Linker<'_> {
             }
         }
         out
+    }
+
+    /// A table with a line of titles, whose first column has none.
+    fn grid(&self, lines: &[String]) -> Option<String> {
+        let rows: Vec<Vec<&str>> = lines
+            .iter()
+            .map(|line| {
+                let cells = line.split("  ").map(str::trim);
+                cells.filter(|cell| !cell.is_empty()).collect()
+            })
+            .collect();
+        let (titles, rows) = rows.split_first()?;
+        let fits = titles.len() > 1 && !rows.is_empty();
+        if !fits || rows.iter().any(|row| row.len() != titles.len() + 1) {
+            return None;
+        }
+        let mut out = format!("| | {} |\n", titles.join(" | "));
+        out += &format!("|---{}|\n", "|---".repeat(titles.len()));
+        for row in rows {
+            let cells: Vec<String> = row.iter().map(|cell| self.text(cell)).collect();
+            out += &format!("| {} |\n", cells.join(" | "));
+        }
+        out.push('\n');
+        Some(out)
     }
 
     fn table(&self, lines: &[String]) -> String {
@@ -395,6 +459,11 @@ mod tests {
             chapters.contains("| `plan` | [`drex_plan()`](functions.md#drex_plan) names"),
             "{chapters}"
         );
+        assert!(chapters.contains("### When a window failed"), "{chapters}");
+        assert!(
+            chapters.contains("| [`drex_plan`](functions.md#drex_plan) | yes | - | - | - | - |"),
+            "{chapters}"
+        );
         let functions = &pages[FUNCTIONS];
         // Every function that is declared has a heading, by a simpler count.
         let declared = header.lines().filter(|l| {
@@ -403,10 +472,11 @@ mod tests {
                 && !l.starts_with([' ', '/', '#'])
                 && !l.starts_with("typedef")
         });
-        assert_eq!(functions.matches("\n## drex_").count(), declared.count());
+        assert_eq!(functions.matches("\n### drex_").count(), declared.count());
         assert!(functions.contains("| `capacity` |"));
         let types = &pages[TYPES];
-        assert!(types.contains("## drex_config\n"));
+        assert!(types.contains("### drex_config\n"));
+        assert!(types.contains("## Engines and their configuration\n"));
         assert!(types.contains("<a id=\"DREX_POLICY_HOLD\"></a>**`DREX_POLICY_HOLD`** = `6`"));
         Ok(())
     }

@@ -4,7 +4,7 @@
 
 use drex_cxx::{Error, Host, Token};
 
-const POLICY_HOLD: u32 = drex::ffi::types::DREX_POLICY_HOLD;
+const POLICY_HOLD: u32 = drex::ffi::DREX_POLICY_HOLD;
 
 #[cxx::bridge(namespace = "toy")]
 mod ffi {

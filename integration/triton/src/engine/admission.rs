@@ -3,8 +3,8 @@
 
 use std::sync::atomic::Ordering;
 
-use drex::ffi::functions::drex_request_add;
-use drex::ffi::types::*;
+use drex::ffi::drex_request_add;
+use drex::ffi::*;
 
 use super::decoder::{Decoder, SamplerParams};
 use super::queue::Job;

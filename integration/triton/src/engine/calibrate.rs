@@ -5,8 +5,7 @@ use std::ffi::CString;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use drex::ffi::functions::*;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 use super::decoder::{Decoder, Row};
 use super::{Engine, check, now_ns, zeroed};

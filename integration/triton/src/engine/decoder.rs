@@ -3,7 +3,7 @@
 
 use std::ffi::c_void;
 
-use drex::ffi::types::drex_kv_layer;
+use drex::ffi::drex_kv_layer;
 
 use crate::families::Graphs;
 use crate::triton::error::Failure;

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use drex::ffi::types::drex_kv_layer;
+use drex::ffi::drex_kv_layer;
 
 use super::decoder::{Decoder, Device, Row, SamplerParams, Windows};
 use super::zeroed;

@@ -24,8 +24,7 @@ use std::ffi::CStr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use drex::ffi::functions::*;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 use crate::clock::now_ns;
 use crate::families::Graphs;

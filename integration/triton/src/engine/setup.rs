@@ -4,8 +4,7 @@
 use std::ffi::CString;
 use std::ptr::null_mut;
 
-use drex::ffi::functions::*;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 use super::decoder::{Decoder, Windows};
 use super::pool::Seat;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Fill verify, after the last layer: what the full model says of the drafts.
 
-use drex::ffi::functions::drex_verify;
+use drex::ffi::drex_verify;
 
 use super::decoder::Decoder;
 use super::emit::Emitted;

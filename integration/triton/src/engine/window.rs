@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One layer window over the rows that drex plans, decode rows and prompt rows, and what comes of it.
 
-use drex::ffi::functions::*;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 use super::decoder::{Decoder, Row};
 use super::{Engine, check, now_ns, zeroed};

@@ -10,8 +10,7 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
-use drex::ffi::functions::*;
-use drex::ffi::types::*;
+use drex::ffi::*;
 
 use super::fake::{self, Call, Fake, Fault};
 use super::pool::Pool;

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The numbers that are learned as serving goes on: times of windows and of the
+//! host, how often rows exit, how often drafts stand, how many prompt rows come.
+
+pub mod acceptance;
+pub mod cost;
+pub mod exit_rate;
+pub mod host_time;
+pub mod profile;
+pub mod prompts;

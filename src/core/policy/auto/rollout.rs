@@ -1,0 +1,506 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The rate that a threshold rule would bring, by playing the queue forward on row
+//! counts: no requests, no rows, just how many wait where. It mirrors
+//! [`crate::core::flush::planner`], and runs in tens of nanoseconds a window.
+
+use crate::core::MAX_RAMPS;
+use crate::core::estimate::exit_rate::HABITS;
+use crate::core::flush::carrier::{Riders, Ways};
+
+/// A threshold rule. Confident rows always exit, the others are held.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rule {
+    /// Bit r: ramp r is looked at. 0: no early exit.
+    pub ramps: u32,
+    /// theta: rows held at a ramp that make it flush, as a share of
+    /// [`Rule::scale`].
+    pub hold: f32,
+    /// phi: held rows flush when fewer rows than this are ready, as a share
+    /// of the same; at least one row.
+    pub ready: f32,
+}
+
+impl Rule {
+    pub const OFF: Rule = Rule {
+        ramps: 0,
+        hold: 0.0,
+        ready: 0.0,
+    };
+
+    /// Rows that the shares refer to: no more than two batches' worth of rows
+    /// matter, however many requests there are.
+    pub fn scale(requests: usize, batch: usize) -> f32 {
+        requests.min(2 * batch) as f32
+    }
+
+    pub fn hold_rows(&self, scale: f32) -> u32 {
+        ((self.hold * scale).round() as u32).max(1)
+    }
+
+    pub fn ready_rows(&self, scale: f32) -> u32 {
+        ((self.ready * scale).round() as u32).max(1)
+    }
+}
+
+/// The numbers that a rollout runs on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scene {
+    /// Requests in decode, of each habit.
+    pub requests: [u32; HABITS],
+    /// B
+    pub batch: u32,
+    /// B behind the first window, where pending rows come along.
+    pub deep_batch: u32,
+    /// Prompt work between windows per token emitted: a request that ends is
+    /// replaced, and its prompt runs before anything else.
+    pub prompt_ns: f64,
+    /// Prompt rows in windows, per token emitted.
+    pub prompt_rows: f64,
+    /// Time of one in a full pass.
+    pub prompt_row_ns: f64,
+    /// So many of them run at a time.
+    pub chunk: f64,
+    /// The host's own time per window.
+    pub gap_ns: f64,
+    /// Windows, in the order in which a row meets them: from the start, or
+    /// the last ramp looked at, to the next.
+    pub windows: usize,
+    pub ns: [f64; MAX_RAMPS + 1],
+    pub ns_per_row: [f64; MAX_RAMPS + 1],
+    /// Times of a pass over prompt rows that could be cut after the window.
+    pub ways: [Ways; MAX_RAMPS],
+    /// Cost of an exit there to such a pass, see [`Riders::exit_ns`].
+    pub exit_ns: [f64; MAX_RAMPS],
+    /// Chance to exit at the end of each window but the last, in 1/1024, for
+    /// each habit.
+    pub exits: [[u32; HABITS]; MAX_RAMPS],
+    /// Cost of an exit there later on, as a pending row of the windows
+    /// behind it: each is taken along once, whenever that is.
+    pub pending_ns: [f64; MAX_RAMPS],
+    /// Tokens that come out, as a share of those that exit or pass the last
+    /// layer, see [`crate::core::estimate::acceptance::Cycle`].
+    pub worth: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Outcome {
+    pub tokens: f64,
+    pub ns: f64,
+}
+
+impl Scene {
+    /// Without requests, windows or prompts.
+    pub const EMPTY: Scene = Scene {
+        requests: [0; HABITS],
+        batch: 0,
+        deep_batch: 0,
+        prompt_ns: 0.0,
+        prompt_rows: 0.0,
+        prompt_row_ns: 0.0,
+        chunk: 0.0,
+        gap_ns: 0.0,
+        windows: 0,
+        ns: [0.0; MAX_RAMPS + 1],
+        ns_per_row: [0.0; MAX_RAMPS + 1],
+        ways: [Ways::NONE; MAX_RAMPS],
+        exit_ns: [0.0; MAX_RAMPS],
+        exits: [[0; HABITS]; MAX_RAMPS],
+        pending_ns: [0.0; MAX_RAMPS],
+        worth: 1.0,
+    };
+
+    /// Whether a pass over `prompts` prompt rows and `rows` of each habit is cut
+    /// after window `k`, where `held` rows are held.
+    fn cut(&self, k: usize, prompts: f64, rows: [u32; HABITS], held: u32, flush: u32) -> bool {
+        let n = rows.iter().sum::<u32>();
+        if n == 0 && held == 0 {
+            return false;
+        }
+        let mut exits = 0.0;
+        for (rows, p) in rows.iter().zip(self.exits[k]) {
+            exits += f64::from(*rows) * f64::from(p) / 1024.0;
+        }
+        let stay = f64::from(n) - exits;
+        let beside = (f64::from(self.deep_batch) - stay).max(0.0);
+        self.ways[k].cut_pays(&Riders {
+            prompts,
+            rows: n.into(),
+            stay,
+            held: f64::from(held).min(beside),
+            flush: flush.min(self.batch).into(),
+            exit_ns: self.exit_ns[k],
+        })
+    }
+}
+
+impl Outcome {
+    pub fn rate(&self) -> f64 {
+        if self.ns > 0.0 {
+            self.tokens / self.ns
+        } else {
+            0.0
+        }
+    }
+}
+
+/// splitmix64
+#[derive(Debug, Clone)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Successes among `n` trials of chance `p`/1024: 64 at a time, each bit
+    /// of p one word of coin flips. Beyond 256 trials, a normal variable.
+    pub fn binomial(&mut self, n: u32, p: u32) -> u32 {
+        if n == 0 || p == 0 {
+            return 0;
+        }
+        if p >= 1024 {
+            return n;
+        }
+        if n > 256 {
+            let share = f64::from(p) / 1024.0;
+            // 64 coins have a standard deviation of 4
+            let z = (f64::from(self.bits().count_ones()) - 32.0) / 4.0;
+            let k = f64::from(n) * share + z * (f64::from(n) * share * (1.0 - share)).sqrt();
+            return (k.round().max(0.0) as u32).min(n);
+        }
+        let mut left = n;
+        let mut k = 0;
+        while left > 0 {
+            let mut hit = 0u64;
+            for bit in p.trailing_zeros()..10 {
+                let coins = self.bits();
+                hit = if p >> bit & 1 == 1 {
+                    hit | coins
+                } else {
+                    hit & coins
+                };
+            }
+            let take = left.min(64);
+            k += (hit & (u64::MAX >> (64 - take))).count_ones();
+            left -= take;
+        }
+        k
+    }
+}
+
+/// A rule to play: theta and phi in rows, until `tokens` were emitted after `warm`
+/// others, in at most `passes` windows.
+#[derive(Debug, Clone, Copy)]
+pub struct Game {
+    pub hold: u32,
+    pub ready: u32,
+    pub warm: u32,
+    pub tokens: u32,
+    pub passes: u32,
+    pub seed: u64,
+}
+
+/// A rule played on a scene, some windows at a time.
+///
+/// The part that counts lies between two flushes to the last layer, so that rows
+/// held at the end were held at the start; without two, it is all after `warm`.
+/// Play starts shortly before a flush, with the rows that are held longest.
+#[derive(Debug, Clone)]
+pub struct Rollout {
+    game: Game,
+    rng: Rng,
+    /// Rows that wait for window k, of each habit, and of all.
+    rows: [[u32; HABITS]; MAX_RAMPS + 1],
+    held: [u32; MAX_RAMPS + 1],
+    waiting: u32,
+    all_held: u32,
+    /// Tokens and time so far, and when they began to count.
+    now: (u64, f64),
+    start: (u64, f64),
+    started: bool,
+    /// At the first and the latest flush that count.
+    first: Option<(u64, f64)>,
+    latest: (u64, f64),
+    windows: u32,
+    /// Prompt rows that wait, and those on their way with the window that they
+    /// are in front of.
+    owed: f64,
+    transit: Option<(usize, f64)>,
+}
+
+impl Rollout {
+    pub fn new(scene: &Scene, game: Game) -> Self {
+        let last = scene.windows - 1;
+        let mut r = Rollout {
+            game,
+            rng: Rng(game.seed),
+            rows: [[0; HABITS]; MAX_RAMPS + 1],
+            held: [0; MAX_RAMPS + 1],
+            waiting: scene.requests[0] + scene.requests[1],
+            all_held: 0,
+            now: (0, 0.0),
+            start: (0, 0.0),
+            started: game.warm == 0,
+            first: None,
+            latest: (0, 0.0),
+            windows: 0,
+            owed: 0.0,
+            transit: None,
+        };
+        r.rows[0] = scene.requests;
+        if last > 0 && scene.exits[last - 1] != [0; HABITS] {
+            let held = (game.hold - game.hold.div_ceil(8)).min(r.waiting / 2);
+            let frequent = held.saturating_sub(r.rows[0][0]);
+            r.rows[last] = [held - frequent, frequent];
+            r.rows[0] = [
+                r.rows[0][0] - r.rows[last][0],
+                r.rows[0][1] - r.rows[last][1],
+            ];
+            (r.held[last], r.all_held) = (held, held);
+            r.waiting -= held;
+        }
+        r
+    }
+
+    pub fn done(&self) -> bool {
+        let goal = u64::from(self.game.warm) + u64::from(self.game.tokens);
+        self.now.0 >= goal || self.windows >= self.game.passes
+    }
+
+    /// Plays up to so many windows; how many there were to play.
+    pub fn run(&mut self, scene: &Scene, windows: u32) -> u32 {
+        let before = self.windows;
+        while self.windows - before < windows && !self.done() {
+            self.window(scene);
+        }
+        self.windows - before
+    }
+
+    fn window(&mut self, scene: &Scene) {
+        let last = scene.windows - 1;
+        let Game {
+            hold,
+            ready,
+            warm,
+            passes,
+            ..
+        } = self.game;
+        if !self.started && (self.now.0 >= u64::from(warm) || self.windows >= passes / 4) {
+            self.started = true;
+            self.start = self.now;
+        }
+        self.windows += 1;
+        let (k, prompts) = match self.transit.take() {
+            Some(on_the_way) => on_the_way,
+            None if self.owed > 0.0 && self.owed >= scene.chunk => {
+                (0, std::mem::take(&mut self.owed))
+            }
+            None => {
+                let held = &self.held[..=last];
+                (choose(held, self.all_held, self.waiting, hold, ready), 0.0)
+            }
+        };
+        let taken = self.take(scene, k);
+        let b = taken[0] + taken[1];
+        // Where rows that go on with prompt rows are at the end.
+        let end = if prompts > 0.0 {
+            self.carry(scene, k, prompts, taken)
+        } else {
+            k
+        };
+        let clock = &mut self.now.1;
+        *clock += scene.ns[k] + scene.ns_per_row[k] * f64::from(b) + scene.gap_ns;
+        let mut out = 0;
+        for (habit, &n) in taken.iter().enumerate() {
+            let gone = if end == last {
+                n
+            } else {
+                self.rng.binomial(n, scene.exits[k][habit])
+            };
+            self.rows[k][habit] -= n;
+            self.rows[0][habit] += gone;
+            if end < last {
+                self.rows[k + 1][habit] += n - gone;
+            }
+            out += gone;
+        }
+        if end < last {
+            self.held[k + 1] += b - out;
+            self.all_held += b - out;
+            self.now.1 += scene.pending_ns[k] * f64::from(out);
+        }
+        self.waiting += out;
+        self.now.0 += u64::from(out);
+        self.owed += f64::from(out) * scene.prompt_rows;
+        if k == last && self.started {
+            self.latest = self.now;
+            self.first = self.first.or(Some(self.now));
+        }
+    }
+
+    /// Rows of each habit for window `k`, in the order of their arrival: the habits
+    /// as they are mixed there.
+    fn take(&mut self, scene: &Scene, k: usize) -> [u32; HABITS] {
+        let (there, most) = match k {
+            0 => (self.waiting, scene.batch),
+            _ => (self.held[k], scene.deep_batch),
+        };
+        let b = there.min(most);
+        let frequent = if b == there || there == 0 {
+            self.rows[k][1]
+        } else {
+            let (rows, b, there) = (u64::from(self.rows[k][1]), u64::from(b), u64::from(there));
+            ((rows * b + there / 2) / there) as u32
+        };
+        if k == 0 {
+            self.waiting -= b;
+        } else {
+            self.held[k] -= b;
+            self.all_held -= b;
+        }
+        [b - frequent, frequent]
+    }
+
+    /// Adds the time that prompt rows take beside the rows of window `k`, and
+    /// returns the window after which the rows are.
+    fn carry(&mut self, scene: &Scene, k: usize, prompts: f64, taken: [u32; HABITS]) -> usize {
+        let last = scene.windows - 1;
+        let rows = f64::from(taken[0] + taken[1]);
+        let clock = &mut self.now.1;
+        if k == last {
+            // The last window is the rest of the one before.
+            let before = k.checked_sub(1).map(|k| scene.ways[k].rest);
+            *clock += before.unwrap_or(scene.ways[0].whole).per_prompt * prompts;
+            return k;
+        }
+        let ways = &scene.ways[k];
+        if scene.cut(k, prompts, taken, self.held[k + 1], self.game.hold) {
+            *clock += ways.head.per_prompt * prompts;
+            if rows == 0.0 {
+                *clock -= ways.ramp_ns;
+            }
+            self.transit = Some((k + 1, prompts));
+            return k;
+        }
+        *clock += ways.whole.at(rows, prompts) - scene.ns[k] - scene.ns_per_row[k] * rows;
+        last
+    }
+
+    pub fn outcome(&self, scene: &Scene) -> Outcome {
+        let (from, to) = match self.first {
+            Some(first) if first.0 < self.latest.0 => (first, self.latest),
+            _ => (self.start, self.now),
+        };
+        let tokens = (to.0 - from.0) as f64 * scene.worth;
+        Outcome {
+            tokens,
+            ns: to.1 - from.1 + tokens * scene.prompt_ns,
+        }
+    }
+}
+
+/// The window to run next: the deepest that is due, the first one while
+/// enough rows are ready, else the fullest, the deepest among equals.
+/// `held[0]` is not looked at.
+pub fn choose(held: &[u32], all_held: u32, waiting: u32, hold: u32, ready: u32) -> usize {
+    if all_held == 0 {
+        return 0;
+    }
+    for k in (1..held.len()).rev() {
+        if held[k] >= hold {
+            return k;
+        }
+    }
+    if waiting >= ready {
+        return 0;
+    }
+    let mut best = 0;
+    for k in (1..held.len()).rev() {
+        if held[k] > 0 && (best == 0 || held[k] > held[best]) {
+            best = k;
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn binomial_has_the_right_mean_and_spread() {
+        for (n, p) in [(8u32, 205u32), (64, 512), (200, 819), (1000, 300)] {
+            let mut rng = Rng(7);
+            let (mut s, mut ss) = (0.0, 0.0);
+            let m = 20_000;
+            for _ in 0..m {
+                let k = f64::from(rng.binomial(n, p));
+                assert!(k <= f64::from(n));
+                s += k;
+                ss += k * k;
+            }
+            let (mean, share) = (s / f64::from(m), f64::from(p) / 1024.0);
+            let var = ss / f64::from(m) - mean * mean;
+            let expect = f64::from(n) * share;
+            assert!(
+                (mean / expect - 1.0).abs() < 0.01,
+                "{n} {p}: {mean} {expect}"
+            );
+            assert!(
+                (var / (expect * (1.0 - share)) - 1.0).abs() < 0.05,
+                "{n} {p}: {var}"
+            );
+        }
+        assert_eq!(Rng(1).binomial(10, 0), 0);
+        assert_eq!(Rng(1).binomial(10, 1024), 10);
+    }
+
+    /// The published grid: memory-bound, 64 requests in batches of 64,
+    /// a = 0.25, p = 0.8: 1.69 times no early exit at theta = 35.
+    #[test]
+    fn agrees_with_the_reference_simulation() {
+        let (t0, t1) = (1.0, 0.002);
+        let mut scene = Scene {
+            requests: [64, 0],
+            batch: 64,
+            deep_batch: 64,
+            windows: 2,
+            exits: [[819, 0]; MAX_RAMPS],
+            ..Scene::EMPTY
+        };
+        scene.ns[0] = 0.25 * t0 + 0.02 * t0;
+        scene.ns_per_row[0] = 0.25 * t1;
+        scene.ns[1] = 0.75 * t0;
+        scene.ns_per_row[1] = 0.75 * t1;
+        let off = 64.0 / (t0 + t1 * 64.0);
+        let rate = |hold, tokens| {
+            let game = Game {
+                hold,
+                ready: 1,
+                warm: 200,
+                tokens,
+                passes: u32::MAX,
+                seed: 3,
+            };
+            let mut r = Rollout::new(&scene, game);
+            // In parts, which makes no difference.
+            while r.run(&scene, 7) > 0 {}
+            let parts = r.outcome(&scene);
+            let mut r = Rollout::new(&scene, game);
+            r.run(&scene, u32::MAX);
+            assert_eq!(parts, r.outcome(&scene));
+            parts.rate() / off
+        };
+        let got = rate(35, 40_000);
+        assert!((got / 1.689 - 1.0).abs() < 0.015, "{got}");
+        // Held to the last: a cycle makes 64 / 0.2 tokens in E[max of 64
+        // geometric variables] = 21.8 shallow windows and one deep one.
+        let paper = rate(64, 800_000);
+        assert!((paper / 0.818 - 1.0).abs() < 0.015, "{paper}");
+    }
+}
