@@ -288,7 +288,8 @@ fn metrics_say_what_stats_say() {
         check(&chosen, s.predicted_tokens_per_s);
         check(&off, s.predicted_off_tokens_per_s);
         for r in 0..2 {
-            let at = |name| format!("{name}{{ramp=\"{r}\"}}");
+            let layer = [4, 8][r];
+            let at = |name| format!("{name}{{ramp=\"{r}\",layer=\"{layer}\"}}");
             check(&at("drex_exits_total"), s.exits[r] as f64);
             check(&at("drex_held_rows"), s.held_rows_at[r] as f64);
             check(&at("drex_rule_ramp"), f64::from(s.rule_ramps >> r & 1));
@@ -296,8 +297,8 @@ fn metrics_say_what_stats_say() {
                 check(&at("drex_exit_share"), s.exit_share[r]);
             }
         }
-        for (i, cause) in ["host", "queue", "held", "run"].iter().enumerate() {
-            let sample = format!("drex_deadline_misses_total{{cause=\"{cause}\"}}");
+        for (i, reason) in ["host", "queue", "held", "run"].iter().enumerate() {
+            let sample = format!("drex_deadline_misses_total{{reason=\"{reason}\"}}");
             check(&sample, s.misses[i] as f64);
         }
         // Steps of ready rows are no flushes.
@@ -316,7 +317,7 @@ fn metrics_say_what_stats_say() {
         "drex_slots_free",
         "drex_predicted_tokens_per_second{rule=\"chosen\"}",
         "drex_predicted_tokens_per_second{rule=\"off\"}",
-        "drex_exit_share{ramp=\"0\"}",
+        "drex_exit_share{ramp=\"0\",layer=\"4\"}",
         "drex_rule_hold_rows",
     ] {
         assert!(seen.iter().any(|s| s == name), "{name}");
@@ -383,8 +384,8 @@ fn metrics_add_up_and_labels_are_checked() {
     };
     let text = text_of(|p, n, out| at("model=\"a\\\"b\",x=\"\"", p, n, out));
     for line in [
-        "drex_exits_total{model=\"a\\\"b\",x=\"\",ramp=\"0\"} 1",
-        "drex_held_rows{model=\"a\\\"b\",x=\"\",ramp=\"0\"} 1",
+        "drex_exits_total{model=\"a\\\"b\",x=\"\",ramp=\"0\",layer=\"4\"} 1",
+        "drex_held_rows{model=\"a\\\"b\",x=\"\",ramp=\"0\",layer=\"4\"} 1",
         "drex_window_seconds_bucket{model=\"a\\\"b\",x=\"\",le=\"0.000512\"} 0",
         "drex_window_seconds_bucket{model=\"a\\\"b\",x=\"\",le=\"0.001024\"} 1",
         "drex_window_seconds_sum{model=\"a\\\"b\",x=\"\"} 0.0009",
@@ -401,6 +402,7 @@ fn metrics_add_up_and_labels_are_checked() {
         "__a=\"\"",
         "a=\"1\",a=\"2\"",
         "ramp=\"0\"",
+        "layer=\"4\"",
         "rule=\"0\"",
         "a=\"1\n\"",
     ] {

@@ -140,6 +140,39 @@ fn the_cpp_layer_has_every_function() {
     assert!(missing.is_empty(), "drex.hpp does not call {missing:?}");
 }
 
+/// Names before the first parenthesis of what a class declares for everybody.
+fn methods_of(class: &str) -> BTreeSet<String> {
+    let text = read(&format!("bindings/cpp/include/drex/detail/{class}.hpp"));
+    let (_, public) = text.split_once("\n public:\n").unwrap();
+    let (public, _) = public.split_once("\n private:\n").unwrap();
+    public
+        .lines()
+        .filter(|line| line.starts_with("  ") && !line.starts_with("   "))
+        .filter_map(|line| line.split("//").next()?.split_once('('))
+        .filter_map(|(before, _)| before.rsplit([' ', '*', '&']).next())
+        // Not constructors, destructors and assignments.
+        .filter(|name| !name.contains(class) && !name.starts_with("operator"))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn the_page_of_bindings_has_every_method_of_the_cpp_layer() {
+    let page = read("bindings/README.md");
+    for class in ["engine", "step", "pages"] {
+        let head = format!("| of `drex::{class}`");
+        let (_, table) = page.split_once(&head).unwrap();
+        let (table, _) = table.split_once("\n\n").unwrap();
+        let listed: BTreeSet<String> = table
+            .lines()
+            .filter_map(|row| row.strip_prefix("| `")?.split(" | ").next())
+            .flat_map(|cell| cell.split('`'))
+            .filter_map(|call| Some(call.split_once('(')?.0.to_owned()))
+            .collect();
+        assert_eq!(listed, methods_of(class), "{class}");
+    }
+}
+
 /// cargo-c installs what Cargo.toml names.
 #[test]
 fn cargo_c_is_told_of_every_header() {

@@ -11,6 +11,8 @@ pub enum Value {
     Int(u64),
     Signed(i64),
     Float(f32),
+    /// An address.
+    Pointer(u64),
 }
 
 impl fmt::Display for Value {
@@ -19,6 +21,8 @@ impl fmt::Display for Value {
             Value::Int(v) => write!(f, "{v}"),
             Value::Signed(v) => write!(f, "{v}"),
             Value::Float(v) => write!(f, "{v}"),
+            Value::Pointer(0) => f.write_str("NULL"),
+            Value::Pointer(v) => write!(f, "{v:#x}"),
         }
     }
 }
@@ -91,9 +95,9 @@ pub enum Error {
     KvLayers {
         field: &'static str,
         source: usize,
-        source_value: u64,
+        source_value: Value,
         target: usize,
-        target_value: u64,
+        target_value: Value,
         why: &'static str,
     },
     Device(&'static str),
@@ -139,6 +143,15 @@ impl Error {
         }
     }
 
+    pub fn pointer(field: &'static str, address: u64, expected: &'static str) -> Self {
+        Error::Invalid {
+            field,
+            index: None,
+            value: Value::Pointer(address),
+            expected,
+        }
+    }
+
     #[must_use]
     pub fn at(mut self, i: usize) -> Self {
         if let Error::Invalid { index, .. } | Error::Conflict { index, .. } = &mut self {
@@ -170,14 +183,15 @@ impl Error {
     }
 }
 
-/// A field's name with its index, where it has one.
+/// A field's name with its index, where it has one: of an array, or of its struct in an array of them (`layers[3].k`).
 pub struct Name(pub &'static str, pub Option<usize>);
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.1 {
-            Some(i) => write!(f, "{}[{i}]", self.0),
-            None => f.write_str(self.0),
+        match (self.1, self.0.split_once('.')) {
+            (Some(i), Some((array, field))) => write!(f, "{array}[{i}].{field}"),
+            (Some(i), None) => write!(f, "{}[{i}]", self.0),
+            (None, _) => f.write_str(self.0),
         }
     }
 }
@@ -200,8 +214,10 @@ impl fmt::Display for Error {
                 why,
             } => write!(
                 f,
-                "{} is {value}, but {other} is {other_value}: {why}",
-                Name(field, index)
+                "{} is {value}, but {} is {other_value}: {why}",
+                Name(field, index),
+                // Of the same struct of an array.
+                Name(other, index.filter(|_| other.contains('.')))
             ),
             Error::UnknownRequest { id } => write!(f, "no request has id {id}"),
             Error::DuplicateRequest { id } => {
@@ -269,6 +285,22 @@ mod tests {
         assert_eq!(
             e.to_string(),
             "ramp_layers[2] is 3; expected more than the one before"
+        );
+        let e = Error::pointer("layers.k", 0x1f00, "memory").at(3);
+        assert_eq!(e.to_string(), "layers[3].k is 0x1f00; expected memory");
+        let e = Error::pointer("table", 0, "an address");
+        assert_eq!(e.to_string(), "table is NULL; expected an address");
+        let e = Error::Conflict {
+            field: "layers.k_cell_stride",
+            index: Some(1),
+            value: 3,
+            other: "layers.k_row_bytes",
+            other_value: 4,
+            why: "cells would overlap",
+        };
+        assert_eq!(
+            e.to_string(),
+            "layers[1].k_cell_stride is 3, but layers[1].k_row_bytes is 4: cells would overlap"
         );
     }
 }

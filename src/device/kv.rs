@@ -2,7 +2,7 @@
 
 //! The host's K/V tensors, as far as copying a cell needs to know them.
 
-use crate::core::error::{Error, Result};
+use crate::core::error::{Error, Result, Value};
 
 /// One of the two tensors of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,9 +61,9 @@ fn clash(field: &'static str, source: (usize, u64), target: (usize, u64)) -> Err
     Error::KvLayers {
         field,
         source: source.0,
-        source_value: source.1,
+        source_value: Value::Int(source.1),
         target: target.0,
-        target_value: target.1,
+        target_value: Value::Int(target.1),
         why: "state-copy needs equal K/V rows in all layers after the first ramp",
     }
 }
@@ -107,9 +107,9 @@ impl Kv {
                         return Err(Error::KvLayers {
                             field,
                             source: j,
-                            source_value: a.data as u64,
+                            source_value: Value::Pointer(a.data as u64),
                             target: i,
-                            target_value: b.data as u64,
+                            target_value: Value::Pointer(b.data as u64),
                             why: "layers that share their K/V cannot be filled by state-copy",
                         });
                     }
@@ -177,9 +177,9 @@ fn check_side(side: &Side, n_cells: u32, names: &Names) -> Result<()> {
         return Ok(());
     }
     if side.data.is_null() {
-        return Err(Error::int(
+        return Err(Error::pointer(
             names.data,
-            0u32,
+            0,
             "a pointer, since its row has bytes",
         ));
     }
@@ -205,7 +205,7 @@ fn check_side(side: &Side, n_cells: u32, names: &Names) -> Result<()> {
                     field: names.elem_stride,
                     index: None,
                     value: stride as u64,
-                    other: "n_cells",
+                    other: "layers.n_cells",
                     other_value: n_cells.into(),
                     why: "elements would overlap",
                 });

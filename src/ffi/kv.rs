@@ -120,7 +120,7 @@ fn kv_layer(l: &drex_kv_layer) -> Result<Layer, Error> {
                 field: "layers.v_row_bytes",
                 index: None,
                 value: l.v_row_bytes,
-                other: "v_elem_bytes",
+                other: "layers.v_elem_bytes",
                 other_value: l.v_elem_bytes,
                 why: "a row is a whole number of elements",
             });

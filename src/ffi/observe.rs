@@ -103,7 +103,7 @@ pub unsafe extern "C" fn drex_snapshot(
 ///
 /// labels    put on every sample, as name="value" separated by commas, with
 ///           values escaped as that format says; NULL or empty: none. Not
-///           ramp, reason, cause, rule or le.
+///           ramp, layer, reason, rule or le.
 /// text, capacity, length  as for drex_snapshot()
 ///
 /// Allocates. Errors: NULL_ARGUMENT, INVALID_ARGUMENT; CAPACITY as for

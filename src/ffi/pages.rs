@@ -90,7 +90,7 @@ fn entries(pages: &Pages, table: *const u32, n_blocks: u32) -> Result<usize, Fau
     }
     if !table.is_aligned() {
         let expected = "an address that is a multiple of 4";
-        return Err(Error::int("table", table.addr() as u64, expected).into());
+        return Err(Error::pointer("table", table.addr() as u64, expected).into());
     }
     if n_blocks == 0 {
         return Err(Error::int("n_blocks", 0u32, "at least 1").into());

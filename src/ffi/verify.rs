@@ -136,7 +136,7 @@ pub unsafe extern "C" fn drex_speculate(
         }
         let read = |name, p: *const f32| -> Result<&[f32], Fault> {
             if !p.is_aligned() {
-                return Err(Error::int(name, p.addr() as u64, "an aligned pointer").into());
+                return Err(Error::pointer(name, p.addr() as u64, "an aligned pointer").into());
             }
             // SAFETY: the caller's contract.
             let all = unsafe { std::slice::from_raw_parts(p, n_vocab as usize) };

@@ -57,6 +57,23 @@ impl Text<'_> {
         }
     }
 
+    /// One sample for each ramp whose value is known.
+    fn ramps<V: ToString>(
+        &mut self,
+        (name, kind): (&str, &str),
+        help: &str,
+        layers: &[u32],
+        values: impl IntoIterator<Item = Option<V>>,
+    ) {
+        self.family(name, kind, help);
+        for (ramp, (layer, value)) in layers.iter().zip(values).enumerate() {
+            if let Some(value) = value {
+                let own = format!("ramp=\"{ramp}\",layer=\"{layer}\"");
+                self.sample(name, &own, &value.to_string());
+            }
+        }
+    }
+
     fn seconds(&mut self, name: &str, help: &str, buckets: &[u64; WAIT_BUCKETS], us: u64) {
         self.family(name, "histogram", help);
         let mut all = 0;
@@ -91,13 +108,13 @@ pub fn text(e: &Scheduler, labels: &str) -> String {
 }
 
 fn served(t: &mut Text, e: &Scheduler) {
-    let (c, n) = (e.counters(), e.config().n_ramps());
+    let (c, layers) = (e.counters(), &e.config().ramp_layers);
     t.one("drex_tokens_total", COUNTER, "Tokens emitted.", c.tokens);
-    t.many(
+    t.ramps(
         ("drex_exits_total", COUNTER),
         "Rows that exited at a ramp.",
-        "ramp",
-        c.exits[..n].iter().map(Some).enumerate(),
+        layers,
+        c.exits.iter().map(Some),
     );
     t.one(
         "drex_involuntary_exits_total",
@@ -120,7 +137,7 @@ fn served(t: &mut Text, e: &Scheduler) {
     t.many(
         ("drex_deadline_misses_total", COUNTER),
         "Late tokens by where most of their time went.",
-        "cause",
+        "reason",
         TimeIn::ALL
             .map(TimeIn::name)
             .iter()
@@ -165,12 +182,12 @@ fn served(t: &mut Text, e: &Scheduler) {
 }
 
 fn waiting(t: &mut Text, e: &Scheduler) {
-    let (c, n) = (e.counters(), e.config().n_ramps());
-    t.many(
+    let (c, layers) = (e.counters(), &e.config().ramp_layers);
+    t.ramps(
         ("drex_held_rows", GAUGE),
         "Rows in the rebatching buffer.",
-        "ramp",
-        e.held_rows_at()[..n].iter().map(Some).enumerate(),
+        layers,
+        e.held_rows_at().iter().map(Some),
     );
     t.one(
         "drex_held_rows_max",
@@ -246,17 +263,25 @@ fn filling(t: &mut Text, e: &Scheduler) {
 }
 
 fn rule(t: &mut Text, e: &Scheduler) {
-    let (auto, n) = (e.auto(), e.config().n_ramps());
+    let (auto, layers) = (e.auto(), &e.config().ramp_layers);
     let follows = e.config().policy == Policy::Auto;
     let row_rule = follows.then(|| e.chosen_rule());
-    let shares = (0..n).map(|r| {
+    t.family(
+        "drex_art_ratio",
+        GAUGE,
+        "Rebatching overhead over deep time, c / t_d.",
+    );
+    if let Some(ratio) = e.art_ratio() {
+        t.sample("drex_art_ratio", "", &ratio.to_string());
+    }
+    let shares = (0..layers.len()).map(|r| {
         let chance = e.exit_rates().chance(None, r);
-        (r, (chance.looks > 0.0).then_some(chance.p))
+        (chance.looks > 0.0).then_some(chance.p)
     });
-    t.many(
+    t.ramps(
         ("drex_exit_share", GAUGE),
         "Share of rows that are confident at a ramp, of those scored there first.",
-        "ramp",
+        layers,
         shares,
     );
     t.one(
@@ -265,11 +290,11 @@ fn rule(t: &mut Text, e: &Scheduler) {
         "Policy auto: searches for a better rule.",
         auto.searches(),
     );
-    t.many(
+    t.ramps(
         ("drex_rule_ramp", GAUGE),
         "Policy auto: 1 where the rule looks at a ramp.",
-        "ramp",
-        (0..n).map(|r| (r, row_rule.map(|m| m.ramps >> r & 1))),
+        layers,
+        (0..layers.len()).map(|r| row_rule.map(|m| m.ramps >> r & 1)),
     );
     t.one(
         "drex_rule_hold_rows",
@@ -297,7 +322,7 @@ fn rule(t: &mut Text, e: &Scheduler) {
 /// Labels as they stand between braces: name="value", separated by commas.
 /// The error says what is wrong.
 pub fn check_labels(labels: &str) -> Result<(), String> {
-    let mut names: Vec<&str> = vec!["ramp", "reason", "cause", "rule", "le"];
+    let mut names: Vec<&str> = vec!["ramp", "layer", "reason", "rule", "le"];
     let mut rest = labels;
     while !rest.is_empty() {
         let (name, after) = rest

@@ -236,7 +236,7 @@ int main(int argc, char **argv) {
   EXPECT(drex_metrics_text(engine, "ramp=\"1\"", NULL, 0, &length) == DREX_ERROR_INVALID_ARGUMENT);
   text = text_of(engine, "host=\"c\"");
   EXPECT(text != NULL && leave(folder, "metrics.txt", text));
-  sprintf(line, "\ndrex_exits_total{host=\"c\",ramp=\"0\"} %u\n", exits);
+  sprintf(line, "\ndrex_exits_total{host=\"c\",ramp=\"0\",layer=\"%d\"} %u\n", RAMP, exits);
   EXPECT(count(text, line) == 1);
   sprintf(line, "\ndrex_steps_total{host=\"c\"} %u\n", windows);
   EXPECT(count(text, line) == 1);

@@ -31,6 +31,14 @@ pub const MINIMAL: Program = Program::new(
     "examples/minimal.c",
     "drex VERSION: 106 tokens in 51 windows",
 );
+pub const VERIFY: Program = Program::new(
+    "examples/verify.cpp",
+    "30 drafts, 24 accepted; the full model's output",
+);
+pub const FRAGMENTS: Program = Program::new(
+    "tests/consumers/fragments.c",
+    "drex VERSION: 1 step, 1 exit, traced",
+);
 pub const CPP11: Program = Program::new("tests/consumers/header.cpp", "drex VERSION: 1 token");
 pub const CPP17: Program = Program::new(
     "bindings/cpp/tests/host.cpp",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Tests of `examples/`: both programs are built as their users would build them, and the decoder of `host.cpp` is held
+//! Tests of `examples/`: the programs are built as their users would build them, and the decoder of `host.cpp` is held
 //! against llama.cpp, which shares no line with it.
 
 mod host;
@@ -13,7 +13,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use drex_build::{cache, cargo, process};
+use drex_build::{
+    cache::{self, Cache},
+    cargo,
+    fetch::Python,
+    process,
+};
 use drex_harness::suite;
 
 /// What the tests share: the compiled programs.
@@ -29,10 +34,14 @@ const SANITIZE: [&str; 4] = [
     "-fno-sanitize-recover=all",
 ];
 
-const TESTS: [suite::Test<Kit>; 9] = [
+const TESTS: [suite::Test<Kit>; 10] = [
     (
         "minimal.c runs, fills every hole and forces nobody out",
         minimal,
+    ),
+    (
+        "verify.cpp and verify.py give the full model's output, and drafts of each kind",
+        verify,
     ),
     (
         "host.cpp, rebatched is as alone in every fill mode",
@@ -52,7 +61,7 @@ const TESTS: [suite::Test<Kit>; 9] = [
     ),
     ("host.cpp, bad input has a sentence", host::bad_input),
     (
-        "both are clean under ASan and UBSan, which are active",
+        "the programs are clean under ASan and UBSan, which are active",
         sanitized,
     ),
     (
@@ -86,13 +95,16 @@ impl Kit {
         let kit = Kit { dir };
         kit.c("examples/minimal.c", "minimal", &["-O2"])?;
         kit.cxx("examples/host.cpp", "host", &["-O3"])?;
+        kit.cxx("examples/verify.cpp", "verify", &["-O2"])?;
         Ok(kit)
     }
 
     fn compile(&self, compiler: &str, source: &Path, name: &str, flags: &[&str]) -> Result<()> {
         let mut command = Command::new(compiler);
         command.args(WARNINGS).args(flags);
-        command.arg("-I").arg(cache::repo().join("include"));
+        for folder in ["include", "bindings/cpp/include"] {
+            command.arg("-I").arg(cache::repo().join(folder));
+        }
         command.arg(source).arg("-L").arg(&self.dir);
         command
             .args(["-ldrex", "-lm", "-o"])
@@ -163,6 +175,43 @@ fn check_minimal(text: &str) -> Result<()> {
     Ok(())
 }
 
+fn verify(kit: &Kit) -> Result<()> {
+    let text = process::output(&mut kit.command("verify"))?;
+    check_verify(&text)?;
+    let python = Python::find(&Cache::open()?)?;
+    let mut command = python.command();
+    command
+        .args(["-B", "-W", "error", "examples/verify.py"])
+        .current_dir(cache::repo())
+        .env("PYTHONPATH", cache::repo().join("bindings/python"))
+        .env("DREX_LIBRARY", kit.dir.join("libdrex.so.0"));
+    let other = process::output(&mut command)?;
+    ensure!(
+        other == text,
+        "verify.py prints\n{other}and verify.cpp\n{text}"
+    );
+    Ok(())
+}
+
+/// The toy counts without multiples of five; its shallow half drafts them all the same.
+fn check_verify(text: &str) -> Result<()> {
+    let mut lines = text.lines();
+    for first in [1, 11, 31] {
+        let numbers = (first..).filter(|n| n % 5 != 0).take(16);
+        let wanted: Vec<String> = numbers.map(|n| n.to_string()).collect();
+        let got = lines.next().unwrap_or_default();
+        ensure!(got == wanted.join(" "), "{got}, not {wanted:?}");
+    }
+    let last = lines.next().unwrap_or_default();
+    let mut words = last.split(' ').filter_map(|word| word.parse::<u32>().ok());
+    let (drafts, accepted) = (words.next().unwrap_or(0), words.next().unwrap_or(0));
+    ensure!(
+        0 < accepted && accepted < drafts && last.ends_with("; the full model's output"),
+        "{last}"
+    );
+    Ok(())
+}
+
 /// What each sanitizer must find: one that does not see this sees nothing.
 const BROKEN: [(&str, &str); 2] = [
     (
@@ -194,6 +243,8 @@ fn sanitized(kit: &Kit) -> Result<()> {
     }
     kit.c("examples/minimal.c", "minimal-san", &SANITIZE)?;
     kit.cxx("examples/host.cpp", "host-san", &SANITIZE)?;
+    kit.cxx("examples/verify.cpp", "verify-san", &SANITIZE)?;
+    check_verify(&process::output(&mut kit.command("verify-san"))?)?;
     check_minimal(&process::output(&mut kit.command("minimal-san"))?)?;
     host::sanitized(kit)
 }

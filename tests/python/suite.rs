@@ -6,9 +6,10 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use drex_build::{
-    cache::{self, Cache},
+    cache::{self, Cache, TempDir},
     cargo,
     fetch::Python,
+    install, process,
     python::{Package, package},
 };
 use drex_harness::suite;
@@ -22,6 +23,10 @@ fn main() -> ExitCode {
         });
         // One of them is counted already.
         run.add(count.saturating_sub(1));
+        run.test(
+            "pip installs a wheel with the library, and one without",
+            wheel,
+        );
     })
 }
 
@@ -72,6 +77,55 @@ fn test() -> Result<usize> {
     }
     Ok(count)
 }
+
+/// What the installed package says, from a folder where nothing else is.
+fn wheel() -> Result<()> {
+    let library = cargo::build_library()?;
+    let python = Python::find(&Cache::open()?)?;
+    let version = install::version()?;
+    let dir = TempDir::unlocked("wheel")?;
+    for (kind, more) in [("own", &[][..]), ("none", &["-C", "library=none"])] {
+        let target = dir.path().join(kind);
+        let mut pip = python.pip();
+        pip.args([
+            "install",
+            "--no-index",
+            "--no-cache-dir",
+            "--quiet",
+            "--target",
+        ])
+        .arg(&target)
+        .args(more)
+        .arg(cache::repo().join("bindings/python"))
+        .env("DREX_LIBRARY", &library);
+        process::output(&mut pip)?;
+        let mut program = python.command();
+        program
+            .args(["-B", "-W", "error", "-c", ABOUT])
+            .current_dir(dir.path())
+            .env("PYTHONPATH", &target)
+            .env_remove("DREX_LIBRARY");
+        if kind == "none" {
+            program.env("DREX_LIBRARY", &library);
+        }
+        let said = process::output(&mut program)?;
+        let beside = if kind == "own" { "True" } else { "False" };
+        let wanted = format!("{version} {version} Apache-2.0 >=3.8 True {beside}");
+        ensure!(said.trim() == wanted, "library={kind}: {said}");
+    }
+    Ok(())
+}
+
+/// Versions, what the metadata has, whether the module is the installed one, and whether a library lies beside it.
+const ABOUT: &str = r##"
+import drex, os
+from importlib.metadata import metadata
+from pathlib import Path
+about, module = metadata("drex"), Path(drex.__file__)
+assert about["Summary"] and "# drex for Python" in about.get_payload()
+print(drex.version(), about["Version"], about["License"], about["Requires-Python"],
+      str(module).startswith(os.environ["PYTHONPATH"]), module.with_name("libdrex.so.0").exists())
+"##;
 
 /// `Ran 12 tests in 0.3s`, and all of them well.
 fn counted(command: &mut Command) -> Result<usize> {

@@ -2,6 +2,8 @@
 
 //! What the server counts is what happened: tokens, drafts, time, attended cells.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
@@ -20,6 +22,10 @@ pub const TESTS: fn() -> Vec<Test> = || {
         Test::new(
             "windows are recorded with the cells that they attend over and all of their time",
             cells,
+        ),
+        Test::new(
+            "requests are counted by how they ended, and their times add up",
+            ends,
         ),
     ]
 };
@@ -94,7 +100,7 @@ fn cells(suite: &Suite) -> Result<()> {
         let seconds = server
             .client
             .metrics()?
-            .get("drex_window_seconds_total")
+            .get("drex_window_seconds_sum")
             .context("no time")?;
         let steps = windows(&file)?;
         let ns: u64 = steps.iter().filter_map(|s| s["ns"].as_u64()).sum();
@@ -122,5 +128,91 @@ fn cells(suite: &Suite) -> Result<()> {
         );
         std::fs::remove_file(&file)?;
     }
+    Ok(())
+}
+
+fn ends(suite: &Suite) -> Result<()> {
+    let server = suite.start(&suite.patched, 2, &["--drex-policy", "hold"])?;
+    let client = server.client;
+    let metrics = || client.metrics();
+    let ended = || -> Result<Vec<(String, f64)>> {
+        Ok(metrics()?.by_label("drex_requests_ended_total", "reason"))
+    };
+    let none: Vec<_> = [
+        "stop",
+        "length",
+        "cancelled",
+        "invalid",
+        "unavailable",
+        "internal",
+    ]
+    .map(|reason| (reason.to_owned(), 0.0))
+    .to_vec();
+    ensure!(ended()? == none, "at the start: {:?}", ended()?);
+
+    // Ten of twelve wait for two slots.
+    let mut bodies: Vec<_> = (0..12).map(|i| greedy(&prompt(i), 40)).collect();
+    for body in &mut bodies[..3] {
+        body["stop"] = json!(["e", " "]);
+    }
+    let start = Instant::now();
+    let waited = std::thread::scope(|scope| -> Result<bool> {
+        let all = scope.spawn(|| generate(client, &bodies, 12));
+        let mut waited = false;
+        while !all.is_finished() {
+            waited |= metrics()?.get("drex_requests_waiting") > Some(0.0);
+        }
+        all.join()
+            .map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        Ok(waited)
+    })?;
+    let took = start.elapsed().as_secs_f64();
+    ensure!(waited, "none of twelve requests waited for two slots");
+
+    // A prompt that is longer than the context, and a client that hangs up.
+    let long = client.post("/completion", &greedy(&"a ".repeat(2000), 8))?;
+    ensure!(long.status == 400, "HTTP {}", long.status);
+    let mut body = greedy(&prompt(0), 400);
+    body["stream"] = json!(true);
+    client.stream("/completion", &body)?.take(3).for_each(drop);
+    let hung_up = Instant::now();
+    while metrics()?.get("drex_requests_running") != Some(0.0) {
+        ensure!(
+            hung_up.elapsed() < Duration::from_secs(30),
+            "a request runs on after its client hung up"
+        );
+    }
+    let wanted = [3.0, 9.0, 1.0, 1.0, 0.0, 0.0];
+    let ended = ended()?;
+    ensure!(ended.iter().map(|e| e.1).eq(wanted), "{ended:?}");
+
+    let m = metrics()?;
+    let at = |name: &str| m.get(name).with_context(|| format!("no {name}"));
+    let of = |name: &str| -> Result<(f64, f64)> {
+        Ok((at(&format!("{name}_count"))?, at(&format!("{name}_sum"))?))
+    };
+    let queue = of("drex_request_queue_time_seconds")?;
+    let first = of("drex_time_to_first_token_seconds")?;
+    let between = of("drex_inter_token_latency_seconds")?;
+    let whole = of("drex_e2e_request_latency_seconds")?;
+    // The one that was too long got a slot and no token.
+    ensure!(
+        (queue.0, first.0, whole.0) == (14.0, 13.0, 12.0)
+            && first.0 + between.0 == at("drex_tokens_total")?,
+        "{queue:?} {first:?} {between:?} {whole:?}"
+    );
+    // No request took longer than all of them.
+    ensure!(
+        0.0 < queue.1 && queue.1 < first.1 && whole.1 < 12.0 * took && between.1 > 0.0,
+        "{queue:?} {first:?} {between:?} {whole:?}, all took {took} s"
+    );
+    ensure!(
+        of("drex_window_seconds")?.0 == at("drex_steps_total")?,
+        "{} windows are timed of {}",
+        of("drex_window_seconds")?.0,
+        at("drex_steps_total")?
+    );
+    let prompts = at("drex_prompt_tokens_total")?;
+    ensure!(prompts > 2000.0, "{prompts} tokens of prompts");
     Ok(())
 }

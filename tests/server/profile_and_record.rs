@@ -228,8 +228,8 @@ fn sleeps(suite: &Suite) -> Result<()> {
             "tokens_predicted_total",
             "drex_exits_total",
             "drex_steps_total",
-            "drex_window_seconds_total",
-            "drex_wait_seconds_count",
+            "drex_window_seconds_sum",
+            "drex_held_seconds_count",
             "drex_graphs_built_total",
         ];
         names

@@ -273,7 +273,7 @@ fn figures(suite: &Suite) -> Result<()> {
         "drex_exits_total",
         "drex_held_rows",
         "drex_flushes_total",
-        "drex_wait_seconds_bucket",
+        "drex_held_seconds_bucket",
         "drex_filled_cells_total",
     ] {
         ensure!(text.contains(&format!("\n{name}")), "no {name} in /metrics");
@@ -291,7 +291,7 @@ fn figures(suite: &Suite) -> Result<()> {
     ensure!(
         flushes > 0.0
             && metrics
-                .get("drex_wait_seconds_count")
+                .get("drex_held_seconds_count")
                 .is_some_and(|n| n > 0.0)
     );
     Ok(())

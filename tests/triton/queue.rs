@@ -71,11 +71,11 @@ fn one_queue(bench: &Bench) -> Result<()> {
     // Sixteen for four slots: those who wait get the slots of both, in the order in which they came.
     let server = start(bench, "64")?;
     whole(&bench.stream(&server, &requests(16, 40))?, |_| 40)?;
-    let text = server.metrics_with("drex_tokens_total", |tokens| tokens >= 16.0 * 39.0)?;
+    let text = server.metrics_with("drex_tokens_total", |tokens| tokens >= 16.0 * 40.0)?;
     let metrics = Metrics::parse(&text);
     let tokens = metrics.by_label("drex_tokens_total", "instance");
     ensure!(
-        tokens.len() == 2 && tokens.iter().all(|(_, n)| *n > 4.0 * 39.0),
+        tokens.len() == 2 && tokens.iter().all(|(_, n)| *n > 4.0 * 40.0),
         "{tokens:?}"
     );
     println!("        tokens of the instances: {tokens:?}");

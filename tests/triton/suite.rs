@@ -10,6 +10,7 @@ mod figures;
 mod formats;
 mod load_and_unload;
 mod memory;
+mod names_of_metrics;
 mod queue;
 mod refusals;
 mod same_as_llama_server;
@@ -26,7 +27,7 @@ use drex_build::{
     process, tools,
 };
 use drex_harness::{
-    http,
+    families, generate, http,
     metrics::{self, Metrics},
     prompts::prompt,
     score, server,
@@ -83,6 +84,7 @@ fn all() -> Vec<Test> {
         formats::TESTS,
         refusals::TESTS,
         figures::TESTS,
+        names_of_metrics::TESTS,
         examples::TESTS,
         backend_api_versions::TESTS,
         memory::TESTS,

@@ -66,6 +66,10 @@ pub struct Options {
     /// Only the files for containers and clusters in packaging/deploy
     #[arg(long, group = "part")]
     deploy: bool,
+    /// Only the pages: the book builds, no link is dead, code and commands on them run as printed, and they fit into three
+    /// widths of a browser, light and dark
+    #[arg(long, group = "part")]
+    docs: bool,
     /// Only the backend in Triton Inference Server, or those tests of it whose names contain a text
     #[arg(long, value_name = "TEXT", num_args = 0..=1, default_missing_value = "", group = "part")]
     triton: Option<String>,
@@ -96,6 +100,7 @@ impl Options {
             || self.observe
             || self.python
             || self.deploy
+            || self.docs
             || self.triton.is_some()
     }
 
@@ -215,13 +220,18 @@ pub fn run(options: &Options) -> Result<bool> {
         let more = options.consumers.then(|| "--cargo-c".to_owned());
         suite(&mut count, "consumers", more.as_slice());
     }
+    if options.docs {
+        // What runs the blocks of the pages.
+        let says = ["guide says", "port.md say", "README.md says", "pages say"];
+        suite(&mut count, "consumers", &says.map(str::to_owned));
+    }
     if long || options.examples {
         suite(&mut count, "examples", &[]);
     }
     if long || options.observe {
         suite(&mut count, "observability", &[]);
     }
-    if all || options.python {
+    if all || options.python || options.docs {
         suite(&mut count, "python", &[]);
     }
     if all || options.deploy {
@@ -233,11 +243,8 @@ pub fn run(options: &Options) -> Result<bool> {
         args.extend(options.triton.clone().filter(|text| !text.is_empty()));
         suite(&mut count, "triton", &args);
     }
-    if long {
-        println!("== the book");
-        let start = Instant::now();
-        let built = book::build().map(drop);
-        count.one("the book builds, and no link is dead", built, start);
+    if long || options.docs {
+        docs(&mut count, options.docs);
     }
     if long || options.of_models() {
         let mut args = source.clone();
@@ -255,6 +262,46 @@ pub fn run(options: &Options) -> Result<bool> {
     }
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0)
+}
+
+/// `fetch`: a browser is installed where there is none; otherwise the pages are not looked at there.
+fn docs(count: &mut Count, fetch: bool) {
+    println!("== the book");
+    let start = Instant::now();
+    let mut folder = None;
+    let built = book::build().map(|built| {
+        built.say();
+        folder = Some(built.folder().to_owned());
+    });
+    count.one("the book builds, and no link is dead", built, start);
+    let Some(folder) = folder else { return };
+    let start = Instant::now();
+    let looked = if fetch {
+        book::pages::install()
+    } else {
+        Ok(())
+    };
+    match looked.and_then(|()| book::pages::look(&folder)) {
+        Ok(None) => println!("no Chromium: the pages were not looked at"),
+        Ok(Some(looked)) => {
+            println!(
+                "{} pages in {} views; their pictures are in {}",
+                looked.pages,
+                looked.views,
+                looked.folder.display()
+            );
+            let well = match &looked.faults[..] {
+                [] => Ok(()),
+                faults => Err(anyhow::anyhow!("{}", faults.join("\n"))),
+            };
+            count.one("pages fit into three widths, light and dark", well, start);
+        }
+        Err(error) => count.one(
+            "pages fit into three widths, light and dark",
+            Err(error),
+            start,
+        ),
+    }
 }
 
 fn rust(count: &mut Count) {

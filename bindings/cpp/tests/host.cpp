@@ -206,6 +206,8 @@ static void errors() {
   EXPECT((*said)[0].what() == drex::decision::stay && std::isnan((*said)[0].confidence));
   ok(step->complete(8, 10));
   EXPECT(step->complete(8).status() == DREX_ERROR_NULL_ARGUMENT);
+  EXPECT(step->complete(8).error().text() ==
+         "drex_complete: the step has ended, or was moved from");
 }
 
 // drex_request_ready() has one argument more, in the middle: a call that was taken
@@ -249,6 +251,10 @@ static void ownership() {
   drex::engine c = std::move(*a);
   EXPECT(a->get() == nullptr && c.get() == raw);
   EXPECT(a->stats().status() == DREX_ERROR_NULL_ARGUMENT);
+  EXPECT(a->stats().error().text() ==
+         "drex_stats_get: the engine was moved from or released");
+  EXPECT(a->snapshot().error().text() ==
+         "drex_snapshot: the engine was moved from or released");
   c = std::move(*b);  // ends the first
   drex_stats stats = DREX_STATS_INITIALIZER;
   EXPECT(drex_stats_get(raw, &stats) == DREX_ERROR_INVALID_HANDLE);
@@ -348,6 +354,10 @@ static void observability() {
     dense[2 * i] = static_cast<std::uint16_t>(700 + i);
   }
   ok(step->scatter(where));
+  // Empty arrays do not hide that the call comes at the wrong time.
+  const auto early = step->verify({}, {});
+  EXPECT(early.status() == DREX_ERROR_CALL_ORDER);
+  EXPECT(early.error().text().find("ends at a ramp") != std::string::npos);
   EXPECT(arena[2 * step->rows()[0].slot] == 700 && arena[2 * step->rows()[1].slot] == 701);
   EXPECT(step->gather(drex::arena()).status() == DREX_ERROR_NULL_ARGUMENT);
 
@@ -373,7 +383,7 @@ static void observability() {
          std::strlen(snapshot->c_str()) == snapshot->size());
   auto metrics = engine.metrics_text("model=\"toy\"");
   ok(metrics);
-  EXPECT(count(*metrics, "\ndrex_exits_total{model=\"toy\",ramp=\"0\"} 1\n") == 1);
+  EXPECT(count(*metrics, "\ndrex_exits_total{model=\"toy\",ramp=\"0\",layer=\"2\"} 1\n") == 1);
   EXPECT(count(*engine.metrics_text(), "\ndrex_steps_total 1\n") == 1);
   EXPECT(engine.metrics_text("ramp=\"1\"").status() == DREX_ERROR_INVALID_ARGUMENT);
 

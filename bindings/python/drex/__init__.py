@@ -14,7 +14,7 @@ from typing import List, NamedTuple, Optional
 from . import _abi
 from ._abi import DECISIONS, FILLS, LOG_LEVELS, METRICS, POLICIES, lib
 
-__all__ = ["Engine", "Error", "Pages", "PageCopy", "Row", "Step", "Verdict", "abi_version", "speculate", "version"]
+__all__ = ["Engine", "Error", "Judgement", "Pages", "PageCopy", "Row", "Step", "Verdict", "abi_version", "speculate", "version"]
 
 
 class Error(Exception):
@@ -48,6 +48,10 @@ class Verdict(NamedTuple):
     forced: bool
 
 
+class Judgement(NamedTuple):
+    decision: str
+
+
 class PageCopy(NamedTuple):
     source: int
     target: int
@@ -68,6 +72,25 @@ def _check(status):
         raise Error(status, lib.drex_last_error().decode())
 
 
+class _Owner:
+    """Owns a handle, until it is closed."""
+
+    _raw = None
+    _name = "object"
+
+    @property
+    def _handle(self):
+        if self._raw is None:
+            raise Error(_abi.CONSTANTS["DREX_ERROR_INVALID_HANDLE"], f"the {self._name} is closed")
+        return self._raw
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
 def _index(names, value, what):
     """A number as it is, a name as its number."""
     if isinstance(value, str):
@@ -85,28 +108,34 @@ def _unsigned(value, what, bits=32):
 
 
 class _View:
-    """Address, shape, byte strides and element type (a letter and a size, such as "f4") of an array that stays the caller's."""
+    """Address, shape, byte strides and element type (a letter and a size, such as "f4") of an array that stays the caller's.
+    `what` it is, for errors."""
 
-    def __init__(self, array, writable=False):
-        self.owner = array
+    def __init__(self, array, what, writable=False):
+        self.owner, self.what = array, what
         interface = getattr(array, "__array_interface__", None)
         if interface is not None:
             self.address, read_only = interface["data"]
             self.shape, self.type = tuple(interface["shape"]), interface["typestr"][1:]
             if interface["typestr"][0] == ">":
-                raise ValueError("the array is big-endian")
+                raise ValueError(f"{what}: the array is big-endian")
             strides = interface.get("strides")
         else:
-            view = memoryview(array)
+            try:
+                view = memoryview(array)
+            except TypeError:
+                raise TypeError(
+                    f"{what}: a {type(array).__name__} is no array; expected one of numpy, or a writable buffer such as array.array"
+                ) from None
             read_only = view.readonly
             if read_only and view.nbytes:
-                raise ValueError("a buffer without __array_interface__ must be writable, for its address to be known")
+                raise ValueError(f"{what}: a buffer without __array_interface__ must be writable, for its address to be known")
             self.address = c.addressof(c.c_char.from_buffer(array)) if view.nbytes else 0
             self.shape, strides = view.shape, view.strides
             letter = {"f": "f", "d": "f", "e": "f"}.get(view.format, "i" if view.format in "bhilq" else "u")
             self.type = f"{letter}{view.itemsize}"
         if writable and read_only:
-            raise ValueError("the array is read-only")
+            raise ValueError(f"{what}: the array is read-only")
         self.item = int(self.type[1:])
         if strides is None:
             strides, step = [], self.item
@@ -115,14 +144,14 @@ class _View:
                 step *= n
         self.strides = tuple(strides)
         if any(s < 0 for s in self.strides):
-            raise ValueError("the array has negative strides")
+            raise ValueError(f"{what}: the array has negative strides")
 
     def inner_bytes(self):
         """Bytes of one entry of the first dimension, which must lie together."""
         step = self.item
         for n, stride in zip(reversed(self.shape[1:]), reversed(self.strides[1:])):
             if stride != step and n > 1:
-                raise ValueError("the array's rows must be contiguous")
+                raise ValueError(f"{self.what}: the array's rows must be contiguous")
             step *= n
         return step
 
@@ -143,16 +172,17 @@ def _plain(struct):
     return out
 
 
-class Engine:
+class Engine(_Owner):
     """The scheduler of one model. Closed by close(), by leaving a `with`, or when it is collected.
 
     Keywords are the fields of drex_config; `policy`, `metric` and `fill` may be names. `ramp_layers` and
     `ramp_thresholds` are sequences. `max_requests` and `max_batch` are `n_slots` where they are not given.
     """
 
+    _name = "engine"
+
     def __init__(self, *, n_layers, ramp_layers, n_slots, max_requests=None, max_batch=None, policy="auto", metric="gap",
                  fill="copy", ramp_thresholds=None, **fields):  # fmt: skip
-        self._handle = None
         ramps = _uints(ramp_layers, _abi.u32, what="ramp_layers")
         known = {name for name, _ in _abi.drex_config._fields_}
         unknown = [name for name in fields if name not in known]
@@ -176,7 +206,7 @@ class Engine:
             config.ramp_thresholds = (_abi.f32 * len(ramps))(*ramp_thresholds)
         handle = c.c_void_p()
         _check(lib.drex_create(config, handle))
-        self._handle = handle
+        self._raw = handle
         self._capacity, self._n_slots = config.max_batch, config.n_slots
         self._rows = (_abi.drex_row * self._capacity)()
         self._verdicts = (_abi.drex_verdict * self._capacity)()
@@ -186,19 +216,13 @@ class Engine:
 
     def close(self):
         """Ends the engine. The arrays that were bound are free again."""
-        if self._handle is not None:
-            _check(lib.drex_destroy(self._handle))
-            self._handle = self._kv = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+        if self._raw is not None:
+            _check(lib.drex_destroy(self._raw))
+            self._raw = self._kv = None
 
     def __del__(self):
-        if getattr(self, "_handle", None) is not None:
-            lib.drex_destroy(self._handle)
+        if self._raw is not None:
+            lib.drex_destroy(self._raw)
 
     def bind_kv(self, k, v, v_transposed=False):
         """k, v: an array per layer, writable, [n_cells, ...] with the bytes of a cell together; v_transposed: v is
@@ -211,7 +235,7 @@ class Engine:
             raise ValueError(f"K of {len(k)} layers, V of {len(v)}")
         layers, keep = (_abi.drex_kv_layer * len(k))(), []
         for i, (k_array, v_array) in enumerate(zip(k, v)):
-            k_view, v_view = _View(k_array, writable=True), _View(v_array, writable=True)
+            k_view, v_view = _View(k_array, f"K of layer {i}", writable=True), _View(v_array, f"V of layer {i}", writable=True)
             n_cells = k_view.shape[0]
             if v_view.shape[-1 if v_transposed else 0] != n_cells:
                 raise ValueError(f"layer {i}: K has {n_cells} cells, V is {v_view.shape}")
@@ -282,7 +306,7 @@ class Engine:
     def ramp(self, logits, cells=None, dtype=None, n_top=0):
         """logits: [n_rows, n_vocab] of f4 or f2, or of u2 with dtype="bf16". Returns a Verdict for each row. n_top: how many of
         each row's greatest logits top() will know, at most the engine's."""
-        view = _View(logits)
+        view = _View(logits, "logits")
         if len(view.shape) != 2:
             raise ValueError(f"logits have {len(view.shape)} dimensions; expected [n_rows, n_vocab]")
         kind = {"f4": "f32", "f2": "f16"}.get(view.type) if dtype is None else dtype
@@ -307,7 +331,7 @@ class Engine:
         return [(t.token, t.logit) for t in top[: count.value]]
 
     def _moved(self, function, arena, dense, writes):
-        views = [_View(a, writable=a is writes) for a in (arena, dense)]
+        views = [_View(a, what, writable=a is writes) for a, what in ((arena, "arena"), (dense, "dense"))]
         sizes = [view.inner_bytes() for view in views]
         if sizes[0] != sizes[1]:
             raise ValueError(f"a row of the arena has {sizes[0]} bytes, one of the batch {sizes[1]}")
@@ -328,10 +352,10 @@ class Engine:
         _check(lib.drex_fill(self._handle))
 
     def verify(self, agrees):
-        """Returns a decision's name for each row."""
+        """agrees: for each row 1, 2 or 0, see drex_verify(). Returns a Judgement for each row."""
         agrees = _uints(agrees, _abi.u8, 8, "agrees")
         _check(lib.drex_verify(self._handle, agrees, len(agrees), self._decisions, self._capacity))
-        return [DECISIONS[d] for d in self._decisions[: len(agrees)]]
+        return [Judgement(DECISIONS[d]) for d in self._decisions[: len(agrees)]]
 
     def complete(self, now_ns, duration_ns=0, n_kv=0):
         given = _abi.drex_completion(now_ns=_unsigned(now_ns, "now_ns", 64), n_kv=_unsigned(n_kv, "n_kv", 64))
@@ -420,35 +444,30 @@ class Engine:
         _check(lib.drex_trace_stop(self._handle))
 
 
-class Pages:
+class Pages(_Owner):
     """Accounts for a pool of K/V pages (chapter 6 of the header). Tables are writable arrays of u4, [n_layers, n_blocks]."""
 
+    _name = "pool of pages"
+
     def __init__(self, *, n_layers, page_tokens, n_pages):
-        self._handle = None
         config = _abi.drex_pages_config(n_layers=_unsigned(n_layers, "n_layers"), page_tokens=_unsigned(page_tokens, "page_tokens"))
         config.n_pages = _unsigned(n_pages, "n_pages")
         handle = c.c_void_p()
         _check(lib.drex_pages_create(config, handle))
-        self._handle, self._n_layers = handle, n_layers
+        self._raw, self._n_layers = handle, n_layers
         self._copies = (_abi.drex_page_copy * (2 * n_layers))()
 
     def close(self):
-        if self._handle is not None:
-            _check(lib.drex_pages_destroy(self._handle))
-            self._handle = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+        if self._raw is not None:
+            _check(lib.drex_pages_destroy(self._raw))
+            self._raw = None
 
     def __del__(self):
-        if getattr(self, "_handle", None) is not None:
-            lib.drex_pages_destroy(self._handle)
+        if self._raw is not None:
+            lib.drex_pages_destroy(self._raw)
 
     def _table(self, table):
-        view = _View(table, writable=True)
+        view = _View(table, "table", writable=True)
         if view.type not in ("u4", "i4") or len(view.shape) != 2 or view.shape[0] != self._n_layers:
             raise ValueError(f"a table of {view.type}, {view.shape}; expected u4, [{self._n_layers}, n_blocks]")
         if view.inner_bytes() != view.strides[0]:
@@ -490,7 +509,7 @@ class Pages:
 
 def speculate(deep, draft, draft_token, u, v):
     """Keeps or replaces a token drawn from `draft` (None: certain) so that the result is distributed as `deep`."""
-    views = [None if a is None else _View(a) for a in (deep, draft)]
+    views = [None if a is None else _View(a, what) for a, what in ((deep, "deep"), (draft, "draft"))]
     for view in views:
         if view is not None and (view.type != "f4" or len(view.shape) != 1 or view.inner_bytes() != view.strides[0]):
             raise ValueError("probabilities must be a contiguous vector of f4")

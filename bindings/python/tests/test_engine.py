@@ -3,12 +3,15 @@
 
 import array
 import gc
+import inspect
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import unittest
-import os
+from pathlib import Path
 
 import drex
 
@@ -81,7 +84,7 @@ class Calls(unittest.TestCase):
             self.assertEqual(e.settle(0, 2), 1)
             step = e.plan(3)
             self.assertEqual((step.layer_end, step.rows[0].back), (8, 1))
-            self.assertEqual(e.verify([False]), ["replace"])
+            self.assertEqual([j.decision for j in e.verify([False])], ["replace"])
             e.complete(4)
             self.assertEqual((e.stats()["drafts"], e.stats()["drafts_accepted"]), (1, 0))
             self.assertEqual(e.settle(0, 5), 0)
@@ -133,6 +136,25 @@ class Calls(unittest.TestCase):
             self.assertEqual(table[0, 0], 0xFFFFFFFF)
 
 
+class Reference(unittest.TestCase):
+    def test_the_readme_has_every_call_with_its_arguments(self):
+        def signature(name, function):
+            own = inspect.signature(function)
+            return name + str(own.replace(parameters=[p for p in own.parameters.values() if p.name != "self"]))
+
+        wanted = {signature(name, getattr(drex, name)) for name in ("Engine", "Pages", "version", "abi_version", "speculate")}
+        for owner in (drex.Engine, drex.Pages):
+            wanted |= {signature(name, f) for name, f in vars(owner).items() if not name.startswith("_")}
+        text = (Path(__file__).resolve().parents[1] / "README.md").read_text().split("## Methods")[1].split("\n## ")[0]
+        first = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+        listed = {call for cell in first for call in re.findall("`(.+?)`", cell)}
+        self.assertEqual(listed, wanted)
+        # What these give is named there too.
+        for kind in (drex.Step, drex.Verdict, drex.Judgement):
+            for field in kind._fields:
+                self.assertIn(f"`{field}`", text)
+
+
 class Errors(unittest.TestCase):
     def test_errors_have_a_status_and_a_text(self):
         with self.assertRaises(drex.Error) as caught:
@@ -180,8 +202,27 @@ class Errors(unittest.TestCase):
         e = engine()
         e.close()
         e.close()
-        with self.assertRaises(drex.Error):
-            e.stats()
+        for call in (e.stats, e.fill, e.snapshot, lambda: e.ready(0, 0)):
+            with self.assertRaisesRegex(drex.Error, "the engine is closed"):
+                call()
+        pages = drex.Pages(n_layers=2, page_tokens=4, n_pages=8)
+        pages.close()
+        with self.assertRaisesRegex(drex.Error, "the pool of pages is closed"):
+            pages.stats()
+
+    def test_lists_are_no_arrays(self):
+        with engine() as e:
+            e.add(0)
+            e.ready(0, 0)
+            e.plan(0)
+            for call, what in (
+                (lambda: e.ramp([[1.0, 2.0]]), "logits: a list is no array; expected one of numpy"),
+                (lambda: e.bind_kv([[1.0]] * 8, [[1.0]] * 8), "K of layer 0: a list"),
+                (lambda: e.gather([1.0], [1.0]), "arena: a list"),
+                (lambda: drex.speculate([1.0], None, 0, 0.5, 0.5), "deep: a list"),
+            ):
+                with self.assertRaisesRegex(TypeError, what):
+                    call()
 
     def test_engines_that_are_forgotten_end(self):
         for _ in range(300):  # more than may be alive

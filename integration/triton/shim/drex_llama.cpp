@@ -437,7 +437,7 @@ int32_t drex_llama_sample(drex_llama * l, drex_llama_sampler * s, int32_t i, con
 
 void drex_llama_perf(const drex_llama * l, drex_llama_graphs * out) {
     const auto perf = llama_layer_range_perf(l->ctx);
-    *out = { perf.n_built, perf.n_reused, perf.n_evicted, perf.n_kept };
+    *out = { perf.n_built, perf.n_reused, perf.n_evicted, perf.n_kept, perf.bytes };
 }
 
 } // extern "C"

@@ -35,9 +35,9 @@ typedef struct drex_llama_params {
   int32_t main_gpu;
 } drex_llama_params;
 
-/* Graphs that were built, windows that used one again, graphs that were dropped for want of room, graphs kept. */
+/* Graphs that were built, windows that used one again, graphs that were dropped for want of room, graphs kept, their bytes. */
 typedef struct drex_llama_graphs {
-  uint64_t built, reused, evicted, kept;
+  uint64_t built, reused, evicted, kept, bytes;
 } drex_llama_graphs;
 
 typedef struct drex_llama_sampling {

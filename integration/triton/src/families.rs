@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Which metrics there are: llama-server's, and what a server of several models needs beside them.
+//! Which metrics there are. Names, types and labels are those of the table in docs/observability.md, for all hosts.
 
 use drex::ffi::{DREX_FLUSH_REASONS, DREX_MISS_REASONS, drex_stats};
 
@@ -11,6 +11,7 @@ use crate::triton::abi::{
 pub struct Snapshot {
     pub stats: drex_stats,
     pub window_ns: u64,
+    pub tokens: u64,
     pub running: usize,
     pub graphs: Graphs,
 }
@@ -24,6 +25,7 @@ pub struct Graphs {
     pub reused: u64,
     pub evicted: u64,
     pub kept: u64,
+    pub bytes: u64,
 }
 
 /// What a family has one metric for.
@@ -77,8 +79,8 @@ macro_rules! families {
 families! {
     COUNTER "drex_exits_total" Ramps "Rows that left at an exit ramp, drafts among them",
         |s, i| s.stats.exits[i] as f64;
-    COUNTER "drex_tokens_total" One "Tokens decoded, at a ramp or after the last layer",
-        |s, _| s.stats.tokens as f64;
+    COUNTER "drex_tokens_total" One "Tokens given to requests, the first one of each included",
+        |s, _| s.tokens as f64;
     COUNTER "drex_involuntary_exits_total" One "Rows made to exit below their threshold",
         |s, _| s.stats.involuntary_exits as f64;
     COUNTER "drex_involuntary_stays_total" One "Confident rows that went on with the batch",
@@ -89,6 +91,10 @@ families! {
         |s, _| s.stats.steps as f64;
     COUNTER "drex_step_rows_total" One "Rows of all layer windows run",
         |s, _| s.stats.step_rows as f64;
+    COUNTER "drex_prompt_steps_total" One "Layer windows with prompt rows",
+        |s, _| s.stats.prompt_steps as f64;
+    COUNTER "drex_prompt_rows_total" One "Prompt rows of all layer windows run",
+        |s, _| s.stats.prompt_rows as f64;
     COUNTER "drex_filled_cells_total" One "KV cells whose skipped layers were filled by state-copy",
         |s, _| s.stats.cells_filled as f64;
     COUNTER "drex_filled_bytes_total" One "Bytes written by state-copy",
@@ -128,7 +134,7 @@ families! {
     GAUGE "drex_rule_ready_rows" One "Policy auto: ready rows below which held rows are flushed",
         |s, _| searched(s, s.stats.rule_ready_rows.into());
     COUNTER "drex_searches_total" One "Policy auto: searches for a better rule",
-        |s, _| searched(s, s.stats.searches as f64);
+        |s, _| s.stats.searches as f64;
     GAUGE "drex_predicted_tokens_per_second" Rules "Policy auto: speed that the last search predicted",
         |s, i| searched(s, [s.stats.predicted_tokens_per_s, s.stats.predicted_off_tokens_per_s][i]);
     COUNTER "drex_graphs_built_total" One "Compute graphs built for layer windows",
@@ -139,6 +145,8 @@ families! {
         |s, _| s.graphs.evicted as f64;
     GAUGE "drex_graphs" One "Graphs kept",
         |s, _| s.graphs.kept as f64;
+    GAUGE "drex_graphs_bytes" One "Compute buffers and metadata of kept graphs",
+        |s, _| s.graphs.bytes as f64;
     GAUGE "drex_requests_running" One "Requests that run",
         |s, _| s.running as f64;
 }
@@ -197,7 +205,7 @@ pub const WHOLE: About = (
 pub const BUILD: About = (
     GAUGE,
     "drex_build_info",
-    "1; the labels say what this backend was built from",
+    "1; the labels say what early exit was built from",
 );
 pub const OTHERS: [About; 10] = [
     HELD,

@@ -54,6 +54,7 @@ impl Work for Engine<Llama> {
         Snapshot {
             stats: self.stats(),
             window_ns: self.window_ns,
+            tokens: self.tokens,
             running: self.running(),
             graphs: self.graphs(),
         }
@@ -394,6 +395,7 @@ mod tests {
             Snapshot {
                 stats,
                 window_ns: self.steps * 10,
+                tokens: 0,
                 running: self.jobs.len(),
                 graphs: Default::default(),
             }

@@ -210,6 +210,7 @@ mod tests {
             // SAFETY: plain numbers.
             stats: unsafe { std::mem::zeroed() },
             window_ns: 0,
+            tokens: 0,
             running: 0,
             graphs: Graphs::default(),
         }
@@ -222,7 +223,7 @@ mod tests {
         let mut now = snapshot();
         now.stats.art_ratio = f64::NAN;
         now.stats.exit_share = [f64::NAN; drex::ffi::DREX_MAX_RAMPS];
-        now.stats.tokens = 5;
+        now.tokens = 5;
         now.stats.exits[1] = 3;
         now.stats.misses[2] = 2;
         now.running = 4;
@@ -242,7 +243,7 @@ mod tests {
         assert_eq!(get("drex_rule_hold_rows", ""), None);
         assert_eq!(get("drex_exit_share", ",ramp=0,layer=4"), None);
         // Between two updates the gauges go on.
-        (now.stats.tokens, now.running) = (6, 3);
+        (now.tokens, now.running) = (6, 3);
         old.update_gauges(&now);
         assert_eq!(get("drex_tokens_total", ""), Some(5.0));
         assert_eq!(get("drex_requests_running", ""), Some(3.0));
@@ -252,7 +253,7 @@ mod tests {
 
         let mut new = Metrics::new("m", 1, "m_0", &[4, 8]);
         let mut other = snapshot();
-        other.stats.tokens = 2;
+        other.tokens = 2;
         other.stats.searches = 1;
         other.stats.rule_ramps = 2;
         other.stats.predicted_off_tokens_per_s = 7.5;

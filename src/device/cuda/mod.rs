@@ -410,18 +410,12 @@ fn check_transposed(sides: &[Side]) -> Result<()> {
                 )
                 .at(i));
             }
-            for (field, value) in [
-                ("layers.v", side.data as u64),
-                ("layers.v_elem_stride", stride as u64),
-            ] {
-                if value % elem as u64 != 0 {
-                    return Err(Error::int(
-                        field,
-                        value,
-                        "a multiple of v_elem_bytes on a CUDA device",
-                    )
-                    .at(i));
-                }
+            let expected = "a multiple of v_elem_bytes on a CUDA device";
+            if !(side.data as u64).is_multiple_of(elem as u64) {
+                return Err(Error::pointer("layers.v", side.data as u64, expected).at(i));
+            }
+            if stride % elem != 0 {
+                return Err(Error::int("layers.v_elem_stride", stride as u64, expected).at(i));
             }
         }
     }
@@ -448,7 +442,7 @@ impl Cuda {
         match result {
             Ok(()) => Ok(()),
             // CUDA_ERROR_INVALID_VALUE: no memory that CUDA knows.
-            Err(Error::Driver { code: 1, .. }) => Err(Error::int(
+            Err(Error::Driver { code: 1, .. }) => Err(Error::pointer(
                 field,
                 side.data as u64,
                 "memory that the CUDA device can reach",

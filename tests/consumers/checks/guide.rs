@@ -16,7 +16,7 @@ use drex_build::{
 
 use crate::{
     kit::Kit,
-    programs::{CPP17, HOST, MINIMAL, SKELETON, SMOKE},
+    programs::{CPP17, FRAGMENTS, HOST, MINIMAL, SKELETON, SMOKE, VERIFY},
 };
 
 /// The commands that a guide gives for a way of using drex.
@@ -156,6 +156,7 @@ fn head(source: &str) -> Result<String> {
 pub fn examples(kit: &Kit) -> Result<()> {
     let minimal = MINIMAL.says(&kit.version);
     let host = "48 tokens, ";
+    let verify = VERIFY.says(&kit.version);
     for (whose, script, words) in [
         (
             "docs/port.md",
@@ -163,6 +164,7 @@ pub fn examples(kit: &Kit) -> Result<()> {
             &[minimal.as_str(), host][..],
         ),
         (MINIMAL.source, head(MINIMAL.source)?, &[minimal.as_str()]),
+        (VERIFY.source, head(VERIFY.source)?, &[verify.as_str()]),
         (
             HOST.source,
             head(HOST.source)?,
@@ -200,6 +202,25 @@ pub fn skeleton(kit: &Kit) -> Result<()> {
             text.starts_with(&prints),
             "bindings/README.md prints \"{prints}\", its program \"{text}\""
         );
+    }
+    Ok(())
+}
+
+/// Blocks of C that are no programs, in one that has what they speak of.
+pub fn fragments(kit: &Kit) -> Result<()> {
+    let dir = kit.scratch("fragments")?;
+    for (page, way) in [("README.md", "loop"), ("docs/observability.md", "trace")] {
+        fs::write(dir.join(format!("{way}.inc")), block_in("c", page, way)?)?;
+    }
+    let include = format!("-I{}", dir.display());
+    for compiler in ["gcc", "clang"] {
+        let exe = kit.compile(compiler, &["-std=c99", &include], FRAGMENTS)?;
+        let mut command = kit.command(&exe);
+        command.current_dir(&dir).env("LD_LIBRARY_PATH", kit.lib());
+        let text = kit.succeed(&mut command)?;
+        let says = FRAGMENTS.says(&kit.version);
+        ensure!(text.trim() == says, "{text}, not {says}");
+        kit.count(0, 1, 0);
     }
     Ok(())
 }

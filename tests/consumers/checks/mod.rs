@@ -15,7 +15,7 @@ use crate::kit::Kit;
 
 type Check = suite::Test<Kit>;
 
-pub const ALL: [Check; 18] = [
+pub const ALL: [Check; 19] = [
     ("what the libraries export", libraries::exports),
     (
         "what cargo-c's library is built like exports",
@@ -40,6 +40,7 @@ pub const ALL: [Check; 18] = [
         guide::examples,
     ),
     ("C++, as bindings/README.md says", guide::skeleton),
+    ("parts of C programs, as their pages say", guide::fragments),
     ("C99 to C++17, gcc and clang", programs::matrix),
     ("what a C program sees of an engine", programs::observed),
     ("ASan and UBSan", programs::sanitizers),

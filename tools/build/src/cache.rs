@@ -160,18 +160,23 @@ pub fn repo() -> PathBuf {
     root.map(Path::to_path_buf).unwrap_or(manifest)
 }
 
-/// The folder that an option `--out` names, below the clone or absolute, made if there is none. An error where it cannot be
-/// written to: before what takes long, not after.
+/// The folder that an option `--out` names, below the clone or absolute.
 pub fn out_dir(name: &Path) -> Result<PathBuf> {
     let dir = repo().join(name);
+    writable("--out", &dir)?;
+    Ok(dir)
+}
+
+/// Makes the folder that an option names, if there is none. An error where it cannot be written to: before what takes long,
+/// not after.
+pub fn writable(option: &str, dir: &Path) -> Result<()> {
     let probe = dir.join(".probe");
     let write = || -> std::io::Result<()> {
-        fs::create_dir_all(&dir)?;
+        fs::create_dir_all(dir)?;
         fs::write(&probe, "")?;
         fs::remove_file(&probe)
     };
-    write().with_context(|| format!("--out {}: cannot write there", name.display()))?;
-    Ok(dir)
+    write().with_context(|| format!("{option} {}: cannot write there", dir.display()))
 }
 
 pub fn bundled_model() -> Result<PathBuf> {

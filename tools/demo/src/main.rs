@@ -28,7 +28,7 @@ use drex_build::{
 use drex_harness::{machine, race};
 
 use measure::{Prompts, Samples, measure, score_all, stock};
-use options::{LAYOUTS, Load, Options, REFERENCE, base, contenders, lengths, verifies};
+use options::{LAYOUTS, Load, Options, REFERENCE, base, contenders, verifies};
 use report::Report;
 
 /// Rounds end here even if some are still to come: the whole demo should take about four minutes.
@@ -39,9 +39,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    for traffic in &options.traffic {
-        lengths(traffic)?;
-    }
+    options::check(options)?;
     let out = cache::out_dir(&options.out)?;
     let prompts = Prompts::read()?;
     let loads: Vec<Load> = options

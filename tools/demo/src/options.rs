@@ -80,6 +80,11 @@ pub fn base(policy: &str) -> &str {
     parts(policy).0
 }
 
+/// Makes rows exit that are below their threshold: the baselines that show what forcing costs.
+pub fn forces(policy: &str) -> bool {
+    ["eager", "median", "mean"].contains(&base(policy))
+}
+
 pub fn verifies(options: &Options, policy: &str) -> bool {
     ![OFF, REFERENCE].contains(&base(policy)) && fill(options, policy) == "verify"
 }
@@ -121,6 +126,51 @@ pub fn lengths(traffic: &str) -> Result<Option<Lengths>> {
     }
 }
 
+const POLICIES: [&str; 9] = [
+    "off", "auto", "hold", "latency", "art", "lazy", "eager", "median", "mean",
+];
+const FILLS: [&str; 4] = ["copy", "propagate", "postfill", "verify"];
+
+/// What the servers would refuse, after a build of some minutes.
+pub fn check(options: &Options) -> Result<()> {
+    for traffic in &options.traffic {
+        lengths(traffic)?;
+    }
+    for policy in &options.policies {
+        let (base, variant) = parts(policy);
+        if base != REFERENCE && !POLICIES.contains(&base) {
+            bail!(
+                "--policies {policy}: no such policy; known are {}",
+                POLICIES.join(", ")
+            );
+        }
+        let of_server = base == REFERENCE;
+        if let Some(fill) = variant.filter(|fill| !of_server && !FILLS.contains(fill)) {
+            bail!(
+                "--policies {policy}: {fill} is no fill; known are {}",
+                FILLS.join(", ")
+            );
+        }
+    }
+    if options.exit_layers != "model" {
+        let is_number = |layer: &str| layer.parse::<u32>().is_ok_and(|n| n > 0);
+        if let Some(layer) = options
+            .exit_layers
+            .split(',')
+            .find(|layer| !is_number(layer))
+        {
+            bail!(
+                "--exit-layers {}: {layer:?} is no number of layers",
+                options.exit_layers
+            );
+        }
+    }
+    if !(options.threshold.is_finite() && options.threshold >= 0.0) {
+        bail!("--threshold {}: not a confidence", options.threshold);
+    }
+    Ok(())
+}
+
 /// Everybody who is measured, the unpatched server's layouts first.
 pub fn contenders(options: &Options) -> Vec<String> {
     let mut all: Vec<String> = LAYOUTS.map(str::to_owned).to_vec();
@@ -135,6 +185,23 @@ pub fn contenders(options: &Options) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_servers_would_refuse_is_refused_before() {
+        for (args, sentence) in [
+            ("--policies often", "no such policy; known are off, auto"),
+            ("--policies hold+more", "more is no fill; known are copy"),
+            ("--exit-layers 4,x", "\"x\" is no number of layers"),
+            ("--threshold nan", "not a confidence"),
+            ("--traffic chat", "the demo has short"),
+        ] {
+            let options = Options::parse_from(format!("demo {args}").split(' '));
+            let error = format!("{:#}", check(&options).unwrap_err());
+            assert!(error.contains(sentence), "{args}: {error}");
+        }
+        let args = "demo --policies off,hold+verify,reference+ngram-simple --exit-layers 4,8 --traffic short,300/64";
+        assert!(check(&Options::parse_from(args.split(' '))).is_ok());
+    }
 
     #[test]
     fn traffic_is_short_or_lengths() {

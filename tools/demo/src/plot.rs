@@ -2,12 +2,75 @@
 
 //! The report's plots, coloured by the page's style so that they follow its light and dark modes.
 
-use drex_svg::{Anchor, Axis, Picture};
+use drex_svg::{Anchor, Axis, Picture, page};
 
 use crate::{
     cells::Cell,
     options::{OFF, REFERENCE, base},
 };
+
+/// The least and the greatest of the rounds.
+fn spread(cell: &Cell) -> (f64, f64) {
+    let ends = (cell.ratio, cell.ratio);
+    let rounds = cell.ratio_rounds.iter();
+    rounds.fold(ends, |(low, high), r| (low.min(*r), high.max(*r)))
+}
+
+/// What one policy brought: a row for each load, with the median of its rounds and how far they lie apart.
+pub fn brought(cells: &[&Cell]) -> String {
+    let (width, left, right, row, top) = (400.0, 92.0, 44.0, 24.0, 26.0);
+    let ends = cells.iter().flat_map(|c| [spread(c).0, spread(c).1]);
+    let ((low, high), step) = Axis::round(ends, (0.9, 1.1));
+    let x = Axis::linear((low, high), (left, width - right));
+    let height = top + row * cells.len() as f64 + 4.0;
+    let mut out = Picture::in_page(
+        width,
+        height,
+        "Tokens per second relative to the unpatched server, by load",
+    );
+    for i in 0..=((high - low) / step).round() as u32 {
+        let value = low + f64::from(i) * step;
+        let class = if (value - 1.0).abs() < 1e-9 {
+            "axis"
+        } else {
+            "grid"
+        };
+        out.line(class, (x.at(value), top - 4.0), (x.at(value), height));
+        out.text(
+            "",
+            (x.at(value), top - 10.0),
+            Anchor::Middle,
+            format!("{value:.1}"),
+        );
+    }
+    for (i, cell) in cells.iter().enumerate() {
+        let y = top + row * (i as f64 + 0.5);
+        let load = format!("{} at {}", cell.traffic, cell.concurrency);
+        out.text("", (left - 12.0, y + 4.0), Anchor::End, load);
+        let class = class(&cell.policy);
+        let (low, high) = spread(cell);
+        let title = format!(
+            "{} at {} in flight: {:.2}, rounds from {low:.2} to {high:.2}",
+            cell.traffic, cell.concurrency, cell.ratio
+        );
+        out.group("hit", &title, |out| {
+            out.line(
+                &format!("trace spread {class}"),
+                (x.at(low), y),
+                (x.at(high), y),
+            );
+            out.dot(&format!("dot fill {class}"), (x.at(cell.ratio), y), 5.0);
+        });
+        let value = format!("{:.2}", cell.ratio);
+        out.text(
+            "strong",
+            (width - right + 10.0, y + 4.0),
+            Anchor::Start,
+            value,
+        );
+    }
+    format!("<div class=\"brought\">{}</div>", out.finish())
+}
 
 /// The class that carries a policy's colour.
 pub fn class(policy: &str) -> &'static str {
@@ -32,9 +95,10 @@ fn levels(cells: &[&Cell]) -> Vec<u16> {
 
 /// Throughput ratio over concurrency, a line per policy. The concurrencies are spaced evenly: they are powers of two.
 pub fn ratio(cells: &[&Cell], policies: &[&str]) -> String {
-    let (width, height, left, right, top, bottom) = (860.0, 330.0, 44.0, 90.0, 14.0, 44.0);
+    let (width, height, left, right, top, bottom) = (860.0, 330.0, 44.0, 130.0, 14.0, 44.0);
     let levels = levels(cells);
-    let ((low, high), step) = Axis::round(cells.iter().map(|c| c.ratio), (0.9, 1.1));
+    let ends = cells.iter().flat_map(|c| [spread(c).0, spread(c).1]);
+    let ((low, high), step) = Axis::round(ends, (0.9, 1.1));
     let y = Axis::linear((low, high), (height - bottom, top));
     let last = levels.len().saturating_sub(1).max(1) as f64;
     let across = Axis::linear((0.0, last), (left + 20.0, width - right - 20.0));
@@ -96,13 +160,19 @@ pub fn ratio(cells: &[&Cell], policies: &[&str]) -> String {
                 rounds.join(", "),
                 cell.tokens_per_s
             );
+            let ((low, high), (at, _)) = (spread(cell), place(cell));
             out.group("hit", &title, |out| {
+                out.line(
+                    &format!("trace spread {class}"),
+                    (at, y.at(low)),
+                    (at, y.at(high)),
+                );
                 out.dot(&format!("dot fill {class}"), place(cell), 5.0);
             });
         }
     }
     out.names("strong", width - right + 6.0, names);
-    out.finish()
+    page::scrolling(&out.finish())
 }
 
 /// A panel per concurrency: for each policy the median in front of the 99th percentile.
@@ -221,5 +291,6 @@ pub fn exit_share(cells: &[&Cell], policies: &[&str]) -> String {
         }
         top += gap;
     }
-    format!("<div class=\"legend\">{legend}</div>{}", out.finish())
+    let picture = page::scrolling(&out.finish());
+    format!("<div class=\"legend\">{legend}</div>{picture}")
 }

@@ -5,8 +5,9 @@
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
-use clap::{Parser, ValueEnum};
+use anyhow::{Context, Result};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use drex::core::config::Fill;
 use drex_sim::record::Record;
 use drex_sim::run::{Contender, Filling, PASS_ROWS, Setup, run};
@@ -168,19 +169,39 @@ struct Cli {
     markdown: Option<String>,
 }
 
+/// What is wrong with the command line.
+#[derive(Debug)]
+struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+macro_rules! wrong {
+    ($($text:tt)*) => {
+        return Err(Usage(format!($($text)*)).into())
+    };
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match go(&cli) {
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    match go(&cli, &matches) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("error: {e:#}");
-            ExitCode::FAILURE
+            ExitCode::from(if e.is::<Usage>() { 2 } else { 1 })
         }
     }
 }
 
-fn go(cli: &Cli) -> Result<()> {
+fn go(cli: &Cli, matches: &ArgMatches) -> Result<()> {
     check(cli)?;
+    check_effects(cli, matches)?;
     if cli.grid {
         run_grid(cli)
     } else if cli.scale {
@@ -191,11 +212,11 @@ fn go(cli: &Cli) -> Result<()> {
 }
 
 fn check(cli: &Cli) -> Result<()> {
-    let range = |name: &str, v: f64, low: f64, high: f64| {
+    let range = |name: &str, v: f64, low: f64, high: f64| -> Result<()> {
         if (low..=high).contains(&v) {
             return Ok(());
         }
-        bail!("--{name} is {v}; expected {low} to {high}")
+        wrong!("--{name} is {v}; expected {low} to {high}")
     };
     for &p in &cli.p {
         range("p", p, 0.0, 1.0)?;
@@ -218,11 +239,83 @@ fn check(cli: &Cli) -> Result<()> {
     range("batch", f64::from(batch(cli)), 1.0, 1_048_576.0)?;
     range("pass-rows", f64::from(cli.pass_rows), 1.0, 1_048_576.0)?;
     range("prompt-share", cli.prompt_share.unwrap_or(0.0), 0.0, 0.99)?;
+    if let Some(path) = cli.plot.as_deref().filter(|path| !path.ends_with(".svg")) {
+        wrong!("--plot is {path}; expected a name that ends in .svg");
+    }
     if let Some(r) = cli.rate {
         range("rate", r, 1e-6, 1e9)?;
     }
     if let Some(l) = cli.load {
         range("load", l, 1e-3, 100.0)?;
+    }
+    Ok(())
+}
+
+/// Options of the grid; it goes through profiles, sizes and chances of its own.
+const OF_GRID: [&str; 16] = [
+    "grid",
+    "tokens",
+    "seed",
+    "noise",
+    "outliers",
+    "p_spread",
+    "p_drift",
+    "wrong_profile",
+    "fill",
+    "max_pending",
+    "accept",
+    "prompt_share",
+    "pass_rows",
+    "json",
+    "csv",
+    "plot",
+];
+
+/// What a recording says itself.
+const NOT_OF_REPLAY: [&str; 6] = ["profile", "layers", "p", "p_spread", "p_drift", "p_period"];
+
+/// What only requests that come at random have, or a number of them that is kept.
+const OF_WORKLOAD: [&str; 5] = ["requests", "length", "rate", "load", "burst_period"];
+
+/// An option that has no effect is a mistake of who gave it.
+fn check_effects(cli: &Cli, matches: &ArgMatches) -> Result<()> {
+    let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    let replay = cli.replay.is_some();
+    let random = matches!(cli.workload, Some(Kind::Poisson | Kind::Bursty));
+    let bundled = profiles::CLASSES.iter().any(|c| c.name == cli.profile);
+    for arg in Cli::command().get_arguments() {
+        let id = arg.get_id().as_str();
+        if !given(id) {
+            continue;
+        }
+        let why = if cli.grid && !OF_GRID.contains(&id) && id != "markdown" {
+            "with --grid"
+        } else if cli.scale && !["scale", "json"].contains(&id) {
+            "with --scale"
+        } else if replay && NOT_OF_REPLAY.contains(&id) {
+            "with --replay, which says that itself"
+        } else if replay && cli.workload.is_none() && OF_WORKLOAD.contains(&id) {
+            "with --replay and without --workload: requests come as recorded"
+        } else if id == "markdown" && !cli.grid {
+            "without --grid"
+        } else if id == "threshold" && !replay {
+            "without --replay: --p says who exits"
+        } else if ["rate", "load"].contains(&id) && !random {
+            "without --workload poisson or bursty"
+        } else if id == "burst_period" && cli.workload != Some(Kind::Bursty) {
+            "without --workload bursty"
+        } else if id == "p_period" && cli.p_drift == 0.0 {
+            "without --p-drift"
+        } else if id == "max_pending" && cli.fill == Holes::Copy {
+            "without --fill postfill or verify"
+        } else if id == "accept" && cli.fill != Holes::Verify {
+            "without --fill verify"
+        } else if ["layers", "ramps"].contains(&id) && !replay && !bundled {
+            "with a profile from a file, which has them"
+        } else {
+            continue;
+        };
+        wrong!("--{} has no effect {why}", id.replace('_', "-"));
     }
     Ok(())
 }
@@ -312,7 +405,7 @@ fn compare(cli: &Cli) -> Result<()> {
     let contenders = cli
         .policies
         .iter()
-        .map(|p| Contender::parse(p))
+        .map(|p| Contender::parse(p).map_err(|e| Usage(format!("{e:#}")).into()))
         .collect::<Result<Vec<_>>>()?;
     let (setup, limit) = match &cli.replay {
         Some(path) => (replay(cli, path)?, None),
@@ -349,7 +442,7 @@ fn chances(cli: &Cli, ramps: usize) -> Result<Vec<f64>> {
     match cli.p.len() {
         1 => Ok(vec![cli.p[0]; ramps]),
         n if n == ramps => Ok(cli.p.clone()),
-        n => bail!("--p has {n} values; expected 1, or one for each of the {ramps} ramps"),
+        n => wrong!("--p has {n} values; expected 1, or one for each of the {ramps} ramps"),
     }
 }
 
@@ -360,13 +453,13 @@ fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
         [] => (50, 150),
         [n] => (n, n),
         [a, b] if a <= b => (a, b),
-        _ => bail!("--length is {:?}; expected N, or FROM,TO", cli.length),
+        _ => wrong!("--length is {:?}; expected N, or FROM,TO", cli.length),
     };
     w.prompt_rows = match cli.prompt_rows[..] {
         [] => (0, 0),
         [n] => (n, n),
         [a, b] if a <= b => (a, b),
-        _ => bail!(
+        _ => wrong!(
             "--prompt-rows is {:?}; expected N, or FROM,TO",
             cli.prompt_rows
         ),
@@ -381,7 +474,8 @@ fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
                 let parts = p
                     .split_once(':')
                     .and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-                parts.with_context(|| format!("--priorities: {p:?}; expected PRIORITY:SHARE"))
+                let wrong = || Usage(format!("--priorities: {p:?}; expected PRIORITY:SHARE"));
+                parts.ok_or_else(|| wrong().into())
             })
             .collect::<Result<_>>()?;
     }
@@ -390,7 +484,9 @@ fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
     let full = setup.profile.time(0, setup.profile.segments.len(), b, 0.0) + setup.gap_ns;
     if let Some(share) = cli.prompt_share.filter(|&s| s > 0.0) {
         if mean == 0.0 {
-            bail!("--length is 0; expected more with --prompt-share: a prompt goes with an answer");
+            wrong!(
+                "--length is 0; expected more with --prompt-share: a prompt goes with an answer"
+            );
         }
         let rows = grid::prompt_rows(&setup.profile, share, mean * full / b);
         w.prompt_rows = (rows, rows);
@@ -408,7 +504,7 @@ fn workload(cli: &Cli, setup: &Setup) -> Result<Workload> {
         Kind::Bursty => Arrivals::Bursty(rate, cli.burst_period),
     };
     if w.length.1 == 0 && cli.workload.is_some_and(|k| k != Kind::Closed) {
-        bail!("--length is 0; expected more: requests that come must also go");
+        wrong!("--length is 0; expected more: requests that come must also go");
     }
     Ok(w)
 }
@@ -459,23 +555,23 @@ fn batch(cli: &Cli) -> u32 {
 }
 
 fn synthetic(cli: &Cli) -> Result<Setup> {
+    if cli.layers < 2 {
+        wrong!("--layers is {}; expected at least 2", cli.layers);
+    }
     let ramps = if cli.ramps.is_empty() {
-        vec![cli.layers / 4]
+        vec![(cli.layers / 4).max(1)]
     } else {
         cli.ramps.clone()
     };
     let mut before = 0;
     for &l in &ramps {
         if l <= before || l >= cli.layers {
-            bail!(
+            wrong!(
                 "--ramps has {l}; expected increasing numbers in 1..{}",
                 cli.layers - 1
             );
         }
         before = l;
-    }
-    if !cli.threshold.is_empty() {
-        bail!("--threshold goes with --replay; without a recording, --p says who exits");
     }
     let profile = profiles::load(&cli.profile, cli.layers, &ramps)?;
     let n = profile.ramp_layers.len();
@@ -483,7 +579,7 @@ fn synthetic(cli: &Cli) -> Result<Setup> {
     let p = chances(cli, n)?;
     setup.workload = workload(cli, &setup)?;
     setup.workload.confidence = match (cli.p_spread > 0.0, cli.p_drift > 0.0) {
-        (true, true) => bail!("--p-spread and --p-drift cannot be combined"),
+        (true, true) => wrong!("--p-spread and --p-drift cannot be combined"),
         (true, _) => Confidence::Spread(p, cli.p_spread),
         (_, true) => Confidence::Drift(p, cli.p_drift, cli.p_period),
         _ => Confidence::Fixed(p),
@@ -500,7 +596,7 @@ fn replay(cli: &Cli, path: &str) -> Result<Setup> {
         0 => record.thresholds.clone(),
         1 => vec![cli.threshold[0]; record.thresholds.len()],
         n if n == record.thresholds.len() => cli.threshold.clone(),
-        n => bail!(
+        n => wrong!(
             "--threshold has {n} values; expected 1, or one for each of the {} ramps",
             record.thresholds.len()
         ),

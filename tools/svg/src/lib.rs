@@ -96,7 +96,7 @@ impl Picture {
     /// A file of its own, with its own style.
     pub fn file(width: f64, height: f64, style: &str) -> Picture {
         Picture(format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\"><style>{style}</style>"
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\"><style>{style}</style>"
         ))
     }
 

@@ -35,6 +35,20 @@ pub fn faults(page: &str) -> Vec<String> {
     found
 }
 
+/// A picture as wide as its box, or wider than a narrow one, which scrolls then: its texts stay readable.
+pub fn scrolling(picture: &str) -> String {
+    format!("<div class=\"scroll\">{picture}</div>")
+}
+
+/// For tests that make pages of made-up figures: leaves one where a browser is to look at it, in the folder that
+/// `DREX_PAGES_OUT` names, if it is set.
+pub fn leave(name: &str, page: &str) {
+    if let Some(folder) = std::env::var_os("DREX_PAGES_OUT") {
+        let path = std::path::Path::new(&folder).join(name);
+        std::fs::write(&path, page).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -46,7 +46,13 @@ struct Options {
     #[arg(long, conflicts_with_all = ["stay", "install", "port", "streams"])]
     load: bool,
     /// Requests of each of AIPerf's runs
-    #[arg(long, default_value_t = 256, requires = "load", value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 256,
+        requires = "load",
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
     requests: u32,
     /// Requests in flight, one run for each number
     #[arg(
@@ -54,11 +60,18 @@ struct Options {
         default_value = "32",
         value_delimiter = ',',
         requires = "load",
-        value_name = "N,..."
+        value_name = "N,...",
+        value_parser = clap::value_parser!(u32).range(1..)
     )]
     concurrency: Vec<u32>,
     /// Runs of each policy in turn; the medians count
-    #[arg(long, default_value_t = 1, requires = "load", value_name = "N")]
+    #[arg(
+        long,
+        default_value_t = 1,
+        requires = "load",
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
     rounds: u32,
     /// Start nothing: leave the backend and an example model repository in a folder
     #[arg(long, value_name = "DIR", conflicts_with_all = ["stay", "json", "streams", "port"])]
@@ -100,6 +113,9 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let model = model(options)?;
+    if let Some(dir) = &options.install {
+        cache::writable("--install", &std::path::absolute(dir)?)?;
+    }
     let cache = Cache::open()?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let runtime = llama.ensure_one(Kind::Patched)?;
@@ -219,7 +235,7 @@ fn measure(
     let load = load::Load {
         requests: options.requests,
         concurrency: options.concurrency.clone(),
-        rounds: options.rounds.max(1),
+        rounds: options.rounds,
     };
     let figures = load::run(cache, installed, reference, &load, options.json)?;
     if options.json {
@@ -230,4 +246,32 @@ fn measure(
     std::fs::write(&file, format!("{figures:#}\n"))?;
     println!("\n{}", file.display());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Before anything is built.
+    #[test]
+    fn what_would_measure_nothing_is_refused() {
+        for args in ["--rounds 0", "--requests 0", "--concurrency 4,0"] {
+            let all = format!("triton --load {args}");
+            let error = Options::try_parse_from(all.split(' ')).err();
+            let said = error.map(|error| error.to_string()).unwrap_or_default();
+            assert!(said.contains("0 is not in 1.."), "{args}: {said}");
+        }
+        for args in ["--rounds 2", "--port 65534", "--streams 0", "--streams 65"] {
+            assert!(
+                Options::try_parse_from(format!("triton {args}").split(' ')).is_err(),
+                "{args}"
+            );
+        }
+        let options = Options::try_parse_from(["triton", "--install", "/proc/none"]).unwrap();
+        let error = format!("{:#}", run(&options).unwrap_err());
+        assert!(
+            error.contains("--install /proc/none: cannot write there"),
+            "{error}"
+        );
+    }
 }

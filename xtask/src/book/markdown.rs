@@ -145,8 +145,8 @@ fn resolve(file: &Path, link: &str) -> Result<PathBuf> {
     Ok(out)
 }
 
-/// Looks at all Markdown of the checkout.
-pub fn check(repo: &Path) -> Result<Checked> {
+/// The checkout's Markdown.
+pub fn names(repo: &Path) -> Result<Vec<PathBuf>> {
     let is_text = |p: &Path| p.extension().is_some_and(|e| e == "md");
     let mut names = Vec::new();
     for entry in fs::read_dir(repo)? {
@@ -158,6 +158,12 @@ pub fn check(repo: &Path) -> Result<Checked> {
     }
     names.retain(|name| is_text(name));
     names.sort();
+    Ok(names)
+}
+
+/// Looks at all Markdown of the checkout.
+pub fn check(repo: &Path) -> Result<Checked> {
+    let names = names(repo)?;
     let (mut links_seen, mut dead) = (0, Vec::new());
     for name in &names {
         let text = fs::read_to_string(repo.join(name))?;

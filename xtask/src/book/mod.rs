@@ -2,11 +2,18 @@
 
 //! `cargo xtask docs`: the book in `docs/`, with the reference made from the header, and no dead link.
 
+mod blocks;
+mod browser;
 mod links;
 mod markdown;
+pub mod pages;
 mod reference;
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, ensure};
 
@@ -26,6 +33,28 @@ pub struct Built {
     /// What was checked: the book, and the Markdown of the checkout.
     pages: links::Checked,
     texts: links::Checked,
+    blocks: blocks::Blocks,
+}
+
+impl Built {
+    /// The folder of the built book.
+    pub fn folder(&self) -> &Path {
+        self.index.parent().unwrap_or(&self.index)
+    }
+
+    pub fn say(&self) {
+        for (what, checked) in [("pages", &self.pages), ("Markdown files", &self.texts)] {
+            println!(
+                "{} {what}, {} links, none dead",
+                checked.pages, checked.links
+            );
+        }
+        let blocks = &self.blocks;
+        println!(
+            "{} blocks of code are compiled as printed, {} of commands are run, {} are parts of the examples, {} are shown",
+            blocks.compiled, blocks.run, blocks.included, blocks.shown
+        );
+    }
 }
 
 pub fn build() -> Result<Built> {
@@ -74,6 +103,7 @@ pub fn build() -> Result<Built> {
         index: out.join("index.html"),
         pages: checked,
         texts,
+        blocks: blocks::count(&repo, &markdown::names(&repo)?)?,
     })
 }
 
@@ -86,11 +116,6 @@ fn alive(checked: &links::Checked) -> Result<()> {
 pub fn print() -> Result<()> {
     let built = build()?;
     println!("{}", built.index.display());
-    for (what, checked) in [("pages", built.pages), ("Markdown files", built.texts)] {
-        println!(
-            "{} {what}, {} links, none dead",
-            checked.pages, checked.links
-        );
-    }
+    built.say();
     Ok(())
 }

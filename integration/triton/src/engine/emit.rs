@@ -65,6 +65,7 @@ impl<D: Decoder> Engine<D> {
         };
         slot.next = token;
         slot.output.push(token);
+        self.tokens += 1;
         if self.decoder.is_end(token) || slot.sampling.stop_token_ids.contains(&token) {
             let mut text = String::new();
             if slot.sampling.include_stop && !self.decoder.is_end(token) {

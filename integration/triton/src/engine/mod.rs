@@ -155,6 +155,8 @@ pub struct Engine<D: Decoder> {
     /// Of the row that is looked at.
     banned: Vec<i32>,
     pub window_ns: u64,
+    /// Given to requests, the first one of each included.
+    pub tokens: u64,
 }
 
 // SAFETY: an engine of drex may be used from any thread, by one at a time.

@@ -44,7 +44,7 @@ impl Job {
     }
 }
 
-/// A request that so many younger ones went before goes next; as rows do in drex.
+/// A request that so many younger requests have overtaken goes next, as a row does in drex.
 const PASSES: u32 = 8;
 
 struct Waiting {

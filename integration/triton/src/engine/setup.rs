@@ -94,6 +94,7 @@ impl<D: Decoder> Engine<D> {
             verdicts: vec![zeroed(); max_batch as usize],
             banned: Vec::new(),
             window_ns: 0,
+            tokens: 0,
             settings,
             decoder,
         };

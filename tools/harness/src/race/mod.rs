@@ -100,7 +100,7 @@ pub struct Sample {
 const COUNTERS: [&str; 8] = [
     "drex_steps_total",
     "drex_step_rows_total",
-    "drex_window_seconds_total",
+    "drex_window_seconds_sum",
     "drex_graphs_built_total",
     "drex_graphs_reused_total",
     "drex_deadline_misses_total",

@@ -55,7 +55,7 @@ fn forest(cells: &[&Cell], ratio: &dyn Fn(&Cell) -> Ratio, bound: f64, what: &st
         let value = format!("{:.2}", r.value);
         out.text("", (width - right + 10.0, y + 4.0), Anchor::Start, value);
     }
-    out.finish()
+    page::scrolling(&out.finish())
 }
 
 pub fn html(report: &Report) -> String {
@@ -206,5 +206,13 @@ mod tests {
         assert_eq!(page::faults(&html), [""; 0]);
         assert!(html.contains("a&lt;b"));
         assert_eq!(html.matches("<svg").count(), 4);
+    }
+
+    #[test]
+    fn pages_to_look_at() {
+        let mut report = report();
+        report.about.command =
+            "cargo xtask bench serve --traffic 300/64,chat --in-flight 1,4,16,64".repeat(3);
+        page::leave("bench.html", &report.html());
     }
 }

@@ -51,30 +51,30 @@ class engine {
 
   // drex_bind_kv(); an empty span unbinds. The tensors must outlive this.
   result<void> bind_kv(span<const kv_layer> layers) {
-    return result<void>::of(drex_bind_kv(raw_, layers.empty() ? nullptr : layers.data(),
-                                         detail::count(layers.size())));
+    return done(drex_bind_kv(raw_, layers.empty() ? nullptr : layers.data(),
+                             detail::count(layers.size())));
   }
   result<void> add(const drex_request_config &r) {
-    return result<void>::of(drex_request_add(raw_, &r));
+    return done(drex_request_add(raw_, &r));
   }
   // drex_request_ready(), without its n_kv: drex does not use it.
   result<void> ready(std::uint64_t id, std::uint64_t now_ns) {
-    return result<void>::of(drex_request_ready(raw_, id, 0, now_ns));
+    return done(drex_request_ready(raw_, id, 0, now_ns));
   }
   result<void> remove(std::uint64_t id) {
-    return result<void>::of(drex_request_remove(raw_, id));
+    return done(drex_request_remove(raw_, id));
   }
   result<request_info> info(std::uint64_t id) const {
     drex_request_info i = DREX_REQUEST_INFO_INITIALIZER;
     const drex_status s = drex_request_get(raw_, id, &i);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return i;
   }
   // drex_request_settle(): how many pending rows go deep.
   result<std::uint32_t> settle(std::uint64_t id, std::uint64_t now_ns) {
     std::uint32_t n = 0;
     const drex_status s = drex_request_settle(raw_, id, now_ns, &n);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return n;
   }
   // drex_plan(). `room` holds the rows until the step ends; `n_prompt_rows` wait at
@@ -87,17 +87,17 @@ class engine {
     in.n_prompt_rows = n_prompt_rows;
     const drex_status s =
         drex_plan(raw_, &in, room.data(), detail::count(room.size()), &out);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return step(raw_, out, span<const row>(room.data(), out.n_rows));
   }
   result<void> observe(const drex_observation &o) {
-    return result<void>::of(drex_observe(raw_, &o));
+    return done(drex_observe(raw_, &o));
   }
   // drex_replan(): whether the search is done.
   result<bool> replan(std::uint32_t max_windows = 0) {
     std::uint32_t done = 0;
     const drex_status s = drex_replan(raw_, max_windows, &done);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return done != 0;
   }
   // drex_profile_save() and _load(): JSON.
@@ -107,12 +107,12 @@ class engine {
     });
   }
   result<void> load_profile(const char *json) {
-    return result<void>::of(drex_profile_load(raw_, json));
+    return done(drex_profile_load(raw_, json));
   }
   result<drex::stats> stats() const {
     drex_stats out = DREX_STATS_INITIALIZER;
     const drex_status s = drex_stats_get(raw_, &out);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return out;
   }
   // drex_top_get(): the greatest logits of a row of the last ramp's, whose logits
@@ -122,17 +122,17 @@ class engine {
     std::uint32_t n = 0;
     const drex_status s =
         drex_top_get(raw_, row, room.data(), detail::count(room.size()), &n);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return room.first(n);
   }
 
   // CUDA, drex.h chapter 7. drex_ramp_enqueue(): step::ramp() with the same logits
   // and enqueued = 1 comes later. drex_fill_enqueue(): for a capture of `stream`.
   result<void> ramp_enqueue(const drex_logits &at) {
-    return result<void>::of(drex_ramp_enqueue(raw_, &at));
+    return done(drex_ramp_enqueue(raw_, &at));
   }
   result<void> fill_enqueue(void *stream) {
-    return result<void>::of(drex_fill_enqueue(raw_, stream));
+    return done(drex_fill_enqueue(raw_, stream));
   }
 
   // drex_log_set(): events go to `sink(log_level, std::string_view)`, on the thread
@@ -147,12 +147,12 @@ class engine {
                                       const char *line) noexcept {
       (*static_cast<Sink *>(to))(static_cast<log_level>(at), std::string_view(line));
     };
-    return result<void>::of(drex_log_set(raw_, call, address(sink),
-                                         static_cast<drex_log_level>(level)));
+    return done(drex_log_set(raw_, call, address(sink),
+                             static_cast<drex_log_level>(level)));
   }
   // No events from now on.
   result<void> log_off() {
-    return result<void>::of(drex_log_set(raw_, nullptr, nullptr, DREX_LOG_OFF));
+    return done(drex_log_set(raw_, nullptr, nullptr, DREX_LOG_OFF));
   }
   // drex_snapshot(): counters, queues and estimates as JSON.
   result<std::string> snapshot() const {
@@ -167,7 +167,7 @@ class engine {
     });
   }
   result<void> trace_start(std::uint32_t max_events) {
-    return result<void>::of(drex_trace_start(raw_, max_events));
+    return done(drex_trace_start(raw_, max_events));
   }
   // drex_trace_write(): the text's parts go to `sink(std::string_view)`, before this
   // returns; noexcept as above.
@@ -180,9 +180,9 @@ class engine {
                                     std::size_t n) noexcept {
       (*static_cast<plain *>(to))(std::string_view(bytes, n));
     };
-    return result<void>::of(drex_trace_write(raw_, call, address(sink)));
+    return done(drex_trace_write(raw_, call, address(sink)));
   }
-  result<void> trace_stop() { return result<void>::of(drex_trace_stop(raw_)); }
+  result<void> trace_stop() { return done(drex_trace_stop(raw_)); }
 
  private:
   template <class T>
@@ -191,15 +191,21 @@ class engine {
   }
   // A text of drex's: first its length, then itself.
   template <class Call>
-  static result<std::string> text(Call call) {
+  result<std::string> text(Call call) const {
     std::size_t length = 0;
     drex_status s = call(nullptr, 0, &length);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     std::string out(length + 1, '\0');
     s = call(&out[0], out.size(), &length);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     out.resize(length);
     return out;
+  }
+  error failed(drex_status s) const {
+    return error::last(s, raw_, "the engine was moved from or released");
+  }
+  result<void> done(drex_status s) const {
+    return s == DREX_OK ? result<void>() : result<void>(failed(s));
   }
   explicit engine(drex_engine *raw) noexcept : raw_(raw) {}
   drex_engine *raw_;

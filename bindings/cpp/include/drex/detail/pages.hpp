@@ -49,7 +49,7 @@ class pages {
     const drex_status s =
         drex_pages_write(raw_, table.data(), blocks(table.size()), pos, layer_begin,
                          layer_end, room.data(), detail::count(room.size()), &n);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return room.first(n);
   }
   result<copies> exit(span<std::uint32_t> table, std::uint64_t pos,
@@ -58,27 +58,33 @@ class pages {
     const drex_status s =
         drex_pages_exit(raw_, table.data(), blocks(table.size()), pos, exit_layer,
                         room.data(), detail::count(room.size()), &n);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return room.first(n);
   }
   result<void> fork(span<const std::uint32_t> table, std::uint32_t first_block,
                     std::uint32_t count) {
-    return result<void>::of(drex_pages_fork(raw_, table.data(), blocks(table.size()),
-                                            first_block, count));
+    return done(drex_pages_fork(raw_, table.data(), blocks(table.size()), first_block,
+                                count));
   }
   result<void> release(span<std::uint32_t> table, std::uint32_t first_block,
                        std::uint32_t count) {
-    return result<void>::of(drex_pages_release(raw_, table.data(), blocks(table.size()),
-                                               first_block, count));
+    return done(drex_pages_release(raw_, table.data(), blocks(table.size()),
+                                   first_block, count));
   }
   result<drex_pages_stats> stats() const {
     drex_pages_stats out = DREX_PAGES_STATS_INITIALIZER;
     const drex_status s = drex_pages_stats_get(raw_, &out);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return out;
   }
 
  private:
+  error failed(drex_status s) const {
+    return error::last(s, raw_, "the pages were moved from");
+  }
+  result<void> done(drex_status s) const {
+    return s == DREX_OK ? result<void>() : result<void>(failed(s));
+  }
   pages(drex_pages *raw, std::uint32_t n_layers) noexcept
       : raw_(raw), n_layers_(n_layers) {}
   std::uint32_t blocks(std::size_t entries) const noexcept {

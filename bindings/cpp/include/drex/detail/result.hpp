@@ -25,6 +25,13 @@ class error {
 
   // The calling thread's last error, right after a call that failed.
   static error last(drex_status status) { return {status, drex_last_error()}; }
+  // The same for a call on an object that may own nothing any more. Its text then
+  // says what became of the object.
+  static error last(drex_status status, const void *handle, const char *gone) {
+    if (handle != nullptr) return last(status);
+    const std::string text = drex_last_error();
+    return {status, text.substr(0, text.find(": ") + 2) + gone};
+  }
 
   drex_status status() const noexcept { return status_; }
   const char *name() const noexcept { return drex_status_name(status_); }

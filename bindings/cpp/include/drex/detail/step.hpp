@@ -58,28 +58,34 @@ class step {
     const drex_status s =
         drex_ramp(engine_, &at, cells.empty() ? nullptr : cells.data(), room.data(),
                   detail::count(room.size()));
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     return room.first(step_.n_rows);
   }
   // drex_fill().
-  result<void> fill() { return result<void>::of(drex_fill(engine_)); }
+  result<void> fill() { return done(drex_fill(engine_)); }
   // drex_fill_plan(), in place of fill(), where a graph captured the fill.
-  result<void> fill_plan() { return result<void>::of(drex_fill_plan(engine_)); }
+  result<void> fill_plan() { return done(drex_fill_plan(engine_)); }
   // drex_gather() and drex_scatter(): this step's rows of the arena to a dense
   // batch, and back.
   result<void> gather(const drex_arena &a) {
-    return result<void>::of(drex_gather(engine_, &a));
+    return done(drex_gather(engine_, &a));
   }
   result<void> scatter(const drex_arena &a) {
-    return result<void>::of(drex_scatter(engine_, &a));
+    return done(drex_scatter(engine_, &a));
   }
-  // drex_verify(). Decisions, DREX_DECISION_*, go into `room`, one per row.
-  result<span<drex_decision>> verify(span<const std::uint8_t> agrees,
-                                     span<drex_decision> room) {
-    const drex_status s =
-        drex_verify(engine_, agrees.data(), detail::count(agrees.size()), room.data(),
-                    detail::count(room.size()));
-    if (s != DREX_OK) return error::last(s);
+  // drex_verify(). Judgements go into `room`, one per row; the result is that part
+  // of it.
+  result<span<judgement>> verify(span<const std::uint8_t> agrees,
+                                 span<judgement> room) {
+    // Never NULL: where arrays are empty, drex says what is wrong with the call.
+    const std::uint8_t no_answer = 0;
+    judgement nowhere{};
+    const drex_status s = drex_verify(
+        engine_, agrees.empty() ? &no_answer : agrees.data(),
+        detail::count(agrees.size()),
+        room.empty() ? &nowhere.decision : &room[0].decision,
+        detail::count(room.size()));
+    if (s != DREX_OK) return failed(s);
     return room.first(step_.n_rows);
   }
   // drex_complete(). After a failure the step is still there.
@@ -90,7 +96,7 @@ class step {
     c.duration_ns = duration_ns;
     c.n_kv = n_kv;
     const drex_status s = drex_complete(engine_, &c);
-    if (s != DREX_OK) return error::last(s);
+    if (s != DREX_OK) return failed(s);
     engine_ = nullptr;
     return {};
   }
@@ -105,6 +111,12 @@ class step {
   step(drex_engine *e, const drex_step &s, span<const row> rows) noexcept
       : engine_(e), step_(s), rows_(rows) {}
 
+  error failed(drex_status s) const {
+    return error::last(s, engine_, "the step has ended, or was moved from");
+  }
+  result<void> done(drex_status s) const {
+    return s == DREX_OK ? result<void>() : result<void>(failed(s));
+  }
   error short_array(const char *what, std::size_t n) const {
     return {DREX_ERROR_CAPACITY, std::string("step: ") + what + " has " +
                                      std::to_string(n) + " elements; expected " +

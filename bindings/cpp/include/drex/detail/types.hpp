@@ -190,6 +190,16 @@ struct verdict : drex_verdict {
 };
 static_assert(sizeof(verdict) == sizeof(drex_verdict), "arrays of both are alike");
 
+// Of a row by step::verify(), as a verdict is by step::ramp().
+struct judgement {
+  drex_decision decision;
+  drex::decision what() const noexcept {
+    return static_cast<drex::decision>(decision);
+  }
+  bool exits() const noexcept { return decision == DREX_DECISION_EXIT; }
+};
+static_assert(sizeof(judgement) == sizeof(drex_decision), "arrays of both are alike");
+
 }  // namespace drex
 
 #endif  // DREX_DETAIL_TYPES_HPP

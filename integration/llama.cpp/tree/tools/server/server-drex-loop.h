@@ -185,7 +185,7 @@ bool decode_drex_window(drex_prompt & prompt) {
                 ids.push_back(t.id_slot);
             }
         }
-        end_drex_requests(prompt, ids, err);
+        end_drex_requests(prompt, ids, err, is_full);
 
         return true;
     }
@@ -193,8 +193,8 @@ bool decode_drex_window(drex_prompt & prompt) {
     return false;
 }
 
-// Ends these requests, and nothing is left of them in the memory. The others go on.
-void end_drex_requests(drex_prompt & prompt, std::vector<int> ids, const std::string & err) {
+// Ends these requests, and nothing is left of them in the memory. The others go on. is_full: there is no room for them
+void end_drex_requests(drex_prompt & prompt, std::vector<int> ids, const std::string & err, bool is_full) {
     for (size_t i = 0; i < ids.size(); ++i) {
         const auto & slot = slots[ids[i]];
         for (const auto & other : slots) {
@@ -207,6 +207,9 @@ void end_drex_requests(drex_prompt & prompt, std::vector<int> ids, const std::st
         // a slot that has ended meanwhile, or had several rows, has nobody to tell
         if (slots[id].is_processing()) {
             send_error(slots[id], err);
+            if (is_full) {
+                drex->fail(id, ERROR_TYPE_UNAVAILABLE); // the client is told what the unpatched server tells it
+            }
             slots[id].release();
         }
         slots[id].prompt_clear();

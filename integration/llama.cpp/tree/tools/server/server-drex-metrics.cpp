@@ -6,6 +6,55 @@
 #include <iterator>
 #include <sstream>
 
+// the clock of a task's arrival
+static int64_t time_ns() {
+    return 1000*ggml_time_us();
+}
+
+void server_drex::add(int id_slot, const server_task & task, bool same_lora) {
+    try {
+        add_request(id_slot, task, same_lora);
+    } catch (...) {
+        load.ended[SERVER_DREX_END_INVALID]++;
+        throw;
+    }
+    auto & slot = slots[id_slot];
+    slot.t_arrived = 1000*task.params.drex.t_arrived;
+    slot.empty     = task.n_tokens() == 0;
+
+    load.n_prompt_tokens += task.n_tokens();
+    load.queue.observe(time_ns() - slot.t_arrived);
+}
+
+int server_drex::remove(int id_slot, stop_type stop) {
+    const auto & slot = slots[id_slot];
+    if (slot.added && !slot.leaving) {
+        // the answer to an empty prompt is empty, and has no reason to stop
+        auto end = slot.empty ? SERVER_DREX_END_STOP : server_drex_end_of(stop);
+        if (slot.end != SERVER_DREX_END_COUNT) {
+            end = slot.end;
+        }
+        load.ended[end]++;
+        if (end == SERVER_DREX_END_STOP || end == SERVER_DREX_END_LENGTH) {
+            load.whole.observe(time_ns() - slot.t_arrived);
+        }
+    }
+    return drop(id_slot);
+}
+
+void server_drex::count_token(int id_slot) {
+    auto & slot = slots[id_slot];
+
+    const int64_t now = time_ns();
+    if (slot.t_token == 0) {
+        load.first.observe(now - slot.t_arrived);
+    } else {
+        load.between.observe(now - slot.t_token);
+    }
+    slot.t_token = now;
+    load.n_tokens++;
+}
+
 drex_request_info server_drex::info(int id_slot) const {
     drex_request_info res = DREX_REQUEST_INFO_INITIALIZER;
     if (seen.valid) {
@@ -86,6 +135,8 @@ const counter counters[] = {
     { "nonfinite_rows",    "Rows whose confidence was NaN or infinite",                     &drex_stats::nonfinite_rows },
     { "steps",             "Layer windows run",                                             &drex_stats::steps },
     { "step_rows",         "Rows of all layer windows run",                                 &drex_stats::step_rows },
+    { "prompt_steps",      "Layer windows with prompt rows",                                &drex_stats::prompt_steps },
+    { "prompt_rows",       "Prompt rows of all layer windows run",                          &drex_stats::prompt_rows },
     { "filled_cells",      "KV cells whose skipped layers were filled by state-copy",       &drex_stats::cells_filled },
     { "filled_bytes",      "Bytes written by state-copy",                                   &drex_stats::bytes_filled },
     { "postfilled_rows",   "Exited rows that went through their skipped layers later on",   &drex_stats::rows_filled },
@@ -113,8 +164,7 @@ void accumulate(server_drex_figures & sum, const server_drex_figures & more) {
 
     sum.stats.wait_us_sum += more.stats.wait_us_sum;
     sum.stats.searches    += more.stats.searches;
-    sum.n_tokens          += more.n_tokens;
-    sum.t_run             += more.t_run;
+    sum.load              += more.load;
     sum.graphs.n_built    += more.graphs.n_built;
     sum.graphs.n_reused   += more.graphs.n_reused;
     sum.graphs.n_evicted  += more.graphs.n_evicted;
@@ -128,15 +178,14 @@ server_drex_figures server_drex::figures() const {
     }
     server_drex_figures res;
     warn(drex_stats_get(engine, &res.stats));
-    res.graphs   = llama_layer_range_perf(ctx);
-    res.n_tokens = n_tokens;
-    res.t_run    = t_run_all;
+    res.graphs = llama_layer_range_perf(ctx);
+    res.load   = load;
     accumulate(res, past);
 
     return res;
 }
 
-std::string server_drex::metrics() const {
+std::string server_drex::metrics(size_t n_waiting) const {
     const server_drex_figures f = figures();
     const drex_stats & s = f.stats;
 
@@ -161,24 +210,52 @@ std::string server_drex::metrics() const {
             sample(labels(i), value(i));
         }
     };
+    // a bound as the library writes it: no exponent, no zeros at the end
+    auto decimal = [](double value) {
+        std::string text = string_format("%.6f", value);
+        text.erase(text.find_last_not_of('0') + 1);
+        if (text.back() == '.') {
+            text.pop_back();
+        }
+        return text;
+    };
+    // bound: upper ones of all buckets but the last; counts has one more
+    auto histogram = [&](const char * name, const char * help, size_t n_bounds, auto && bound, const auto & counts, double sum) {
+        family(name, "histogram", help);
+        uint64_t n = 0;
+        for (size_t i = 0; i < n_bounds; ++i) {
+            n += counts[i];
+            sample("_bucket{le=\"" + decimal(bound(i)) + "\"}", n);
+        }
+        n += counts[n_bounds];
+        sample("_bucket{le=\"+Inf\"}", n);
+        sample("_sum",   sum);
+        sample("_count", n);
+    };
+    auto times = [&](const char * name, const char * help, const server_drex_histogram & h) {
+        histogram(name, help, h.bounds.size(), [&](size_t i) { return h.bounds[i]; }, h.counts, h.sum_ns/1e9);
+    };
     auto ramp = [&](size_t r) {
         return "{ramp=\"" + std::to_string(r) + "\",layer=\"" + std::to_string(ramp_layers[r]) + "\"}";
     };
     const size_t n_ramps = ramp_layers.size();
 
+    family("build_info", "gauge", "1; the labels say what early exit was built from");
+    sample("{version=\"" + std::string(drex_version()) + "\",abi=\"" + std::to_string(drex_abi_version()) + "\"}", 1);
+
     each("exits_total", "counter", "Rows that left at an exit ramp, drafts among them", n_ramps, ramp, [&](size_t r) { return s.exits[r]; });
 
-    single("tokens_total", "counter", "Tokens given to requests, the first one of each included", f.n_tokens);
+    single("tokens_total",        "counter", "Tokens given to requests, the first one of each included", f.load.n_tokens);
+    single("prompt_tokens_total", "counter", "Tokens of the prompts of requests that got a slot",        f.load.n_prompt_tokens);
     for (const auto & c : counters) {
         single((std::string(c.name) + "_total").c_str(), "counter", c.help, s.*c.value);
     }
-    single("window_seconds_total", "counter", "Time spent in layer windows and ramps",               f.t_run/1e9);
-    single("pending_rows",         "gauge",   "Exited rows in the hidden arena that have layers to go", s.pending_rows);
+    single("pending_rows", "gauge", "Exited rows in the hidden arena that have layers to go", s.pending_rows);
+
+    auto reason = [](const char * name) { return std::string("{reason=\"") + name + "\"}"; };
 
     static const char * misses[] = { "host", "queue", "held", "run" };
     static_assert(std::size(misses) == DREX_MISS_REASONS, "a name for each");
-
-    auto reason = [](const char * name) { return std::string("{reason=\"") + name + "\"}"; };
 
     each("deadline_misses_total", "counter", "Tokens emitted after their deadline, by where most of their time went", std::size(misses),
             [&](size_t i) { return reason(misses[i]); }, [&](size_t i) { return s.misses[i]; });
@@ -189,41 +266,55 @@ std::string server_drex::metrics() const {
     each("flushes_total", "counter", "Windows over held rows, by what caused them", std::size(flushes),
             [&](size_t i) { return reason(flushes[i]); }, [&](size_t i) { return s.flushes[i + 1]; });
 
+    static const char * ends[] = { "stop", "length", "cancelled", "invalid", "unavailable", "internal" };
+    static_assert(std::size(ends) == SERVER_DREX_END_COUNT, "a name for each");
+
+    each("requests_ended_total", "counter", "Requests that ended, by why", std::size(ends),
+            [&](size_t i) { return reason(ends[i]); }, [&](size_t i) { return f.load.ended[i]; });
+
     each("held_rows", "gauge", "Rows waiting in the rebatching buffer", n_ramps, ramp, [&](size_t r) { return s.held_rows_at[r]; });
 
-    single("held_rows_max", "gauge", "Most rows that waited at once",  s.held_rows_max);
-    single("requests",      "gauge", "Requests alive",                 s.requests);
-    single("slots_free",    "gauge", "Free rows of the hidden arena",  s.slots_free);
-    if (std::isfinite(s.art_ratio)) {
-        single("art_ratio", "gauge", "Rebatching overhead over deep time, c/t_d", s.art_ratio);
-    }
+    single("held_rows_max",    "gauge", "Most rows that waited at once", s.held_rows_max);
+    single("requests",         "gauge", "Requests alive",                s.requests);
+    single("requests_running", "gauge", "Requests that run",             s.requests);
+    single("requests_waiting", "gauge", "Requests that wait for a slot", n_waiting);
+    single("slots_free",       "gauge", "Free rows of the hidden arena", s.slots_free);
 
+    // what is not known yet has no sample
+    family("art_ratio", "gauge", "Rebatching overhead over deep time, c/t_d");
+    if (std::isfinite(s.art_ratio)) {
+        sample("", s.art_ratio);
+    }
     family("exit_share", "gauge", "Share of rows that are confident at an exit ramp, of those scored there first");
     for (size_t r = 0; r < n_ramps; ++r) {
         if (std::isfinite(s.exit_share[r])) {
             sample(ramp(r), s.exit_share[r]);
         }
     }
-    if (s.searches > 0) {
-        each("rule_ramp", "gauge", "Policy auto: 1 where the present rule looks at an exit ramp", n_ramps, ramp,
-                [&](size_t r) { return (s.rule_ramps >> r) & 1; });
-        single("rule_hold_rows",  "gauge",   "Policy auto: held rows at a ramp that are flushed",              s.rule_hold_rows);
-        single("rule_ready_rows", "gauge",   "Policy auto: ready rows below which held rows are flushed",      s.rule_ready_rows);
-        single("searches_total",  "counter", "Policy auto: searches for a better rule",                        s.searches);
-        family("predicted_tokens_per_second", "gauge", "Policy auto: speed that the last search predicted");
+    const bool searched = s.searches > 0;
+
+    single("searches_total", "counter", "Policy auto: searches for a better rule", s.searches);
+    each("rule_ramp", "gauge", "Policy auto: 1 where the present rule looks at an exit ramp", searched ? n_ramps : 0, ramp,
+            [&](size_t r) { return (s.rule_ramps >> r) & 1; });
+
+    auto none = [](size_t) { return ""; };
+    each("rule_hold_rows",  "gauge", "Policy auto: held rows at a ramp that are flushed",         searched, none, [&](size_t) { return s.rule_hold_rows; });
+    each("rule_ready_rows", "gauge", "Policy auto: ready rows below which held rows are flushed", searched, none, [&](size_t) { return s.rule_ready_rows; });
+
+    family("predicted_tokens_per_second", "gauge", "Policy auto: speed that the last search predicted");
+    if (searched) {
         sample("{rule=\"chosen\"}", s.predicted_tokens_per_s);
         sample("{rule=\"off\"}",    s.predicted_off_tokens_per_s);
     }
 
-    family("wait_seconds", "histogram", "Time that rows spent in the rebatching buffer");
-    uint64_t n_waits = 0;
-    for (size_t i = 0; i < DREX_WAIT_BUCKETS; ++i) {
-        n_waits += s.wait_us_buckets[i];
-        const bool last = i + 1 == DREX_WAIT_BUCKETS;
-        sample("_bucket{le=\"" + (last ? "+Inf" : string_format("%g", std::ldexp(1e-6, i))) + "\"}", n_waits);
-    }
-    sample("_sum",   s.wait_us_sum/1e6);
-    sample("_count", n_waits);
+    histogram("held_seconds", "Time that rows spent in the rebatching buffer", DREX_WAIT_BUCKETS - 1,
+            [](size_t i) { return std::ldexp(1.0, i)/1e6; }, s.wait_us_buckets, s.wait_us_sum/1e6);
+
+    times("window_seconds",              "Time of each layer window",                             f.load.windows);
+    times("request_queue_time_seconds",  "Time from a request's arrival to its slot",             f.load.queue);
+    times("time_to_first_token_seconds", "Time from a request's arrival to its first token",      f.load.first);
+    times("inter_token_latency_seconds", "Time between two tokens of a request",                  f.load.between);
+    times("e2e_request_latency_seconds", "Time from a request's arrival to its last token, of requests that came to their end", f.load.whole);
 
     single("graphs_built_total",   "counter", "Compute graphs built for layer windows",         f.graphs.n_built);
     single("graphs_reused_total",  "counter", "Layer windows that reused a graph",              f.graphs.n_reused);

@@ -459,7 +459,7 @@ static llama_tokens banned_tokens(const llama_vocab * vocab, const std::vector<l
     return res;
 }
 
-void server_drex::add(int id_slot, const server_task & task, bool same_lora) {
+void server_drex::add_request(int id_slot, const server_task & task, bool same_lora) {
     const auto & p = task.params;
 
     if (!task.need_sampling()) {
@@ -538,7 +538,7 @@ void server_drex::add(int id_slot, const server_task & task, bool same_lora) {
     }
 }
 
-int server_drex::remove(int id_slot) {
+int server_drex::drop(int id_slot) {
     auto & slot = slots[id_slot];
     if (!slot.added) {
         return 0;
@@ -838,7 +838,7 @@ void server_drex::finish(uint64_t n_kv) {
         fetch_logits();
     }
 
-    t_run_all += t_ran - t_run;
+    load.windows.observe(t_ran - t_run);
 
     drex_completion done = DREX_COMPLETION_INITIALIZER;
 
@@ -941,7 +941,7 @@ void server_drex::end_step() {
     for (size_t i = 0; i < slots.size(); ++i) {
         if (slots[i].leaving) {
             slots[i].leaving = false;
-            remove(i);
+            drop(i);
         }
     }
 }

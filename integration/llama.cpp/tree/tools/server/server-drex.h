@@ -6,6 +6,7 @@
 // along with either. At a ramp drex decides for each decode row; rows that exit are sampled from the ramp's logits, the
 // others wait in the hidden arena until drex flushes them. Prompt rows pass all layers.
 
+#include "server-drex-load.h"
 #include "server-task.h"
 
 #include "llama-layer-range.h"
@@ -23,10 +24,9 @@
 
 // what /metrics tells, but for what is fixed
 struct server_drex_figures {
-    drex_stats                  stats    = DREX_STATS_INITIALIZER;
-    llama_layer_range_perf_data graphs   = {};
-    uint64_t                    n_tokens = 0; // given to requests
-    int64_t                     t_run    = 0; // in windows and ramps, ns
+    drex_stats                  stats  = DREX_STATS_INITIALIZER;
+    llama_layer_range_perf_data graphs = {};
+    server_drex_load            load;
 };
 
 struct server_drex {
@@ -57,8 +57,12 @@ struct server_drex {
     // same_lora: its adapters are those of the server, and so of all other requests
     void add(int id_slot, const server_task & task, bool same_lora);
 
+    // the slot's request gets an error
+    void fail(int id_slot, error_type error) { slots[id_slot].end = server_drex_end_of(error); }
+
+    // stop: why the request ended, if it did not fail
     // returns how many of the slot's last prompt tokens have not gone through all layers: their cells must not be reused
-    int remove(int id_slot);
+    int remove(int id_slot, stop_type stop);
 
     // the slot, which is not busy, has a sampled token to decode
     void ready(int id_slot, int n_kv);
@@ -155,7 +159,7 @@ struct server_drex {
 
     // the slot gets a token. true: a greedy slot's, which drex has seen already while it scored the row; false: sample it
     bool sampled(int id_slot, llama_token & token) {
-        n_tokens++;
+        count_token(id_slot);
         token = std::exchange(slots[id_slot].top, LLAMA_TOKEN_NULL);
         return token != LLAMA_TOKEN_NULL;
     }
@@ -188,9 +192,9 @@ struct server_drex {
     // drex_* fields of the response's timings; sampled: the slot's newest token
     json timings(int id_slot, llama_token sampled) const;
 
-    json                to_json(int id_slot) const; // for /slots
-    std::string         metrics()            const; // for /metrics
-    server_drex_figures figures()            const;
+    json                to_json(int id_slot)      const; // for /slots
+    std::string         metrics(size_t n_waiting) const; // for /metrics; n_waiting: requests that wait for a slot
+    server_drex_figures figures()                 const;
 
 private:
     struct slot {
@@ -203,6 +207,12 @@ private:
         bool     grammar = false;
         bool     raw     = false; // wants the logits as they were before tokens were banned
         uint64_t id    = 0;
+
+        server_drex_end end = SERVER_DREX_END_COUNT; // with which error the request ends; none yet
+
+        bool    empty     = false; // no prompt
+        int64_t t_arrived = 0;     // ns
+        int64_t t_token   = 0;     // when the last token was known, 0: none yet
 
         llama_tokens bans; // tokens that cannot be emitted
 
@@ -275,10 +285,8 @@ private:
     bool    enqueued  = false; // the scoring of the ramp's logits, on a device
     int64_t t_run     = 0; // when the window began
     int64_t t_ran     = 0; // when it ended
-    int64_t t_run_all = 0;
 
-    uint64_t n_tokens = 0;
-
+    server_drex_load    load;
     server_drex_figures past;
 
     // written on the thread that calls run() while no other is in here
@@ -294,6 +302,9 @@ private:
     // where an exception would end the server, or end requests that have nothing to do with it
     static void warn(drex_status status);
 
+    void add_request(int id_slot, const server_task & task, bool same_lora);
+    int  drop(int id_slot);
+    void count_token(int id_slot);
     void look_aside();
     void bind_device(drex_config & config, const common_params & params);
     void say(const common_params & params) const;

@@ -28,6 +28,8 @@ fn verify_gives_what_the_full_model_does() {
         assert_eq!(answers.len(), 12);
         let stats = bench.engine.stats();
         assert_eq!((stats.drafts, stats.drafts_accepted), (drafts, accepted));
+        let tokens: usize = answers.values().map(|answer| answer.tokens.len()).sum();
+        assert_eq!(bench.engine.tokens, tokens as u64);
         // Some are right and some are not, else this test has seen nothing.
         let some = accepted > 20 && drafts > accepted + 5;
         match policy {
