@@ -28,7 +28,7 @@ pub struct Engine {
     pub scheduler: Scheduler,
     pub watch: Watch,
     limits: Limits,
-    /// Of the last ramp.
+    /// Logits listed for each row of the last ramp; 0: none.
     n_top: usize,
     device: Box<dyn Device>,
     kv: Option<Kv>,
@@ -57,7 +57,7 @@ impl Engine {
         Engine::on(Place::Host, config, Limits::default())
     }
 
-    /// `limits.rows` is the engine's own.
+    /// The configuration gives the number of rows; `limits.rows` is not used.
     pub fn on(place: Place, config: Config, limits: Limits) -> Result<Self> {
         let scheduler = Scheduler::new(config)?;
         let batch = scheduler.config().pass_rows();

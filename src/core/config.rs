@@ -61,7 +61,7 @@ pub struct Config {
     pub max_hold_ns: u64,
     /// 0: none.
     pub token_deadline_ns: u64,
-    /// Of the random numbers that `auto`'s rollouts draw.
+    /// Seed of the random numbers that `auto`'s rollouts draw.
     pub seed: u64,
     /// Pins c/t_d of `art`.
     pub art_ratio: Option<f32>,
@@ -213,7 +213,7 @@ impl Config {
         most.min(self.max_batch - 1)
     }
 
-    /// Whether requests may fill their holes so.
+    /// Whether there is room for `fill`.
     pub fn check_fill(&self, fill: Fill) -> Result<()> {
         if !fill.keeps() || self.pending() > 0 {
             return Ok(());

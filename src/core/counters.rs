@@ -9,12 +9,17 @@ pub const WAIT_BUCKETS: usize = 32;
 named! {
     /// Why a step runs.
     Reason {
-        /// Not a flush: new tokens through the first window.
+        /// Ready rows, or prompts, run through the first window.
         None = c"none",
+        /// As many rows are held as the rule asks for.
         Fill = c"fill",
+        /// A row was held for the longest time that it may be.
         Age = c"age",
+        /// A deadline would be missed.
         Deadline = c"deadline",
+        /// Nothing else is left to run.
         Idle = c"idle",
+        /// A ramp told rows to stay.
         Stay = c"stay",
         /// Prompt rows go on, and take along what waits there.
         Prompt = c"prompt",

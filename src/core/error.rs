@@ -101,7 +101,7 @@ pub enum Error {
         why: &'static str,
     },
     Device(&'static str),
-    /// The allocator refused this.
+    /// The allocator refused so many bytes.
     Memory {
         bytes: u64,
     },
@@ -110,7 +110,7 @@ pub enum Error {
         call: &'static str,
         code: i32,
         name: &'static str,
-        /// The driver's own.
+        /// The driver's own text.
         text: &'static str,
     },
 }
@@ -216,7 +216,7 @@ impl fmt::Display for Error {
                 f,
                 "{} is {value}, but {} is {other_value}: {why}",
                 Name(field, index),
-                // Of the same struct of an array.
+                // A field with a dot is one of the same element.
                 Name(other, index.filter(|_| other.contains('.')))
             ),
             Error::UnknownRequest { id } => write!(f, "no request has id {id}"),

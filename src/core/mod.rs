@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The decisions, and nothing else: no FFI, no device, no clock, no threads.
-//! Time comes in as nanoseconds of whatever monotonic clock the caller reads.
-//! Everything is allocated in [`scheduler::Scheduler::new`]; no later call allocates.
+//! The decisions, without FFI, device, clock or threads. Time comes in as
+//! nanoseconds of whatever monotonic clock the caller reads. The scheduler
+//! allocates in [`scheduler::Scheduler::new`], pages in [`pages::Pages::new`]; no
+//! later call does.
 //!
 //! | module | holds |
 //! | --- | --- |
@@ -11,6 +12,9 @@
 //! | [`flush`] | the choice of the next window and of its rows |
 //! | [`rows`] | the places where rows wait: requests, arena slots, queues, deadlines, pending rows |
 //! | [`estimate`] | the numbers that are learned: times, exits, drafts, prompts |
+//! | [`config`], [`counters`], [`metric`], [`error`] | what goes in and what comes out |
+//! | [`pages`], [`sampling`] | two services that need no scheduler: paged K/V, speculative sampling |
+//! | [`names`], [`memory`] | helpers |
 
 pub mod config;
 pub mod counters;

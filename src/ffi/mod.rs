@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! The C ABI: a thin shell that checks what comes in, finds the engine behind
-//! a handle, and turns errors and panics into status codes and texts. Each public
-//! module is a part of the header; the header's test has their order.
+//! a handle, and turns errors and panics into status codes and texts. The first
+//! block of modules has the parts of the header, whose order is in
+//! `tests/header.rs`; the second serves them.
 
 pub mod arena;
 pub mod complete;

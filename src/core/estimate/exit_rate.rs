@@ -108,7 +108,6 @@ impl Share {
 
 #[derive(Debug, Clone)]
 pub struct ExitRates {
-    ramps: usize,
     /// `[after + 1][ramp]`; row 0 is "no ramp before".
     shares: Vec<[Share; MAX_RAMPS]>,
     /// Shares of the requests of each habit.
@@ -129,7 +128,6 @@ pub struct Chance {
 impl ExitRates {
     pub fn new(ramps: usize) -> Self {
         ExitRates {
-            ramps,
             shares: vec![[Share::default(); MAX_RAMPS]; ramps + 1],
             habits: vec![[[Share::default(); MAX_RAMPS]; HABITS]; ramps + 1],
             middles: [-0.1, 0.1],
@@ -168,14 +166,6 @@ impl ExitRates {
         }
         let [a, b] = batch.habits;
         self.observe(after, ramp, a.looks + b.looks, a.exits + b.exits);
-    }
-
-    /// Sets an estimate by hand, worth `looks` looks.
-    pub fn set(&mut self, after: Option<usize>, ramp: usize, p: f64, looks: f64) {
-        self.shares[after.map_or(0, |a| a + 1)][ramp] = Share {
-            looks,
-            exits: p.clamp(0.0, 1.0) * looks,
-        };
     }
 
     /// Without looks of its own, an estimate is made from ones that skip
@@ -244,10 +234,6 @@ impl ExitRates {
     /// `last` was looked at right after `ramp` often enough.
     fn leads(&self, ramp: usize, last: usize) -> bool {
         (ramp + 1..=last).any(|r| self.shares[ramp + 1][r].looks >= 4.0 * PRIOR)
-    }
-
-    pub fn ramps(&self) -> usize {
-        self.ramps
     }
 }
 

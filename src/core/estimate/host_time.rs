@@ -16,9 +16,9 @@ pub struct HostTime {
     began: u32,
     gap_ns: Option<f64>,
     prompt_ns: f64,
-    prompts: f64,
-    /// Tokens and requests begun, for the tokens per request.
+    /// Tokens made in all, when the last window ended.
     pub tokens: u64,
+    /// Tokens made of late, which `prompt_ns` is divided by.
     seen_tokens: f64,
 }
 
@@ -52,11 +52,9 @@ impl HostTime {
             let extra = (ns - self.gap_ns()).max(0.0);
             for _ in 0..began.min(64) {
                 self.prompt_ns *= KEEP;
-                self.prompts *= KEEP;
                 self.seen_tokens *= KEEP;
             }
             self.prompt_ns += extra;
-            self.prompts += f64::from(began);
         }
     }
 

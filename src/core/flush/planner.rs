@@ -141,7 +141,7 @@ impl Planner {
         let mut held = [0; MAX_RAMPS + 1];
         for r in (0..ramps).rev() {
             held[r + 1] = v.buffer.held_at(r);
-            // A rule that is gone left them; no more will come to join them.
+            // An earlier rule held these rows; the rule in force sends no others here.
             if held[r + 1] > 0 && m.ramps >> r & 1 == 0 {
                 return Choice::Flush(r, Reason::Idle);
             }
@@ -285,8 +285,8 @@ impl Planner {
     }
 }
 
-/// A row that is due up to then would be late if it were passed over once more:
-/// one held at the ramp, or a ready one where `ramp` is `None`.
+/// The latest deadline at stake: a row that is due by this time is late if it is
+/// passed over once more (held at `ramp`; a ready row where that is `None`).
 fn horizon(v: &View, ramp: Option<usize>, now_ns: u64, limit: usize) -> u64 {
     let ns = match ramp {
         Some(ramp) => {
@@ -311,7 +311,7 @@ fn time_to_token(v: &View, ramp: usize, rows: usize, limit: usize) -> u64 {
     let layers = &v.config.ramp_layers;
     let rows = v.deep_rows(rows, layers[ramp]);
     if let Some(c) = v.carrier {
-        // Along with it, or in a flush after it.
+        // Along with the carrier if it is cut here, else in a flush after it.
         let cut = c.cut == Some(ramp);
         let end = if cut { layers[ramp] } else { v.config.n_layers };
         let prompts = if cut { c.prompts } else { 0 };

@@ -112,9 +112,9 @@ impl Request {
         *spent = spent.saturating_add(ns);
     }
 
-    /// Its last token came at `now_ns`, or its first can run from then on: a token
-    /// deadline later the next one is due, and after an even share of what is left
-    /// until the request's own.
+    /// Starts the clock of the next token, at `now_ns`. It is due after the token
+    /// deadline, or after an even share of the time left to the request's deadline,
+    /// whichever is sooner.
     pub fn restart(&mut self, now_ns: u64) {
         self.last_token_ns = now_ns;
         self.spent_ns = [0; 3];

@@ -27,7 +27,7 @@ impl Scheduler {
         (&mut self.auto, known)
     }
 
-    /// Share of the requests in decode that fill their holes so.
+    /// Share of the requests in decode with fill `fill`.
     pub(super) fn share_of(&self, fill: Fill) -> f64 {
         self.fills[fill as usize] as f64 / self.decoding.max(1) as f64
     }

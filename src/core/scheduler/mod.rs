@@ -34,7 +34,7 @@ use crate::core::{MAX_RAMPS, NONE, memory};
 pub struct Step {
     pub layer_begin: u32,
     pub layer_end: u32,
-    /// The ramp at the window's end, if it is not the model's.
+    /// The ramp at the window's end; `None` at the last layer.
     pub ramp: Option<usize>,
     pub reason: Reason,
     pub now_ns: u64,
@@ -46,7 +46,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// The ramp that its rows were looked at before.
+    /// The ramp where its rows waited; `None` for a window from layer 0.
     fn after(&self) -> Option<usize> {
         self.choice.ramp()
     }

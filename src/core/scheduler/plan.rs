@@ -21,11 +21,13 @@ use crate::core::rows::requests::{Request, State};
 #[derive(Clone, Copy)]
 struct Terms {
     row_rule: RowRule,
-    /// Requests at most, and rows at most.
+    /// Requests at most.
     limit: usize,
+    /// Rows at most.
     room: usize,
-    /// Prompt rows that are on their way, else a pass for those that wait.
+    /// Prompt rows on their way, which the window must take on.
     transit: Option<Transit>,
+    /// A pass for prompt rows that wait; `None` while others are on their way.
     carrier: Option<Carrier>,
     /// Rows of a request in a deep window, pending ones included.
     rows_each: f64,

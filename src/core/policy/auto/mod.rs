@@ -116,7 +116,8 @@ pub struct Auto {
     left: u64,
     until_ramps: u64,
     until_off: u64,
-    /// Distance of probes of the ramps, of full passes a quarter.
+    /// Spans between two probes of the ramps; between two probes of full passes
+    /// there are four times as many.
     distance: u64,
     steps: u32,
     searches: u64,

@@ -272,7 +272,7 @@ impl Rollout {
         self.now.0 >= goal || self.windows >= self.game.passes
     }
 
-    /// Plays up to so many windows; how many there were to play.
+    /// Plays up to `windows` windows; returns how many it played.
     pub fn run(&mut self, scene: &Scene, windows: u32) -> u32 {
         let before = self.windows;
         while self.windows - before < windows && !self.done() {

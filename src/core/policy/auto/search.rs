@@ -9,7 +9,8 @@ use crate::core::estimate::acceptance::{Acceptance, Cycle};
 use crate::core::estimate::exit_rate::HABITS;
 use crate::core::flush::carrier::Ways;
 
-/// A probe that loses the inverse of this of its time waits twice as long.
+/// A probe that loses the share x of its time makes the next ones wait 1 + this · x
+/// times as long.
 const IMPATIENT: f64 = 10.0;
 /// A rule must promise this much more than the present one.
 const HYSTERESIS: f64 = 1.003;
