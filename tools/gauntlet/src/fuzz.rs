@@ -77,8 +77,14 @@ pub fn run(target: &str, seconds: u64, keep: bool) -> Result<Outcome> {
 
 fn build(target: &str) -> Result<PathBuf> {
     let folder = cargo::target_dir()?.join("gauntlet/fuzz");
+    let runner = cache::repo().join("tests/fuzz/runner");
+    // The library under test has the dependencies that it is shipped with; cargo adds libFuzzer.
+    cache::copy_if_different(
+        &cache::repo().join("Cargo.lock"),
+        &runner.join("Cargo.lock"),
+    )?;
     let status = cargo()
-        .current_dir(cache::repo().join("tests/fuzz/runner"))
+        .current_dir(&runner)
         .args([
             "build",
             "--release",
