@@ -27,7 +27,7 @@ use drex_build::{
     bin_name = "cargo xtask",
     about = "Builds, serves, measures and tests drex in llama.cpp",
     after_help = "Sources and builds of llama.cpp live in ${XDG_CACHE_HOME:-~/.cache}/drex (DREX_CACHE overrides), \
-                  never in the clone. The first build fetches 77 MB and takes about ten minutes on two cores; \
+                  never in the clone. The first build fetches 77 MB and takes minutes; \
                   later ones rebuild only what changed.\n\n\
                   Exit status: 0 success, 1 something failed, 2 wrong usage."
 )]

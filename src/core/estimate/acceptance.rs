@@ -131,7 +131,7 @@ mod tests {
         near(c.worth, 1.0);
     }
 
-    /// The same by throwing coins.
+    /// A cycle's figures are those of coins that are thrown.
     #[test]
     fn a_cycle_is_what_coins_say() {
         for (q, most, a) in [(0.8, 8, 0.9), (0.5, 3, 0.6), (0.95, 16, 0.99)] {

@@ -283,22 +283,9 @@ impl CostModel {
         f64::from(end.min(e).saturating_sub(begin.max(b))) / f64::from(e - b)
     }
 
-    /// Takes in that layers `[begin, end)` took `ns` over `rows` rows that
-    /// attended over `cells` KV cells in all (0: unknown).
-    pub fn observe(&mut self, begin: u32, end: u32, rows: u32, cells: u64, ns: u64) {
-        self.observe_mixed(begin, end, rows, cells, 0, ns);
-    }
-
-    /// The same with `prompts` prompt rows beside them.
-    pub fn observe_mixed(
-        &mut self,
-        begin: u32,
-        end: u32,
-        rows: u32,
-        cells: u64,
-        prompts: u32,
-        ns: u64,
-    ) {
+    /// Takes in that layers `[begin, end)` took `ns` over `rows` decode rows, which
+    /// attended over `cells` KV cells in all (0: unknown), and `prompts` prompt rows.
+    pub fn observe(&mut self, begin: u32, end: u32, rows: u32, cells: u64, prompts: u32, ns: u64) {
         // Longer than any window: a clock that jumped.
         if rows == 0 && prompts == 0 || ns == 0 || ns as f64 > MAX_NS {
             return;
@@ -561,7 +548,7 @@ impl CostModel {
         self.predict_mixed(begin, end, rows, 0)
     }
 
-    /// The same with `prompts` prompt rows beside the decode rows.
+    /// [`CostModel::predict`] with `prompts` prompt rows beside the decode rows.
     pub fn predict_mixed(&self, begin: u32, end: u32, rows: u32, prompts: u32) -> Option<f64> {
         if !self.known() {
             return None;
@@ -590,7 +577,7 @@ impl CostModel {
         self.remaining_mixed(layer, rows, 0)
     }
 
-    /// The same with `prompts` prompt rows beside the decode rows.
+    /// [`CostModel::remaining`] with `prompts` prompt rows beside the decode rows.
     pub fn remaining_mixed(&self, layer: u32, rows: u32, prompts: u32) -> Option<f64> {
         let first = self.bounds.iter().position(|&b| b == layer)?;
         let work = Work {
@@ -635,6 +622,13 @@ impl CostModel {
 mod tests {
     use super::*;
 
+    impl CostModel {
+        /// A window without prompt rows.
+        fn saw(&mut self, begin: u32, end: u32, rows: u32, cells: u64, ns: u64) {
+            self.observe(begin, end, rows, cells, 0, ns);
+        }
+    }
+
     fn near(a: f64, b: f64, tolerance: f64) {
         assert!((a - b).abs() <= tolerance * b.abs(), "{a} is not near {b}");
     }
@@ -644,7 +638,7 @@ mod tests {
         let n = f64::from(m.n_layers());
         let head = if end < m.n_layers() { 0.02 * t0 } else { 0.0 };
         let t = (t0 + t1 * f64::from(rows)) * f64::from(end - begin) / n + head;
-        m.observe(begin, end, rows, 0, (t * scale) as u64);
+        m.saw(begin, end, rows, 0, (t * scale) as u64);
     }
 
     #[test]
@@ -652,7 +646,7 @@ mod tests {
         let mut m = CostModel::new(16, &[4]);
         for i in 0..200u32 {
             let b = 1 + i % 16;
-            m.observe(0, 4, b, 0, 1_000_000 + 50_000 * u64::from(b));
+            m.saw(0, 4, b, 0, 1_000_000 + 50_000 * u64::from(b));
         }
         near(m.predict(0, 4, 1).unwrap(), 1.05e6, 0.02);
         near(m.predict(0, 4, 64).unwrap(), 4.2e6, 0.05);
@@ -680,10 +674,10 @@ mod tests {
         let mut m = CostModel::new(16, &[4]);
         for i in 0..100u32 {
             let b = 1 + i % 16;
-            m.observe(0, 4, b, 0, 1_000_000 + 50_000 * u64::from(b));
+            m.saw(0, 4, b, 0, 1_000_000 + 50_000 * u64::from(b));
         }
         for i in 0..5000u64 {
-            m.observe(0, 4, 8, 0, 1_400_000 + (i % 7) * 2000);
+            m.saw(0, 4, 8, 0, 1_400_000 + (i % 7) * 2000);
         }
         near(m.predict(0, 4, 32).unwrap(), 2.6e6, 0.1);
     }
@@ -692,16 +686,16 @@ mod tests {
     fn a_stall_moves_little_and_a_change_wins() {
         let mut m = CostModel::new(16, &[4]);
         for _ in 0..50 {
-            m.observe(0, 4, 8, 0, 1_000_000);
+            m.saw(0, 4, 8, 0, 1_000_000);
         }
-        m.observe(0, 4, 8, 0, 10_000_000_000);
+        m.saw(0, 4, 8, 0, 10_000_000_000);
         near(m.predict(0, 4, 8).unwrap(), 1e6, 0.1);
         for _ in 0..100 {
-            m.observe(0, 4, 8, 0, 5_000_000);
+            m.saw(0, 4, 8, 0, 5_000_000);
         }
         near(m.predict(0, 4, 8).unwrap(), 5e6, 0.05);
         for _ in 0..100 {
-            m.observe(0, 4, 8, 0, 1_000_000);
+            m.saw(0, 4, 8, 0, 1_000_000);
         }
         near(m.predict(0, 4, 8).unwrap(), 1e6, 0.05);
     }
@@ -710,15 +704,15 @@ mod tests {
     fn unseen_windows_are_scaled_from_seen_ones() {
         let mut m = CostModel::new(16, &[4, 8]);
         assert_eq!(m.predict(0, 16, 1), None);
-        m.observe(0, 16, 1, 0, 1_600_000);
+        m.saw(0, 16, 1, 0, 1_600_000);
         near(m.predict(4, 8, 1).unwrap(), 4e5, 0.2);
         for _ in 0..20 {
-            m.observe(4, 8, 1, 0, 500_000);
+            m.saw(4, 8, 1, 0, 500_000);
         }
         near(m.predict(4, 8, 1).unwrap(), 5e5, 0.05);
         // not at ramps
         for _ in 0..20 {
-            m.observe(1, 3, 1, 0, 222_000);
+            m.saw(1, 3, 1, 0, 222_000);
         }
         near(m.predict(1, 3, 1).unwrap(), 2.22e5, 0.1);
     }
@@ -729,7 +723,7 @@ mod tests {
         // nonsense: time falls with rows, layers and cells
         for i in 1..400u32 {
             let (b, e) = [(0, 4), (4, 8), (8, 16), (0, 16)][i as usize % 4];
-            m.observe(
+            m.saw(
                 b,
                 e,
                 1 + i % 32,
@@ -753,7 +747,7 @@ mod tests {
             let cells = u64::from(rows * kv);
             for (b, e, share) in [(0, 8, 0.5), (8, 16, 0.5), (0, 16, 1.0)] {
                 let t = share * (1e6 + 2e4 * f64::from(rows) + 100.0 * cells as f64);
-                m.observe(b, e, rows, cells, t as u64);
+                m.saw(b, e, rows, cells, t as u64);
             }
         }
         near(
@@ -765,8 +759,8 @@ mod tests {
     }
 
     fn split(m: &mut CostModel, scale: f64, b: u32) {
-        m.observe(0, 4, b, 0, (400_000.0 * scale) as u64);
-        m.observe(4, 16, b, 0, (1_000_000.0 * scale) as u64);
+        m.saw(0, 4, b, 0, (400_000.0 * scale) as u64);
+        m.saw(4, 16, b, 0, (1_000_000.0 * scale) as u64);
     }
 
     #[test]
@@ -777,7 +771,7 @@ mod tests {
             assert_eq!(m.art_ratio(4, 8), None);
             for _ in 0..200 {
                 split(&mut m, 1.0, 8);
-                m.observe(0, 16, 8, 0, full);
+                m.saw(0, 16, 8, 0, full);
             }
             let got = m.art_ratio(4, 8).unwrap();
             assert!((got - expect).abs() < 0.03, "{full}: {got}");
@@ -789,7 +783,7 @@ mod tests {
         let mut m = CostModel::new(16, &[4]);
         for _ in 0..200 {
             split(&mut m, 1.0, 8);
-            m.observe(0, 16, 8, 0, 1_200_000);
+            m.saw(0, 16, 8, 0, 1_200_000);
         }
         for _ in 0..2000 {
             split(&mut m, 2.5, 8);
@@ -841,8 +835,8 @@ mod tests {
         }
         // and a wrong one is left behind
         for i in 0..100 {
-            m.observe(0, 4, 1 + i % 16, 0, 3_000_000);
-            m.observe(4, 16, 1 + i % 16, 0, 9_000_000);
+            m.saw(0, 4, 1 + i % 16, 0, 3_000_000);
+            m.saw(4, 16, 1 + i % 16, 0, 9_000_000);
         }
         near(m.predict(4, 16, 8).unwrap(), 9e6, 0.05);
     }
@@ -858,7 +852,7 @@ mod tests {
         m.load(&p);
         for i in 0..60_000u64 {
             let b = 1 + (i * 7 % 64) as u32;
-            m.observe(0, 16, b, 0, 1_100_000 + 100_000 * u64::from(b));
+            m.saw(0, 16, b, 0, 1_100_000 + 100_000 * u64::from(b));
         }
         let ratio = m.predict(0, 16, 64).unwrap() / m.predict(0, 16, 1).unwrap();
         near(ratio, 7.5 / 1.2, 0.03);
@@ -867,7 +861,7 @@ mod tests {
             let (b, each) = (1 + (i * 7 % 64) as u32, 100 + i * 37 % 900);
             let cells = u64::from(b) * each;
             let t = 1_100_000 + 100_000 * u64::from(b) + 200 * cells;
-            m.observe(0, 16, b, cells, t);
+            m.saw(0, 16, b, cells, t);
         }
         let time = |cells| m.profile().time(0, 2, 8.0, cells);
         near(time(8_000.0) - time(0.0), 1.6e6, 0.1);
@@ -879,7 +873,7 @@ mod tests {
         let head = f64::from(u8::from(end < 16 && rows > 0));
         let work = 1e6 + 4e4 * f64::from(rows) + 1e4 * f64::from(prompts);
         let t = share * work + head * (3e4 + 1e3 * f64::from(rows));
-        m.observe_mixed(begin, end, rows, 0, prompts, t as u64);
+        m.observe(begin, end, rows, 0, prompts, t as u64);
         t
     }
 
@@ -939,8 +933,8 @@ mod tests {
     #[test]
     fn nothing_is_learned_from_nothing() {
         let mut m = CostModel::new(16, &[4]);
-        m.observe(0, 4, 0, 0, 100);
-        m.observe(0, 4, 8, 0, 0);
+        m.saw(0, 4, 0, 0, 100);
+        m.saw(0, 4, 8, 0, 0);
         assert_eq!(m.predict(0, 4, 8), None);
     }
 }

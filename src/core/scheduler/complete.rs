@@ -73,7 +73,7 @@ impl Scheduler {
             self.counters.window(duration_ns);
         }
         let n = self.rows.len() as u32;
-        self.cost.observe_mixed(
+        self.cost.observe(
             step.layer_begin,
             step.layer_end,
             n,

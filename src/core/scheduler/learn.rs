@@ -161,8 +161,7 @@ impl Scheduler {
         if ns == 0 {
             return Err(Error::int("duration_ns", ns, "at least 1"));
         }
-        self.cost
-            .observe_mixed(begin, end, rows, cells, prompts, ns);
+        self.cost.observe(begin, end, rows, cells, prompts, ns);
         Ok(())
     }
 }

@@ -101,9 +101,9 @@ pub struct List {
     memory: Pinned,
     pub device: CUdeviceptr,
     event: CUevent,
-    /// A launch that reads it was enqueued, and not waited for.
+    /// A launch that reads the memory was enqueued, and not waited for.
     busy: bool,
-    /// The same, where the event behind the launch could not be recorded.
+    /// The stream of such a launch, where the event behind it could not be recorded.
     unmarked: Option<CUstream>,
     capacity: usize,
 }

@@ -166,7 +166,7 @@ impl Record {
                         Value::Null => 0,
                         _ => number(&v, "prompt").with_context(at)? as u32,
                     };
-                    cost.observe_mixed(begin, end, ids.len() as u32, cells, prompts, ns);
+                    cost.observe(begin, end, ids.len() as u32, cells, prompts, ns);
                     windows += 1;
                     if quiet && t >= last_end {
                         gaps += (t - last_end) as f64;
