@@ -163,7 +163,9 @@ fn outlasted(bench: &Bench) -> Result<()> {
     for installed in [&bench.installed, &usual, &usual] {
         let repository = installed.repository(PARAMETERS)?;
         let server = Triton::start(installed, repository, 0, &["--exit-timeout-secs=1"])?;
-        let streams = server.spawn(installed, &requests(32, TOKENS), json!({}))?;
+        // A stream that is still open when the server closes its endpoint may end in an assertion of gRPC, whatever the
+        // backend: the server puts the stream back into a queue that is shut down. So each is closed after its last answer.
+        let streams = server.spawn(installed, &requests(32, TOKENS), json!({"drain": 0}))?;
         server.metrics_with("drex_requests_running", |running| running >= 32.0)?;
         let (status, time) = server.stop(Duration::from_secs(25))?;
         // One second is the server's; drex would give up after five more.

@@ -151,12 +151,17 @@ impl Options {
     }
 }
 
+/// How many lines of a failure's reason are said again at the end.
+const REASON: usize = 8;
+/// What a suite prints before each line of a reason.
+const INDENT: &str = "        ";
+
 #[derive(Default)]
 struct Count {
     passed: u64,
     failed: u64,
-    /// What failed, by name: long runs scroll away.
-    names: Vec<String>,
+    /// What failed, by name and with the first lines that say why: long runs scroll away.
+    failures: Vec<String>,
 }
 
 impl Count {
@@ -169,11 +174,17 @@ impl Count {
             }
             Err(error) => {
                 self.failed += 1;
-                self.names.push(name.to_owned());
                 println!("FAILED  {name} ({seconds:.1} s)");
-                for line in format!("{error:#}").lines() {
+                let text = format!("{error:#}");
+                for line in text.lines() {
                     println!("        {line}");
                 }
+                let why = text
+                    .lines()
+                    .take(REASON)
+                    .map(|line| format!("{INDENT}{line}"));
+                self.failures.push(name.to_owned());
+                self.failures.extend(why);
             }
         }
     }
@@ -181,7 +192,7 @@ impl Count {
     fn add(&mut self, other: Count) {
         self.passed += other.passed;
         self.failed += other.failed;
-        self.names.extend(other.names);
+        self.failures.extend(other.failures);
     }
 }
 
@@ -257,8 +268,13 @@ pub fn run(options: &Options) -> Result<bool> {
         args.extend(options.of_server_tests());
         suite(&mut count, "server", &args);
     }
-    for name in &count.names {
-        println!("failed: {name}");
+    for line in &count.failures {
+        let mark = if line.starts_with(INDENT) {
+            ""
+        } else {
+            "failed: "
+        };
+        println!("{mark}{line}");
     }
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0)
@@ -387,10 +403,20 @@ fn counted(command: &mut Command) -> Result<(Count, bool)> {
         .spawn()
         .context("cannot run cargo")?;
     let mut count = Count::default();
+    let mut reasons = 0;
     for line in BufReader::new(child.stdout.take().context("no stdout")?).lines() {
         let line = line?;
         println!("{line}");
-        count.names.extend(failed_line(&line).map(str::to_owned));
+        if let Some(name) = failed_line(&line) {
+            count.failures.push(name.to_owned());
+            // Rust's own harness says why elsewhere.
+            reasons = REASON;
+        } else if reasons > 0 && line.starts_with(INDENT) {
+            count.failures.push(line.clone());
+            reasons -= 1;
+        } else {
+            reasons = 0;
+        }
         if let Some((passed, failed)) = result_line(&line) {
             count.passed += passed;
             count.failed += failed;

@@ -6,7 +6,7 @@ use std::{
     fs::{self, File},
     io::Write,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::unix::process::CommandExt,
+    os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -247,14 +247,20 @@ impl Triton {
         Ok(self.child.wait()?)
     }
 
-    /// SIGTERM; the exit status and how long it took.
+    /// SIGTERM; the exit status and how long it took. A server that a signal ends, such as abort()'s, is an error.
     pub fn stop(mut self, limit: Duration) -> Result<(ExitStatus, Duration)> {
         // SAFETY: a signal to a child that was not waited for, so that the number is still its own.
         unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGTERM) };
         let start = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait()? {
-                return Ok((status, start.elapsed()));
+                let time = start.elapsed();
+                ensure!(
+                    status.signal().is_none(),
+                    "tritonserver ended with {status} {time:?} after SIGTERM:\n{}",
+                    self.last_words()?
+                );
+                return Ok((status, time));
             }
             ensure!(
                 start.elapsed() < limit,
