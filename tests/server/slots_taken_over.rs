@@ -70,13 +70,13 @@ fn tokens(stream: crate::client::Stream, first: Value) -> Result<Vec<Value>> {
     Ok(all)
 }
 
-/// Rounds of each policy and fill. `DREX_ROUNDS=20` is the long form.
-fn rounds() -> Result<usize> {
+/// Rounds of each policy and fill; `DREX_ROUNDS` says how many.
+fn rounds(suite: &Suite) -> Result<usize> {
     match std::env::var("DREX_ROUNDS") {
         Ok(text) => text
             .parse()
             .with_context(|| format!("DREX_ROUNDS {text}: not a number")),
-        Err(_) => Ok(3),
+        Err(_) => Ok(if suite.long { 3 } else { 1 }),
     }
 }
 
@@ -93,7 +93,7 @@ fn busy_slots(suite: &Suite) -> Result<()> {
     };
     let short = in_slot(&json!(prompt(5)), 12, 0);
     let expected = [alone(&long(0, 0))?, alone(&long(1, 1))?, alone(&short)?];
-    let (each, mut rounds) = (rounds()?, 0);
+    let (each, mut rounds) = (rounds(suite)?, 0);
     for policy in POLICIES {
         let flags = ["--drex-policy", policy, "--drex-exit-layers", "8"];
         let server = start(suite, patched, 2, &folder, &flags)?;

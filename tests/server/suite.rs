@@ -61,9 +61,12 @@ use serde_json::{Value, json};
 struct Options {
     #[command(flatten)]
     choice: Choice,
-    /// Leave out slow tests and the builds whose results do not depend on the batch size
+    /// Leave out the builds whose results do not depend on the batch size
     #[arg(long)]
     quick: bool,
+    /// Every combination of thresholds, policies and numbers in flight, where each is otherwise tried once
+    #[arg(long)]
+    long: bool,
     #[command(flatten)]
     source: Source,
 }
@@ -76,13 +79,13 @@ fn main() -> ExitCode {
 fn tests(options: &Options, run: &mut Run) {
     let all: Vec<Test> = all()
         .into_iter()
-        .filter(|test| !(options.quick && (test.slow || test.exact)))
+        .filter(|test| !(options.quick && test.exact))
         .collect();
     let exact = all
         .iter()
         .any(|test| test.exact && options.choice.wants(test.name));
     let tests: Vec<_> = all.iter().map(|test| (test.name, test.run)).collect();
-    let build = || Suite::build(&options.source, exact);
+    let build = || Suite::build(options, exact);
     run.tests("build llama.cpp", build, &tests);
 }
 
@@ -97,6 +100,8 @@ pub struct Suite {
     pub exact: Option<(Build, Build)>,
     /// The bundled model.
     pub model: PathBuf,
+    /// Every combination is tried.
+    pub long: bool,
     /// The machine is nobody else's meanwhile.
     _machine: Lock,
 }
@@ -104,9 +109,7 @@ pub struct Suite {
 pub struct Test {
     pub name: &'static str,
     pub run: fn(&Suite) -> Result<()>,
-    /// Left out with `--quick`.
-    pub slow: bool,
-    /// Needs the exact builds.
+    /// Needs the exact builds; left out with `--quick`.
     pub exact: bool,
 }
 
@@ -115,14 +118,8 @@ impl Test {
         Test {
             name,
             run,
-            slow: false,
             exact: false,
         }
-    }
-
-    #[allow(dead_code, reason = "for the tests to come")]
-    pub const fn slow(self) -> Test {
-        Test { slow: true, ..self }
     }
 
     pub const fn exact(self) -> Test {
@@ -162,9 +159,9 @@ pub fn all() -> Vec<Test> {
 }
 
 impl Suite {
-    fn build(source: &Source, exact: bool) -> Result<Suite> {
+    fn build(options: &Options, exact: bool) -> Result<Suite> {
         let cache = Cache::open()?;
-        let llama = Llama::open(&cache, source.llama_src.as_deref())?;
+        let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
         let mut kinds = vec![Kind::Reference, Kind::Patched];
         if exact {
             kinds.extend([Kind::ReferenceExact, Kind::PatchedExact]);
@@ -180,6 +177,7 @@ impl Suite {
             patched: builds.next().context("no patched build")?,
             exact: builds.next().zip(builds.next()),
             model: cache::bundled_model()?,
+            long: options.long,
             _machine: cache.lock_machine()?,
         })
     }

@@ -176,7 +176,7 @@ fn rebatched(suite: &Suite) -> Result<()> {
     let requests = mixed(36);
     let (mut tokens, mut compared, mut exited) = (0, 0, 0);
     let mut alone: Option<(bool, Vec<Generation>)> = None;
-    for flags in policies {
+    for (k, flags) in policies.iter().enumerate() {
         // What a request says alone depends on the ramps, not on the policy.
         let one_ramp = flags.contains(&"--drex-exit-layers");
         if alone.as_ref().is_none_or(|(ramps, _)| *ramps != one_ramp) {
@@ -192,7 +192,10 @@ fn rebatched(suite: &Suite) -> Result<()> {
         let Some((_, alone)) = &alone else {
             unreachable!()
         };
-        for n in &CONCURRENCY[1..] {
+        // One number in flight for each policy, or all.
+        let all = &CONCURRENCY[1..];
+        let few = [all[k % all.len()]];
+        for n in if suite.long { all } else { &few } {
             let what = format!("{}, {n} at a time", flags.join(" "));
             // A slot for each request, and for each of those who go away.
             let server =

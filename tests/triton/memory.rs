@@ -8,7 +8,7 @@ use super::{Bench, By, Test, one_final, quiet, refused, request, whole};
 use crate::triton::{server::Triton, setup::MODEL};
 
 pub const TESTS: &[Test] = &[
-    ("memory over 8000 requests of all kinds", requests),
+    ("memory over 4000 requests of all kinds", requests),
     ("memory over loads and unloads", loads),
 ];
 
@@ -101,12 +101,12 @@ fn requests(bench: &Bench) -> Result<()> {
     // Few graphs, so that there are as many as there may be soon.
     let server = bench.start_with(&[("graphs", "8")])?;
     // until pools have grown to what this load needs
-    round(bench, &server, 2000)?;
-    let (sizes, slope) = settles(6, 1e6, || round(bench, &server, 1000))?;
+    round(bench, &server, 1000)?;
+    let (sizes, slope) = settles(6, 5e5, || round(bench, &server, 500))?;
     println!(
-        "        {} MB after each 1000: {:+.2} MB over 1000 requests",
+        "        {} MB after each 500: {:+.2} MB over 1000 requests",
         shown(&sizes),
-        slope / 1e6
+        slope * 2.0 / 1e6
     );
     Ok(())
 }

@@ -27,10 +27,10 @@ const TOOLS: [&str; 7] = [
 
 #[derive(Args)]
 pub struct Options {
-    /// Only the bit-exact comparison of the patched server with the unpatched one
+    /// Only the bit-exact comparison of the patched server with the unpatched one, in its long form
     #[arg(long, group = "part")]
     exact: bool,
-    /// Only the comparison of fill `verify` with the unpatched server
+    /// Only the comparison of fill `verify` with the unpatched server, in its long form
     #[arg(long, group = "part")]
     lossless: bool,
     /// Only the architectures of models: each cut, regrouped and filled in every way. Everything together tries a few of them
@@ -265,6 +265,7 @@ pub fn run(options: &Options) -> Result<bool> {
     if all || options.of_server() {
         let mut args = source;
         args.extend(options.quick.then(|| "--quick".into()));
+        args.extend((options.exact || options.lossless).then(|| "--long".into()));
         args.extend(options.of_server_tests());
         suite(&mut count, "server", &args);
     }
