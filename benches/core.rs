@@ -6,9 +6,9 @@
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use drex::core::config::{Config, Fill};
+use drex::core::config::{Config, Fill, Policy};
+use drex::core::decision::Decision;
 use drex::core::metric::{Metric, Score};
-use drex::core::policy::{Decision, Policy};
 use drex::core::rows::requests::RequestConfig;
 use drex::core::scheduler::Scheduler;
 

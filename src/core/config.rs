@@ -1,14 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use crate::core::MAX_RAMPS;
+use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
 use crate::core::metric::Metric;
 use crate::core::names::named;
-use crate::core::policy::Policy;
 
 /// Sizes beyond this are mistakes.
 pub const MAX_ROWS: u32 = 1 << 20;
 pub const MAX_LAYERS: u32 = 1 << 16;
+
+named! {
+    Policy {
+        Off = c"off",
+        Eager = c"eager",
+        Lazy = c"lazy",
+        Median = c"median",
+        Mean = c"mean",
+        Latency = c"latency",
+        Hold = c"hold",
+        Art = c"art",
+        Auto = c"auto",
+    }
+}
+
+impl Policy {
+    /// The decision on a confident row that may not exit.
+    pub fn otherwise(self) -> Decision {
+        match self {
+            Policy::Hold | Policy::Art | Policy::Auto => Decision::Hold,
+            _ => Decision::Stay,
+        }
+    }
+}
 
 named! {
     /// How the K/V entries that an exited token leaves out are filled.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use crate::core::MAX_RAMPS;
+use crate::core::decision::Decision;
 use crate::core::names::named;
-use crate::core::policy::Decision;
 
 pub const WAIT_BUCKETS: usize = 32;
 

@@ -8,16 +8,17 @@
 //! | module | holds |
 //! | --- | --- |
 //! | [`scheduler`] | the calls of a step, a file for each |
-//! | [`policy`] | the policies: their names, who exits at a ramp, how many rows a flush waits for, the search of `auto` |
+//! | [`policy`] | the policies: who exits at a ramp, how many rows a flush waits for, the search of `auto` |
 //! | [`flush`] | the choice of the next window and of its rows |
 //! | [`rows`] | the places where rows wait: requests, arena slots, queues, deadlines, pending rows |
-//! | [`estimate`] | the numbers that are learned: times, exits, drafts, prompts |
-//! | [`config`], [`counters`], [`metric`], [`error`] | what goes in and what comes out |
+//! | [`estimate`] | the numbers that are learned: times, exits, drafts, prompts; whether a pass over prompts is cut |
+//! | [`config`], [`decision`], [`counters`], [`metric`], [`error`] | what goes in and what comes out |
 //! | [`pages`], [`sampling`] | two services that need no scheduler: paged K/V, speculative sampling |
 //! | [`names`], [`memory`] | helpers |
 
 pub mod config;
 pub mod counters;
+pub mod decision;
 pub mod error;
 pub mod estimate;
 pub mod flush;

@@ -12,10 +12,9 @@ use super::fault::Fault;
 use super::handle;
 use super::names::{from_name, name};
 use super::status::*;
-use crate::core::config::{Config, Fill};
+use crate::core::config::{Config, Fill, Policy};
 use crate::core::error::Error;
 use crate::core::metric::Metric;
-use crate::core::policy::Policy;
 use crate::device::Limits;
 use crate::engine::{Engine, Place};
 

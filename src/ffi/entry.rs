@@ -219,9 +219,8 @@ pub unsafe fn give_text(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::config::{Config, Fill};
+    use crate::core::config::{Config, Fill, Policy};
     use crate::core::metric::Metric;
-    use crate::core::policy::Policy;
     use crate::ffi::plan::drex_plan_input;
 
     fn an_engine() -> Engine {

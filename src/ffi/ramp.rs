@@ -12,8 +12,8 @@ use super::entry::{self, with};
 use super::fault::Fault;
 use super::names::name;
 use super::status::drex_status;
+use crate::core::decision::Decision;
 use crate::core::error::Error;
-use crate::core::policy::Decision;
 use crate::device::{Dtype, Logits, MAX_TOP, Top};
 use crate::engine::Launch;
 

@@ -4,8 +4,8 @@
 
 use std::fmt::{Display, Write};
 
+use crate::core::config::Policy;
 use crate::core::counters::{Reason, TimeIn, WAIT_BUCKETS};
-use crate::core::policy::Policy;
 use crate::core::scheduler::Scheduler;
 
 const COUNTER: &str = "counter";

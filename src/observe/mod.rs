@@ -15,8 +15,9 @@ use std::fmt::{self, Display, Write};
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
 
+use crate::core::config::Policy;
+use crate::core::decision::Decision;
 use crate::core::policy::rule::RowRule;
-use crate::core::policy::{Decision, Policy};
 use crate::core::scheduler::Scheduler;
 use crate::text::Text;
 use nvtx::Profiler;

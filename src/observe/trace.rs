@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use crate::core::MAX_RAMPS;
 use crate::core::counters::Reason;
-use crate::core::policy::Decision;
+use crate::core::decision::Decision;
 use crate::core::rows::requests::{Request, State};
 use crate::core::scheduler::Scheduler;
 

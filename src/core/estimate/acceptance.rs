@@ -11,7 +11,7 @@
 //! equation 1).
 
 use crate::core::MAX_RAMPS;
-use crate::core::policy::Decision;
+use crate::core::decision::Decision;
 
 /// Verdicts that an estimate remembers.
 const MEMORY: f64 = 600.0;

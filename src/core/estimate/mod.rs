@@ -2,8 +2,10 @@
 
 //! The numbers that are learned as serving goes on: times of windows and of the
 //! host, how often rows exit, how often drafts stand, how many prompt rows come.
+//! Whether a pass over prompts is cut follows from the times.
 
 pub mod acceptance;
+pub mod carrier;
 pub mod cost;
 pub mod exit_rate;
 pub mod host_time;

@@ -3,5 +3,4 @@
 //! The window that runs next, and its rows: held rows that are flushed, ready rows,
 //! and rows that ride along with prompts.
 
-pub mod carrier;
 pub mod planner;

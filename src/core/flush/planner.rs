@@ -8,8 +8,7 @@ use crate::core::config::Config;
 use crate::core::counters::Reason;
 use crate::core::error::Result;
 use crate::core::estimate::cost::CostModel;
-use crate::core::policy::auto::rollout;
-use crate::core::policy::rule::RowRule;
+use crate::core::policy::rule::{self, RowRule};
 use crate::core::rows::buffer::{Buffer, READY, held_queue, stay_queue};
 use crate::core::{MAX_RAMPS, memory};
 
@@ -147,7 +146,7 @@ impl Planner {
             }
         }
         let all = v.buffer.held();
-        match rollout::choose(
+        match rule::choose(
             &held[..=ramps],
             all,
             ready as u32,

@@ -1,61 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The policies: their names, and the choice of the rows that leave at a ramp, as
-//! pure functions of the rows' confidences.
+//! The policies: the choice of the rows that leave at a ramp, as pure functions of
+//! the rows' confidences.
 
 pub mod auto;
 pub mod rule;
 
-use crate::core::names::named;
-
-named! {
-    Policy {
-        Off = c"off",
-        Eager = c"eager",
-        Lazy = c"lazy",
-        Median = c"median",
-        Mean = c"mean",
-        Latency = c"latency",
-        Hold = c"hold",
-        Art = c"art",
-        Auto = c"auto",
-    }
-}
-
-named! {
-    Decision {
-        Exit = c"exit",
-        Hold = c"hold",
-        Stay = c"stay",
-        Gone = c"gone",
-        /// Left before; the row goes along with its request.
-        Pending = c"pending",
-        /// The draft is what the full model says.
-        Accept = c"accept",
-        /// The full model says otherwise, and that is emitted instead.
-        Replace = c"replace",
-        /// Follows a draft that was replaced.
-        Drop = c"drop",
-    }
-}
-
-impl Decision {
-    /// A token is the host's to give to its client, at a ramp where nothing
-    /// is left to verify or at the last layer.
-    pub fn emits(self) -> bool {
-        matches!(self, Decision::Exit | Decision::Accept | Decision::Replace)
-    }
-}
-
-impl Policy {
-    /// The decision on a confident row that may not exit.
-    pub fn otherwise(self) -> Decision {
-        match self {
-            Policy::Hold | Policy::Art | Policy::Auto => Decision::Hold,
-            _ => Decision::Stay,
-        }
-    }
-}
+use crate::core::config::Policy;
+use crate::core::decision::Decision;
 
 /// One row at a ramp; `decide` fills in the last two fields.
 #[derive(Debug, Clone, Copy)]

@@ -1,10 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The rows that a policy waits for before a flush.
+//! The rows that a policy waits for before a flush, and the window that runs
+//! next by them.
 
-use crate::core::config::Config;
-use crate::core::policy::Policy;
-use crate::core::policy::auto::rollout::Rule;
+use crate::core::config::{Config, Policy};
+
+/// A threshold rule. Confident rows always exit, the others are held.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rule {
+    /// Bit r: ramp r is looked at. 0: no early exit.
+    pub ramps: u32,
+    /// theta: rows held at a ramp that make it flush, as a share of
+    /// [`Rule::scale`].
+    pub hold: f32,
+    /// phi: held rows flush when fewer rows than this are ready, as a share
+    /// of the same; at least one row.
+    pub ready: f32,
+}
+
+impl Rule {
+    pub const OFF: Rule = Rule {
+        ramps: 0,
+        hold: 0.0,
+        ready: 0.0,
+    };
+
+    /// Rows that the shares refer to: no more than two batches' worth of rows
+    /// matter, however many requests there are.
+    pub fn scale(requests: usize, batch: usize) -> f32 {
+        requests.min(2 * batch) as f32
+    }
+
+    pub fn hold_rows(&self, scale: f32) -> u32 {
+        ((self.hold * scale).round() as u32).max(1)
+    }
+
+    pub fn ready_rows(&self, scale: f32) -> u32 {
+        ((self.ready * scale).round() as u32).max(1)
+    }
+}
 
 /// A policy's rule, in rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +83,30 @@ impl RowRule {
 /// ceil(0.6 * n), exactly.
 fn six_tenths(n: usize) -> usize {
     (n * 3).div_ceil(5)
+}
+
+/// The window to run next: the deepest that is due, the first one while
+/// enough rows are ready, else the fullest, the deepest among equals.
+/// `held[0]` is not looked at.
+pub fn choose(held: &[u32], all_held: u32, waiting: u32, hold: u32, ready: u32) -> usize {
+    if all_held == 0 {
+        return 0;
+    }
+    for k in (1..held.len()).rev() {
+        if held[k] >= hold {
+            return k;
+        }
+    }
+    if waiting >= ready {
+        return 0;
+    }
+    let mut best = 0;
+    for k in (1..held.len()).rev() {
+        if held[k] > 0 && (best == 0 || held[k] > held[best]) {
+            best = k;
+        }
+    }
+    best
 }
 
 #[cfg(test)]

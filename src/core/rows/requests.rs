@@ -5,10 +5,10 @@
 
 use crate::core::config::Fill;
 use crate::core::counters::TimeIn;
+use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
 use crate::core::estimate::exit_rate::Habit;
 use crate::core::metric::Metric;
-use crate::core::policy::Decision;
 use crate::core::rows::pending::Chain;
 use crate::core::{MAX_RAMPS, NONE, memory};
 

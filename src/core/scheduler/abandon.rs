@@ -5,8 +5,8 @@
 use super::{Origin, Scheduler, Step};
 use crate::core::NONE;
 use crate::core::config::Fill;
+use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
-use crate::core::policy::Decision;
 use crate::core::rows::requests::State;
 
 impl Scheduler {

@@ -4,12 +4,12 @@
 
 use super::{Origin, Scheduler, Step, StepRow};
 use crate::core::NONE;
-use crate::core::config::Fill;
+use crate::core::config::{Fill, Policy};
 use crate::core::counters::TimeIn;
+use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
 use crate::core::estimate::prompts::Transit;
 use crate::core::policy::auto::Load;
-use crate::core::policy::{Decision, Policy};
 use crate::core::rows::requests::State;
 
 impl Scheduler {

@@ -13,6 +13,7 @@ mod verify;
 
 use crate::core::config::{Config, Fill};
 use crate::core::counters::{Counters, Reason};
+use crate::core::decision::Decision;
 use crate::core::error::Result;
 use crate::core::estimate::acceptance::Acceptance;
 use crate::core::estimate::cost::CostModel;
@@ -21,9 +22,9 @@ use crate::core::estimate::host_time::HostTime;
 use crate::core::estimate::prompts::Prompts;
 use crate::core::flush::planner::{Choice, Planner};
 use crate::core::metric::{Metric, Score};
+use crate::core::policy::RampRow;
 use crate::core::policy::auto::Auto;
 use crate::core::policy::rule::RowRule;
-use crate::core::policy::{Decision, RampRow};
 use crate::core::rows::buffer::Buffer;
 use crate::core::rows::pending::Pending;
 use crate::core::rows::requests::{Request, Requests, State};

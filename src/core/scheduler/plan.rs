@@ -4,16 +4,16 @@
 
 use super::{Origin, Scheduler, Step, StepRow};
 use crate::core::NONE;
-use crate::core::config::{Config, Fill};
+use crate::core::config::{Config, Fill, Policy};
 use crate::core::counters::Reason;
+use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
+use crate::core::estimate::carrier::{Riders, Ways};
 use crate::core::estimate::cost::CostModel;
 use crate::core::estimate::prompts::Transit;
-use crate::core::flush::carrier::{Riders, Ways};
 use crate::core::flush::planner::{Carrier, Choice, View};
 use crate::core::metric::Score;
 use crate::core::policy::rule::RowRule;
-use crate::core::policy::{Decision, Policy};
 use crate::core::rows::buffer::Buffer;
 use crate::core::rows::requests::{Request, State};
 

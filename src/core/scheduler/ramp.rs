@@ -4,10 +4,11 @@
 
 use super::{Scheduler, Step, StepRow};
 use crate::core::config::Fill;
+use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
 use crate::core::metric::Score;
 use crate::core::policy;
-use crate::core::policy::{Decision, RampRow};
+use crate::core::policy::RampRow;
 
 impl Scheduler {
     /// The ramp of the planned step, if it is time for its verdicts.

@@ -4,8 +4,8 @@
 
 use super::{Agrees, Scheduler};
 use crate::core::NONE;
+use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
-use crate::core::policy::Decision;
 
 impl Scheduler {
     /// Whether [`Scheduler::verify`] may be called now, with so many rows.

@@ -7,10 +7,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
-use drex::core::config::Fill;
+use drex::core::config::{Fill, Policy};
 use drex::core::estimate::acceptance::Cycle;
 use drex::core::estimate::profile::Profile;
-use drex::core::policy::Policy;
 use serde_json::{Value, json};
 
 use crate::profiles::{CLASSES, Class};

@@ -240,7 +240,7 @@ mod tests {
     use crate::profiles::CLASSES;
     use crate::run::{Contender, Filling, Setup, run};
     use crate::workload::Workload;
-    use drex::core::policy::Policy;
+    use drex::core::config::Policy;
     use drex_svg::page;
 
     #[test]

@@ -5,10 +5,10 @@
 use std::collections::{HashMap, VecDeque};
 
 use anyhow::{Context, Result, bail};
-use drex::core::config::{Config, Fill};
+use drex::core::config::{Config, Fill, Policy};
+use drex::core::decision::Decision;
 use drex::core::estimate::profile::{Profile, Work};
 use drex::core::metric::{Metric, Score};
-use drex::core::policy::{Decision, Policy};
 use drex::core::rows::requests::RequestConfig;
 use drex::core::scheduler::{Agrees, Scheduler, Step, StepRow};
 

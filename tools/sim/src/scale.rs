@@ -5,9 +5,9 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use drex::core::config::{Config, Fill};
+use drex::core::config::{Config, Fill, Policy};
+use drex::core::decision::Decision;
 use drex::core::metric::{Metric, Score};
-use drex::core::policy::{Decision, Policy};
 use drex::core::rows::requests::RequestConfig;
 use drex::core::scheduler::Scheduler;
 

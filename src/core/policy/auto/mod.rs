@@ -17,13 +17,14 @@ pub mod rollout;
 mod search;
 
 use self::losses::Losses;
-use self::rollout::{Rollout, Rule, Scene};
+use self::rollout::{Rollout, Scene};
 use self::search::{Basis, FINALISTS, GRID, READY};
 use crate::core::MAX_RAMPS;
 use crate::core::config::Config;
 use crate::core::estimate::acceptance::Acceptance;
 use crate::core::estimate::cost::CostModel;
 use crate::core::estimate::exit_rate::ExitRates;
+use crate::core::policy::rule::Rule;
 
 /// Tokens, in units of the requests alive, per probe of the ramps.
 const PROBE_RAMPS: u64 = 80;

@@ -5,43 +5,9 @@
 //! [`crate::core::flush::planner`], and runs in tens of nanoseconds a window.
 
 use crate::core::MAX_RAMPS;
+use crate::core::estimate::carrier::{Riders, Ways};
 use crate::core::estimate::exit_rate::HABITS;
-use crate::core::flush::carrier::{Riders, Ways};
-
-/// A threshold rule. Confident rows always exit, the others are held.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rule {
-    /// Bit r: ramp r is looked at. 0: no early exit.
-    pub ramps: u32,
-    /// theta: rows held at a ramp that make it flush, as a share of
-    /// [`Rule::scale`].
-    pub hold: f32,
-    /// phi: held rows flush when fewer rows than this are ready, as a share
-    /// of the same; at least one row.
-    pub ready: f32,
-}
-
-impl Rule {
-    pub const OFF: Rule = Rule {
-        ramps: 0,
-        hold: 0.0,
-        ready: 0.0,
-    };
-
-    /// Rows that the shares refer to: no more than two batches' worth of rows
-    /// matter, however many requests there are.
-    pub fn scale(requests: usize, batch: usize) -> f32 {
-        requests.min(2 * batch) as f32
-    }
-
-    pub fn hold_rows(&self, scale: f32) -> u32 {
-        ((self.hold * scale).round() as u32).max(1)
-    }
-
-    pub fn ready_rows(&self, scale: f32) -> u32 {
-        ((self.ready * scale).round() as u32).max(1)
-    }
-}
+use crate::core::policy::rule::choose;
 
 /// The numbers that a rollout runs on.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -402,30 +368,6 @@ impl Rollout {
             ns: to.1 - from.1 + tokens * scene.prompt_ns,
         }
     }
-}
-
-/// The window to run next: the deepest that is due, the first one while
-/// enough rows are ready, else the fullest, the deepest among equals.
-/// `held[0]` is not looked at.
-pub fn choose(held: &[u32], all_held: u32, waiting: u32, hold: u32, ready: u32) -> usize {
-    if all_held == 0 {
-        return 0;
-    }
-    for k in (1..held.len()).rev() {
-        if held[k] >= hold {
-            return k;
-        }
-    }
-    if waiting >= ready {
-        return 0;
-    }
-    let mut best = 0;
-    for k in (1..held.len()).rev() {
-        if held[k] > 0 && (best == 0 || held[k] > held[best]) {
-            best = k;
-        }
-    }
-    best
 }
 
 #[cfg(test)]

@@ -2,12 +2,13 @@
 
 //! The search for a rule: candidates are played, the best few for longer.
 
-use super::rollout::{Game, Outcome, Rollout, Rule, Scene};
+use super::rollout::{Game, Outcome, Rollout, Scene};
 use super::{Auto, Candidate, Known, Stage};
 use crate::core::MAX_RAMPS;
 use crate::core::estimate::acceptance::{Acceptance, Cycle};
+use crate::core::estimate::carrier::Ways;
 use crate::core::estimate::exit_rate::HABITS;
-use crate::core::flush::carrier::Ways;
+use crate::core::policy::rule::Rule;
 
 /// A probe that loses the share x of its time makes the next ones wait 1 + this · x
 /// times as long.
