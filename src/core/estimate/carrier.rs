@@ -8,6 +8,16 @@
 use crate::core::estimate::cost::CostModel;
 use crate::core::estimate::profile::Profile;
 
+/// A pass that prompt rows need, and that runs unless something is due.
+#[derive(Debug, Clone, Copy)]
+pub struct Carrier {
+    pub prompts: u32,
+    /// Decode rows that would ride along from the start.
+    pub rows: u32,
+    /// Where it would be cut.
+    pub cut: Option<usize>,
+}
+
 /// Time of a window: `ns + per_row * rows + per_prompt * prompts`.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Part {

@@ -7,6 +7,7 @@
 use crate::core::config::Config;
 use crate::core::counters::Reason;
 use crate::core::error::Result;
+use crate::core::estimate::carrier::Carrier;
 use crate::core::estimate::cost::CostModel;
 use crate::core::policy::rule::{self, RowRule};
 use crate::core::rows::buffer::{Buffer, READY, held_queue, stay_queue};
@@ -68,16 +69,6 @@ pub struct View<'a> {
     pub rows_each: f64,
     /// The pass that prompt rows wait for.
     pub carrier: Option<Carrier>,
-}
-
-/// A pass that prompt rows need, and that runs unless something is due.
-#[derive(Debug, Clone, Copy)]
-pub struct Carrier {
-    pub prompts: u32,
-    /// Decode rows that would ride along from the start.
-    pub rows: u32,
-    /// Where it would be cut.
-    pub cut: Option<usize>,
 }
 
 impl View<'_> {
