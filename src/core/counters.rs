@@ -12,7 +12,7 @@ named! {
         /// Ready rows, or prompts, run through the first window.
         None = c"none",
         /// As many rows are held as the rule asks for.
-        Fill = c"fill",
+        Full = c"fill",
         /// A row was held for the longest time that it may be.
         Age = c"age",
         /// A deadline would be missed.

@@ -145,7 +145,7 @@ impl Planner {
             m.ready_rows,
         ) {
             0 => Choice::Ready,
-            k if held[k] >= m.hold_rows => Choice::Flush(k - 1, Reason::Fill),
+            k if held[k] >= m.hold_rows => Choice::Flush(k - 1, Reason::Full),
             k => Choice::Flush(k - 1, Reason::Idle),
         }
     }
