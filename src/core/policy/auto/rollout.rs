@@ -160,14 +160,14 @@ impl Rng {
 }
 
 /// A rule to play: theta and phi in rows, until `tokens` were emitted after `warm`
-/// others, in at most `passes` windows.
+/// others, in `windows` windows at most.
 #[derive(Debug, Clone, Copy)]
 pub struct Game {
     pub hold: u32,
     pub ready: u32,
     pub warm: u32,
     pub tokens: u32,
-    pub passes: u32,
+    pub windows: u32,
     pub seed: u64,
 }
 
@@ -235,7 +235,7 @@ impl Rollout {
 
     pub fn done(&self) -> bool {
         let goal = u64::from(self.game.warm) + u64::from(self.game.tokens);
-        self.now.0 >= goal || self.windows >= self.game.passes
+        self.now.0 >= goal || self.windows >= self.game.windows
     }
 
     /// Plays up to `windows` windows; returns how many it played.
@@ -253,10 +253,10 @@ impl Rollout {
             hold,
             ready,
             warm,
-            passes,
+            windows,
             ..
         } = self.game;
-        if !self.started && (self.now.0 >= u64::from(warm) || self.windows >= passes / 4) {
+        if !self.started && (self.now.0 >= u64::from(warm) || self.windows >= windows / 4) {
             self.started = true;
             self.start = self.now;
         }
@@ -426,7 +426,7 @@ mod tests {
                 ready: 1,
                 warm: 200,
                 tokens,
-                passes: u32::MAX,
+                windows: u32::MAX,
                 seed: 3,
             };
             let mut r = Rollout::new(&scene, game);

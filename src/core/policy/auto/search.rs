@@ -26,7 +26,7 @@ pub(super) const READY: [f32; 4] = [0.0, 0.0625, 0.125, 0.25];
 /// Candidates that are played again for longer.
 pub(super) const FINALISTS: usize = 10;
 /// Windows of one rollout at most.
-const PASSES: u32 = 400;
+const WINDOWS: u32 = 400;
 /// Cost of the beginning of a rollout, or of a step of the search, in windows.
 const STEP_WINDOWS: u32 = 4;
 
@@ -344,7 +344,7 @@ impl Auto {
             ready: rule.ready_rows(scale),
             warm,
             tokens,
-            passes: PASSES,
+            windows: WINDOWS,
             seed: self.seed,
         }
     }
