@@ -31,7 +31,7 @@ pub struct Node {
     /// Plans of any kind made before it was queued.
     pub plans: u64,
     /// Plans over its queue made before it was queued.
-    taken: u64,
+    queue_plans: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -52,7 +52,7 @@ struct Level {
 struct Queue {
     len: u32,
     /// Plans made over this queue.
-    taken: u64,
+    plans: u64,
     /// Highest priority first; none is empty.
     levels: Vec<Level>,
     dues: Heap,
@@ -107,12 +107,12 @@ impl Queues {
             },
             due: Place::NOWHERE,
             plans: 0,
-            taken: 0,
+            queue_plans: 0,
         };
         let queue = |_| {
             Ok(Queue {
                 len: 0,
-                taken: 0,
+                plans: 0,
                 levels: memory::room(LEVELS)?,
                 dues: Heap::EMPTY,
                 with_due: 0,
@@ -140,20 +140,20 @@ impl Queues {
 
     /// Counts a plan over this queue.
     pub fn count_plan(&mut self, q: usize) {
-        self.queues[q].taken += 1;
+        self.queues[q].plans += 1;
     }
 
     /// Takes back what [`Queues::count_plan`] counted last.
     pub fn uncount_plan(&mut self, q: usize) {
-        self.queues[q].taken -= 1;
+        self.queues[q].plans -= 1;
     }
 
     /// Plans over its queue that passed this row by.
     pub fn passed(&self, handle: u32) -> u64 {
         let n = self.node(handle);
-        let taken = self.queues[n.queue as usize].taken;
+        let plans = self.queues[n.queue as usize].plans;
         // A row that came during a step that failed may be ahead.
-        taken.saturating_sub(n.taken)
+        plans.saturating_sub(n.queue_plans)
     }
 
     /// `e.seq` is greater than that of any row before.
@@ -164,7 +164,7 @@ impl Queues {
         node.due_ns = e.due_ns;
         node.priority = e.priority;
         node.plans = e.plans;
-        node.taken = self.queues[q].taken;
+        node.queue_plans = self.queues[q].plans;
         let level = self.queues[q].level(e.priority);
         let before = self.queues[q].levels[level].last;
         self.link(q, level, handle, before);
@@ -310,17 +310,17 @@ impl Queues {
         let Some(list) = queue.levels.first_mut() else {
             return true;
         };
-        let taken = out.len();
+        let before = out.len();
         let mut with_due = 0;
         let mut at = list.first;
-        while out.len() - taken < n && at != NONE && fits(at) {
+        while out.len() - before < n && at != NONE && fits(at) {
             let node = &mut self.nodes.0[at as usize];
             out.push(at);
             node.queue = NONE;
             with_due += u32::from(node.due_ns > 0);
             at = node.link.after;
         }
-        queue.len -= (out.len() - taken) as u32;
+        queue.len -= (out.len() - before) as u32;
         if at == NONE {
             queue.levels.clear();
         } else {
@@ -332,7 +332,7 @@ impl Queues {
             queue.dues = Heap::EMPTY;
         } else if with_due > 0 {
             // The last first: most have nothing below them by then.
-            for &handle in out[taken..].iter().rev() {
+            for &handle in out[before..].iter().rev() {
                 if self.nodes.0[handle as usize].due_ns > 0 {
                     queue.dues.remove(&mut self.nodes, handle);
                 }
