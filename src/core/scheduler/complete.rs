@@ -37,7 +37,9 @@ impl Scheduler {
     pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
         let step = self.expect_complete()?;
         self.tick(now_ns);
-        self.count_step(&step, duration_ns, cells);
+        self.count_step(&step, duration_ns);
+        self.learn_step(&step, duration_ns, cells);
+        self.pass_prompts_on(&step);
         for k in 0..self.rows.len() {
             let row = self.rows[k];
             self.count_wait(row, step.now_ns);
@@ -67,32 +69,40 @@ impl Scheduler {
         Ok(())
     }
 
-    fn count_step(&mut self, step: &Step, duration_ns: u64, cells: u64) {
+    fn count_step(&mut self, step: &Step, duration_ns: u64) {
+        let c = &mut self.counters;
         // 0 is "unknown", and no short window.
         if duration_ns > 0 {
-            self.counters.window(duration_ns);
+            c.window(duration_ns);
         }
-        let n = self.rows.len() as u32;
+        c.steps += 1;
+        c.step_rows += self.rows.len() as u64;
+        c.prompt_steps += u64::from(step.prompt_rows > 0);
+        c.prompt_rows += u64::from(step.prompt_rows);
+        c.flushes[step.reason as usize] += 1;
+    }
+
+    /// Learns what the window took, and how many prompt rows come.
+    fn learn_step(&mut self, step: &Step, duration_ns: u64, cells: u64) {
         self.cost.observe(
             step.layer_begin,
             step.layer_end,
-            n,
+            self.rows.len() as u32,
             cells,
             step.prompt_rows,
             duration_ns,
         );
-        if step.prompt_rows > 0 {
-            let rows = step.prompt_rows;
-            self.counters.prompt_steps += 1;
-            self.counters.prompt_rows += u64::from(rows);
-            self.prompts.transit = step.ramp.map(|ramp| Transit { ramp, rows });
-            if step.layer_begin == 0 {
-                self.prompts.ran(rows);
-            }
+        if step.prompt_rows > 0 && step.layer_begin == 0 {
+            self.prompts.ran(step.prompt_rows);
         }
-        self.counters.steps += 1;
-        self.counters.step_rows += u64::from(n);
-        self.counters.flushes[step.reason as usize] += 1;
+    }
+
+    /// Prompt rows that ran to a ramp are on their way to the next window.
+    fn pass_prompts_on(&mut self, step: &Step) {
+        let rows = step.prompt_rows;
+        if rows > 0 {
+            self.prompts.transit = step.ramp.map(|ramp| Transit { ramp, rows });
+        }
     }
 
     fn tell_auto(&mut self, tokens: u64, duration_ns: u64) {

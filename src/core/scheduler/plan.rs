@@ -15,6 +15,7 @@ use crate::core::flush::planner::{Choice, View};
 use crate::core::metric::Score;
 use crate::core::policy::rule::RowRule;
 use crate::core::rows::buffer::Buffer;
+use crate::core::rows::pending::Pending;
 use crate::core::rows::requests::{Request, State};
 
 /// The terms of a plan.
@@ -206,16 +207,12 @@ impl Scheduler {
         let after = choice.ramp();
         let first = after.map_or(0, |r| r + 1);
         let (requests, pending, mut left) = (&self.requests, &self.pending, terms.room);
-        let along = |r: &Request| match after {
-            Some(ramp) if pending.total() > 0 => pending.at(&r.pending, ramp),
-            _ => 0,
-        };
         let mut fits = |request: u32| {
             let rows = match pending.total() {
                 0 => 1,
                 _ => {
                     let r = requests.get(request);
-                    along(r) + u32::from(!r.settling)
+                    along(pending, r, after) + u32::from(!r.settling)
                 }
             };
             match left.checked_sub(rows as usize) {
@@ -246,35 +243,11 @@ impl Scheduler {
             r.slot = slot;
             r.in_step = self.rows.len() as u32;
             taken.may_exit |= if r.settling { 0 } else { r.may_exit };
-            let row = StepRow {
-                request,
-                id: r.id,
-                slot,
-                back: 0,
-                fill: r.fill,
-                gone: false,
-                decision: Decision::Stay,
-                forced: false,
-                score: Score::NONE,
-                since_ns,
-                origin,
-            };
+            let row = own_row(request, r, since_ns, origin);
             if pending.total() > 0 && !r.pending.is_empty() {
-                let chain = r.pending;
-                let stop = pending.stop(&chain, first);
+                let stop = pending.stop(&r.pending, first);
                 taken.barrier = [taken.barrier, stop].into_iter().flatten().min();
-                let older = pending.iter(&chain).enumerate();
-                for (k, slot) in older.skip((chain.len() - along(r)) as usize) {
-                    let back = chain.len() - k as u32;
-                    let last = r.settling && back == 1;
-                    self.rows.push(StepRow {
-                        slot,
-                        back,
-                        decision: Decision::Pending,
-                        origin: if last { origin } else { Origin::Pending },
-                        ..row
-                    });
-                }
+                push_pending(&mut self.rows, pending, r, after, row);
             }
             if !r.settling {
                 self.rows.push(row);
@@ -403,6 +376,55 @@ impl Scheduler {
         });
         let room = all - rows.max(behind).min(all);
         room.max(least_prompts(all, u32::MAX)).min(all - rows) as u32
+    }
+}
+
+/// Pending rows of a request that go along in a window from where its rows wait:
+/// at the ramp `after`, or at layer 0.
+fn along(pending: &Pending, r: &Request, after: Option<usize>) -> u32 {
+    match after {
+        Some(ramp) if pending.total() > 0 => pending.at(&r.pending, ramp),
+        _ => 0,
+    }
+}
+
+/// A request's own row, as a step starts with it.
+fn own_row(request: u32, r: &Request, since_ns: u64, origin: Origin) -> StepRow {
+    StepRow {
+        request,
+        id: r.id,
+        slot: r.slot,
+        back: 0,
+        fill: r.fill,
+        gone: false,
+        decision: Decision::Stay,
+        forced: false,
+        score: Score::NONE,
+        since_ns,
+        origin,
+    }
+}
+
+/// Adds the pending rows that go along with a request's own `row`, the oldest first.
+fn push_pending(
+    rows: &mut Vec<StepRow>,
+    pending: &Pending,
+    r: &Request,
+    after: Option<usize>,
+    row: StepRow,
+) {
+    let n = r.pending.len();
+    let all = pending.iter(&r.pending).enumerate();
+    for (k, slot) in all.skip((n - along(pending, r, after)) as usize) {
+        let back = n - k as u32;
+        let last = r.settling && back == 1;
+        rows.push(StepRow {
+            slot,
+            back,
+            decision: Decision::Pending,
+            origin: if last { row.origin } else { Origin::Pending },
+            ..row
+        });
     }
 }
 
