@@ -342,37 +342,53 @@ impl CostModel {
     /// is often slow once, and one time that is far off says little. Many in a row
     /// say that the machine has changed.
     fn weigh(&mut self, ns: f64, expected: f64, first: bool, new: bool) -> (f64, f64) {
-        let mut y = ns / self.unit;
-        let mut weight = 1.0;
+        let y = ns / self.unit;
         if first && (self.observed == 0 || y > expected * FIRST_SLOWER) && !new {
-            weight = FIRST_WEIGHT;
-        } else if !new && self.observed >= 4 && expected > 0.0 {
-            let r = y / expected - 1.0;
-            let size = (HUBER * self.spread).clamp(0.03, 0.2);
-            if r.abs() > size {
-                weight = size / r.abs();
-                if (self.run < 0) != (r < 0.0) {
-                    (self.run, self.run_log) = (0, 0.0);
-                }
-                self.run += r.signum() as i32;
-                self.run_log += (y / expected).ln();
-                y = y.clamp(expected / 4.0, expected * 4.0);
-            } else {
-                (self.run, self.run_log) = (0, 0.0);
-            }
-            self.spread += (r.abs().min(size) - self.spread) * 0.03;
-            if self.run.unsigned_abs() >= CHANGE_AFTER {
-                // The machine has changed. Most likely all of it: what was
-                // learned holds on a new scale, but counts less from here on.
-                let scale = (self.run_log / f64::from(self.run.unsigned_abs())).exp();
-                self.unit *= scale;
-                y = ns / self.unit;
-                self.fade(0.1);
-                (self.run, self.run_log) = (0, 0.0);
-                weight = 1.0;
-            }
+            return (y, FIRST_WEIGHT);
         }
-        (y, weight)
+        let judged = !new && self.observed >= 4 && expected > 0.0;
+        if !judged {
+            return (y, 1.0);
+        }
+        let ratio = y / expected;
+        let off = (ratio - 1.0).abs();
+        let size = (HUBER * self.spread).clamp(0.03, 0.2);
+        self.spread += (off.min(size) - self.spread) * 0.03;
+        if off > size {
+            self.surprise(ratio);
+        } else {
+            self.end_run();
+            return (y, 1.0);
+        }
+        if self.run.unsigned_abs() >= CHANGE_AFTER {
+            self.rescale();
+            return (ns / self.unit, 1.0);
+        }
+        (y.clamp(expected / 4.0, expected * 4.0), size / off)
+    }
+
+    /// Counts a time that is far off, and `ratio` times the expected one, into the
+    /// run of those that are off in the same direction.
+    fn surprise(&mut self, ratio: f64) {
+        let r = ratio - 1.0;
+        if (self.run < 0) != (r < 0.0) {
+            self.end_run();
+        }
+        self.run += r.signum() as i32;
+        self.run_log += ratio.ln();
+    }
+
+    fn end_run(&mut self) {
+        (self.run, self.run_log) = (0, 0.0);
+    }
+
+    /// The machine has changed. Most likely all of it: what was learned holds on the
+    /// scale of the run, but counts less from here on.
+    fn rescale(&mut self) {
+        let scale = (self.run_log / f64::from(self.run.unsigned_abs())).exp();
+        self.unit *= scale;
+        self.fade(0.1);
+        self.end_run();
     }
 
     /// Adds the window whose features are in `x` to the sums of the regression.
