@@ -233,51 +233,72 @@ impl Auto {
         if allowed != 0 {
             self.allowed = allowed;
         }
-        let load = self.load;
         self.steps += 1;
-        let span = u64::from(load.requests.clamp(1, 2 * self.batch));
-        let probes = matches!(self.phase, Phase::Start(1 | 3) | Phase::Probe(_));
-        let ns = ns as f64 + load.gap_ns;
-        self.losses.step(ns, tokens as f64, probes);
+        self.spend(tokens, ns);
+        if self.left == 0 {
+            self.phase = self.next_phase(known);
+        }
+        let idle = none || self.stage != Stage::Idle || !known.cost.known();
+        if self.phase == Phase::Run && !idle && self.search_is_due(known) {
+            self.begin(known);
+        }
+    }
+
+    /// Takes a step's tokens and time off the phase and the waits for probes.
+    fn spend(&mut self, tokens: u64, ns: u64) {
+        let ns = ns as f64 + self.load.gap_ns;
+        self.losses.step(ns, tokens as f64, self.probes());
         self.until_ramps = self.until_ramps.saturating_sub(tokens);
         self.until_off = self.until_off.saturating_sub(tokens);
         self.left = self.left.saturating_sub(tokens);
-        if self.left == 0 {
-            let ramps = self.rule().ramps != 0;
-            if probes {
-                self.losses.end(ramps, load.done);
-            }
-            let pass = u64::from(load.requests.clamp(1, self.batch)) as f64;
-            let profile = known.cost.profile();
-            let cells = pass * known.cost.cells_per_row();
-            let pass_ns = profile.time(0, profile.segments.len(), pass, cells);
-            let dear = !self.losses.allow(true, pass_ns);
-            self.phase = match self.phase {
-                // Where the first windows with ramps cost too much, more wait.
-                Phase::Start(k) if k < 2 || k == 2 && !dear => {
-                    self.left = span.min(u64::from(self.batch));
-                    self.losses.begin(load.done);
-                    Phase::Start(k + 1)
-                }
-                Phase::Start(_) => {
-                    self.until_ramps = self.distance * span;
-                    self.until_off = PROBE_OFF / PROBE_RAMPS * self.distance * span;
-                    self.begin(known);
-                    Phase::Run
-                }
-                Phase::Probe(_) => Phase::Run,
-                Phase::Run => self.probe(span, pass_ns),
-            };
+    }
+
+    /// What the present phase loses is counted as a probe's.
+    fn probes(&self) -> bool {
+        matches!(self.phase, Phase::Start(1 | 3) | Phase::Probe(_))
+    }
+
+    /// Ends the present phase; returns the one that follows.
+    fn next_phase(&mut self, known: Known) -> Phase {
+        let load = self.load;
+        if self.probes() {
+            self.losses.end(self.rule().ramps != 0, load.done);
         }
-        let idle = none || self.stage != Stage::Idle || !known.cost.known();
-        if self.phase == Phase::Run && !idle {
-            let late = self.steps >= SEARCH_AFTER;
-            // Soon after the start every step tells a lot.
-            let early = self.searches < 12 && self.steps >= 4 << (self.searches / 3);
-            if late || early || self.moved(known) {
+        let span = u64::from(load.requests.clamp(1, 2 * self.batch));
+        let pass_ns = self.pass_ns(known.cost);
+        let dear = !self.losses.allow(true, pass_ns);
+        match self.phase {
+            // Where the first windows with ramps cost too much, more wait.
+            Phase::Start(k) if k < 2 || k == 2 && !dear => {
+                self.left = span.min(u64::from(self.batch));
+                self.losses.begin(load.done);
+                Phase::Start(k + 1)
+            }
+            Phase::Start(_) => {
+                self.until_ramps = self.distance * span;
+                self.until_off = PROBE_OFF / PROBE_RAMPS * self.distance * span;
                 self.begin(known);
+                Phase::Run
             }
+            Phase::Probe(_) => Phase::Run,
+            Phase::Run => self.probe(span, pass_ns),
         }
+    }
+
+    /// Time of a full pass over as many requests as are alive and fit.
+    fn pass_ns(&self, cost: &CostModel) -> f64 {
+        let rows = f64::from(self.load.requests.clamp(1, self.batch));
+        let profile = cost.profile();
+        let cells = rows * cost.cells_per_row();
+        profile.time(0, profile.segments.len(), rows, cells)
+    }
+
+    /// The last search is long ago, or what it ran on has moved.
+    fn search_is_due(&self, known: Known) -> bool {
+        let late = self.steps >= SEARCH_AFTER;
+        // Soon after the start every step tells a lot.
+        let early = self.searches < 12 && self.steps >= 4 << (self.searches / 3);
+        late || early || self.moved(known)
     }
 
     fn probe(&mut self, span: u64, pass_ns: f64) -> Phase {
