@@ -250,7 +250,8 @@ impl Engine {
     ) -> Result<()> {
         let _range = self.watch.range(Name::Ramp);
         // SAFETY: by this function's contract.
-        unsafe { self.list_rows(cells)? };
+        unsafe { self.list_cells(cells)? };
+        self.list_metrics();
         self.check_top(logits)?;
         // SAFETY: by this function's contract.
         unsafe {
@@ -267,45 +268,51 @@ impl Engine {
         Ok(())
     }
 
-    /// Lists what is asked of each row of the ramp. A function of its own, so that
-    /// what comes after does not take registers from its loop.
+    /// Lists the cell of each row of the ramp, where K/V is bound. A function of its
+    /// own, as [`Engine::list_metrics`] is.
     ///
     /// # Safety
     /// As [`Engine::ramp`].
     #[inline(never)]
-    unsafe fn list_rows(&mut self, cells: *const u32) -> Result<()> {
-        let rows = self.scheduler.step_rows();
+    unsafe fn list_cells(&mut self, cells: *const u32) -> Result<()> {
         self.cells.clear();
-        if let Some(kv) = &self.kv {
-            if cells.is_null() {
-                return Err(Error::CallOrder(
-                    "cells is NULL, but K/V is bound; expected one cell per row",
-                ));
-            }
-            for (i, row) in rows.iter().enumerate() {
-                // SAFETY: by this function's contract.
-                let cell = unsafe { cells.add(i).read_unaligned() };
-                if !row.gone && cell >= kv.n_cells() {
-                    return Err(Error::Conflict {
-                        field: "cells",
-                        index: Some(i),
-                        value: cell.into(),
-                        other: "n_cells of the bound K/V",
-                        other_value: kv.n_cells().into(),
-                        why: "a cell lies within every layer",
-                    });
-                }
-                self.cells.push(cell);
-            }
+        let Some(kv) = &self.kv else {
+            return Ok(());
+        };
+        if cells.is_null() {
+            return Err(Error::CallOrder(
+                "cells is NULL, but K/V is bound; expected one cell per row",
+            ));
         }
+        for (i, row) in self.scheduler.step_rows().iter().enumerate() {
+            // SAFETY: by this function's contract.
+            let cell = unsafe { cells.add(i).read_unaligned() };
+            if !row.gone && cell >= kv.n_cells() {
+                return Err(Error::Conflict {
+                    field: "cells",
+                    index: Some(i),
+                    value: cell.into(),
+                    other: "n_cells of the bound K/V",
+                    other_value: kv.n_cells().into(),
+                    why: "a cell lies within every layer",
+                });
+            }
+            self.cells.push(cell);
+        }
+        Ok(())
+    }
+
+    /// Lists what is asked of each row of the ramp. A function of its own, so that
+    /// what comes after does not take registers from its loop.
+    #[inline(never)]
+    fn list_metrics(&mut self) {
         self.metrics.clear();
         self.scores.clear();
-        for row in rows {
+        for row in self.scheduler.step_rows() {
             let metric = (!row.gone && row.back == 0).then(|| self.scheduler.metric_of(row));
             self.metrics.push(metric);
             self.scores.push(Score::NONE);
         }
-        Ok(())
     }
 
     #[cold]
