@@ -5,10 +5,11 @@
 
 use std::time::{Duration, Instant};
 
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use drex::core::config::{Config, Fill, Policy};
 use drex::core::decision::Decision;
 use drex::core::metric::{Metric, Score};
+use drex::core::policy::auto::{Auto, Known, Load};
 use drex::core::rows::requests::RequestConfig;
 use drex::core::scheduler::Scheduler;
 
@@ -144,6 +145,21 @@ fn steps(c: &mut Criterion) {
     group.finish();
 }
 
+/// Policy `auto` at the start of a search, with what the engine knows.
+fn searching(engine: &Scheduler, known: Known) -> Auto {
+    let config = engine.config();
+    let load = Load {
+        requests: config.max_requests,
+        ..Load::default()
+    };
+    let ramps = (1 << config.n_ramps()) - 1;
+    let mut auto = Auto::new(config);
+    while !auto.searching() {
+        auto.step(config.max_batch.into(), STEP_NS, load, ramps, known);
+    }
+    auto
+}
+
 fn replan(c: &mut Criterion) {
     let mut group = c.benchmark_group("core");
     for (requests, batch, ramps) in [
@@ -157,8 +173,16 @@ fn replan(c: &mut Criterion) {
         group.bench_function(format!("replan_{requests}_requests_{ramps}_ramps"), |b| {
             let mut e = engine(Policy::Auto, requests, batch, ramps, false);
             serve(&mut e, requests.min(batch) as usize, 50);
-            e.replan(0);
-            b.iter(|| e.search_anew());
+            let known = Known {
+                cost: e.cost(),
+                exit_rates: e.exit_rates(),
+                acceptance: e.acceptance(),
+            };
+            b.iter_batched(
+                || searching(&e, known),
+                |mut auto| auto.work(u32::MAX, known),
+                BatchSize::SmallInput,
+            );
         });
     }
     group.finish();

@@ -75,14 +75,6 @@ impl Scheduler {
         !auto.searching()
     }
 
-    /// A whole search for a rule from what is known now.
-    pub fn search_anew(&mut self) {
-        let (auto, known) = self.auto_and_known();
-        auto.begin(known);
-        let (auto, known) = self.auto_and_known();
-        auto.work(u32::MAX, known);
-    }
-
     /// Starts from times learned before.
     pub fn load_profile(&mut self, p: &Profile) -> Result<()> {
         p.validate()?;

@@ -81,7 +81,7 @@ impl Auto {
     }
 
     /// Starts a search; one that was under way starts anew.
-    pub fn begin(&mut self, known: Known) {
+    pub(super) fn begin(&mut self, known: Known) {
         self.basis = Some(self.basis(known));
         self.steps = 0;
         self.searches += 1;
