@@ -333,7 +333,8 @@
  *   arrays  of such structs: the size of the first element is the distance from
  *           one to the next.
  *
- * drex_row, drex_verdict, drex_top and drex_page_copy have no size and never grow.
+ * drex_row, drex_verdict, drex_calibration, drex_top and drex_page_copy have no
+ * size and never grow.
  *
  * A program may compare drex_abi_version() with DREX_ABI_VERSION at its start;
  * drex_create() does so by itself.
@@ -486,7 +487,8 @@
 
 /* dtype F32. data, row_stride_bytes, n_rows and n_vocab must be set. */
 #define DREX_LOGITS_INITIALIZER                                              \
-  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL, 0, 0, NULL, NULL }
+  { sizeof(drex_logits), DREX_DTYPE_F32, NULL, 0, 0, 0, NULL, 0, 0, NULL,     \
+    NULL, NULL, NULL }
 
 #define DREX_ARENA_INITIALIZER                                               \
   { sizeof(drex_arena), 0, NULL, NULL, 0, 0, 0, NULL }
@@ -1164,6 +1166,19 @@ typedef uint32_t drex_dtype;
 // Since 0.2.
 typedef uint32_t (*drex_confirm_callback)(void *user_data, uint32_t row, int32_t token);
 
+// Turns a confidence c into a chance: 1 / (1 + exp(-x)), where
+// x = scale ln(c / (1 - c)) + shift. Where it is fitted to how often tokens of
+// such a confidence were the full model's, 0.9 means that nine of ten are.
+// Since 0.2.
+typedef struct drex_calibration {
+  // Finite, above 0.
+  // Since 0.2.
+  float scale;
+  // Finite.
+  // Since 0.2.
+  float shift;
+} drex_calibration;
+
 // The logits at a ramp.
 typedef struct drex_logits {
   // sizeof(drex_logits)
@@ -1197,6 +1212,18 @@ typedef struct drex_logits {
   // Handed to it; may be NULL.
   // Since 0.2.
   void *confirm_data;
+  // [n_vocab] the token of each logit, for a head over some of the tokens.
+  // NULL: logit i is that of token i. Host memory, on a CUDA device too.
+  // Verdicts, confirm and drex_top_get() name these tokens, so the array
+  // must stay as it is until the step ends. A row whose greatest logit has a
+  // negative token has no confidence.
+  // Since 0.2.
+  const int32_t *token_ids;
+  // [3] one for each DREX_METRIC_*, in their order: turns this ramp's
+  // confidences into chances before they meet their thresholds. NULL: they
+  // stay as they are.
+  // Since 0.2.
+  const drex_calibration *calibration;
 } drex_logits;
 
 // The decision on a row at a ramp, or by drex_verify(): DREX_DECISION_*.
@@ -1223,8 +1250,9 @@ typedef uint32_t drex_decision;
 typedef struct drex_verdict {
   // EXIT, HOLD, STAY, GONE or PENDING.
   drex_decision decision;
-  // The greatest logit's index, the lowest on a tie; -1 where confidence
-  // is NaN. For greedy hosts; others sample the row themselves.
+  // The greatest logit's index, the lowest on a tie, or its token by
+  // drex_logits.token_ids; -1 where confidence is NaN. For greedy hosts;
+  // others sample the row themselves.
   int32_t token;
   // In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for GONE
   // and PENDING. -Inf beside other logits is a mask, and fine.
@@ -1284,7 +1312,8 @@ const char *drex_decision_name(drex_decision decision);
 typedef struct drex_top {
   // As it is, before any softmax.
   float logit;
-  // Its index; -1 where the row has no more logits that are numbers.
+  // Its index, or its token by drex_logits.token_ids; -1 where the row has
+  // no more logits that are numbers.
   int32_t token;
 } drex_top;
 

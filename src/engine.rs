@@ -13,7 +13,7 @@ use crate::core::scheduler::{Scheduler, Step, StepRow};
 use crate::device::cuda::Cuda;
 use crate::device::host::Host;
 use crate::device::kv::{Kv, Layer};
-use crate::device::{Arena, Device, Hole, Limits, Logits, Top};
+use crate::device::{Arena, Device, Hole, Limits, Logits, Top, token_of};
 use crate::observe::Watch;
 use crate::observe::nvtx::Name;
 
@@ -30,6 +30,7 @@ pub struct Engine {
     limits: Limits,
     /// Logits listed for each row of the last ramp; 0: none.
     n_top: usize,
+    tokens: Tokens,
     device: Box<dyn Device>,
     kv: Option<Kv>,
     metrics: Vec<Option<Metric>>,
@@ -39,6 +40,13 @@ pub struct Engine {
     holes: Vec<Hole>,
     filled: bool,
 }
+
+/// The tokens that the last ramp's logits are of; null: logit i is of token i.
+struct Tokens(*const i32);
+
+// SAFETY: the array is the host's, which lets one thread at a time into an
+// engine.
+unsafe impl Send for Tokens {}
 
 /// The starter of the device's work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +82,7 @@ impl Engine {
             limits,
             watch: Watch::new(),
             n_top: 0,
+            tokens: Tokens(std::ptr::null()),
             device,
             kv: None,
             metrics: memory::room(batch)?,
@@ -200,6 +209,10 @@ impl Engine {
             self.n_top.min(out.len())
         };
         self.device.top(row, self.n_top, &mut out[..n]);
+        for t in &mut out[..n] {
+            // SAFETY: the host leaves the array as it is until the step ends.
+            t.token = unsafe { token_of(self.tokens.0, t.token) };
+        }
         Ok(n)
     }
 
@@ -256,7 +269,9 @@ impl Engine {
         // SAFETY: by this function's contract.
         unsafe {
             self.device.score(logits, &self.metrics, &mut self.scores)?;
+            logits.finish(&self.metrics, &mut self.scores);
         }
+        self.tokens = Tokens(logits.token_ids);
         if let Some(confirm) = confirm {
             self.scheduler.confirm(&mut self.scores, confirm)?;
         }

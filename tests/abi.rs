@@ -740,6 +740,80 @@ fn logits_that_do_not_fit() {
     e.complete(0, 0).unwrap();
 }
 
+/// A head over three tokens, the last of which stands for all that it has not.
+#[test]
+fn tokens_and_chances_of_a_head_over_some_tokens() {
+    let ids = [40, 7, -1];
+    let calibration = [
+        drex_calibration {
+            scale: 1.0,
+            shift: 0.0,
+        },
+        drex_calibration {
+            scale: 0.5,
+            shift: 0.0,
+        },
+        drex_calibration {
+            scale: 1.0,
+            shift: 0.0,
+        },
+    ];
+    let mut c = config(&[4, 8], 2, 2, DREX_POLICY_LATENCY);
+    c.metric = DREX_METRIC_MAXPROB;
+    c.threshold = 0.7;
+    c.n_top = 3;
+    let e = Engine::new(&c);
+    for id in 0..2 {
+        e.add(id).unwrap();
+        e.ready(id, 0).unwrap();
+    }
+    e.plan(0, 2).unwrap();
+    // Probabilities 0.8, 0.1, 0.1 with the best at token 7, and at none.
+    let rows = [[0.1f32, 0.8, 0.1], [0.1, 0.1, 0.8]].map(|r| r.map(f32::ln));
+    let mut l = sized!(drex_logits);
+    l.data = rows.as_ptr().cast();
+    l.row_stride_bytes = 12;
+    l.n_rows = 2;
+    l.n_vocab = 3;
+    l.n_top = 2;
+    l.token_ids = ids.as_ptr();
+    l.calibration = calibration.as_ptr();
+    let mut verdicts = [drex_verdict {
+        decision: 9,
+        token: 9,
+        confidence: 9.0,
+        forced: 9,
+    }; 2];
+    let mut bad = calibration;
+    bad[2].scale = -1.0;
+    l.calibration = bad.as_ptr();
+    // SAFETY: valid pointers.
+    let refused = ok(unsafe { drex_ramp(e.raw, &l, null(), verdicts.as_mut_ptr(), 2) });
+    fails(
+        refused,
+        DREX_ERROR_INVALID_ARGUMENT,
+        "logits.calibration[2].scale is -1",
+    );
+    l.calibration = calibration.as_ptr();
+    // SAFETY: valid pointers.
+    ok(unsafe { drex_ramp(e.raw, &l, null(), verdicts.as_mut_ptr(), 2) }).unwrap();
+    // Odds of 4, and half of their logarithm: odds of 2, which is below the threshold.
+    assert_eq!(verdicts[0].token, 7);
+    assert!((verdicts[0].confidence - 2.0 / 3.0).abs() < 1e-6);
+    assert_eq!(verdicts[0].decision, DREX_DECISION_STAY);
+    assert_eq!(verdicts[1].token, -1);
+    assert!(verdicts[1].confidence.is_nan());
+    let mut top = [drex_top {
+        logit: 0.0,
+        token: 9,
+    }; 2];
+    let mut n = 0;
+    // SAFETY: valid pointers.
+    ok(unsafe { drex_top_get(e.raw, 0, top.as_mut_ptr(), 2, &mut n) }).unwrap();
+    assert_eq!(top.map(|t| t.token), [7, 40]);
+    e.complete(0, 0).unwrap();
+}
+
 #[test]
 fn observations_and_completions_that_do_not_fit() {
     let e = engine();

@@ -180,6 +180,8 @@ proptest! {
                 stream: std::ptr::null_mut(),
         n_top: 0,
         enqueued: false,
+        token_ids: std::ptr::null(),
+        calibration: None,
             };
             let metrics: Vec<_> = (0..count).map(|i| Some(METRICS[i % 3])).collect();
             let mut out = vec![Score::NONE; count];
@@ -212,6 +214,8 @@ fn rows_left_out_are_not_read() {
         stream: std::ptr::null_mut(),
         n_top: 0,
         enqueued: false,
+        token_ids: std::ptr::null(),
+        calibration: None,
     };
     let mut out = [Score::NONE; 3];
     // SAFETY: no row is scored.

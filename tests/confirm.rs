@@ -38,7 +38,9 @@ fn row(best: usize, margin: f32) -> [f32; 8] {
 
 #[test]
 fn a_refused_token_does_not_exit_and_its_neighbours_do() {
-    for threshold in [0.0, 0.5] {
+    // Heads whose logit i is that of token `first + i`.
+    for (threshold, first) in [(0.0, 0), (0.5, 0), (0.5, 100)] {
+        let ids: Vec<i32> = (first..first + 8).collect();
         let mut config = config(&[1], 4, 4, DREX_POLICY_HOLD);
         config.metric = DREX_METRIC_MAXPROB;
         config.threshold = threshold;
@@ -51,12 +53,15 @@ fn a_refused_token_does_not_exit_and_its_neighbours_do() {
         let data = [row(3, 9.0), row(5, 9.0), row(3, 0.1)];
         let asked = Asked {
             engine: e.raw,
-            refuses: 3,
+            refuses: first + 3,
             rows: RefCell::default(),
         };
         let mut logits = sized!(drex_logits);
         logits.data = data.as_ptr().cast();
         (logits.n_rows, logits.n_vocab, logits.row_stride_bytes) = (3, 8, 32);
+        if first > 0 {
+            logits.token_ids = ids.as_ptr();
+        }
         logits.confirm = Some(ask);
         logits.confirm_data = (&raw const asked).cast_mut().cast();
         let mut verdicts = [const { MaybeUninit::<drex_verdict>::uninit() }; 3];
@@ -69,13 +74,13 @@ fn a_refused_token_does_not_exit_and_its_neighbours_do() {
             decisions,
             [DREX_DECISION_HOLD, DREX_DECISION_EXIT, DREX_DECISION_HOLD]
         );
-        assert_eq!(verdicts.map(|v| v.token), [3, 5, 3]);
+        assert_eq!(verdicts.map(|v| v.token - first), [3, 5, 3]);
         assert!(verdicts[0].confidence < threshold && verdicts[0].confidence > threshold - 1e-6);
         // Rows that are not confident are not asked about.
         let sure: &[(u32, i32)] = if threshold > 0.0 {
-            &[(0, 3), (1, 5)]
+            &[(0, first + 3), (1, first + 5)]
         } else {
-            &[(0, 3), (1, 5), (2, 3)]
+            &[(0, first + 3), (1, first + 5), (2, first + 3)]
         };
         assert_eq!(*asked.rows.borrow(), sure);
         let stats = e.stats();

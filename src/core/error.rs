@@ -188,7 +188,7 @@ pub struct Name(pub &'static str, pub Option<usize>);
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.1, self.0.split_once('.')) {
+        match (self.1, self.0.rsplit_once('.')) {
             (Some(i), Some((array, field))) => write!(f, "{array}[{i}].{field}"),
             (Some(i), None) => write!(f, "{}[{i}]", self.0),
             (None, _) => f.write_str(self.0),

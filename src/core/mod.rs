@@ -16,6 +16,7 @@
 //! | [`pages`], [`sampling`] | two services that need no scheduler: paged K/V, speculative sampling |
 //! | [`names`], [`memory`] | helpers |
 
+pub mod calibration;
 pub mod config;
 pub mod counters;
 pub mod decision;

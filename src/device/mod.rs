@@ -4,6 +4,7 @@
 
 use std::ffi::c_void;
 
+use crate::core::calibration::Calibration;
 use crate::core::error::Result;
 use crate::core::metric::{Metric, Score};
 
@@ -43,6 +44,45 @@ pub struct Logits {
     pub n_top: usize,
     /// The device was told of them before, see [`Device::enqueue`].
     pub enqueued: bool,
+    /// `n_vocab` tokens that the logits are of; null: logit i is of token i.
+    pub token_ids: *const i32,
+    /// Turns the ramp's confidences into chances.
+    pub calibration: Option<Calibration>,
+}
+
+/// The token of logit `i`; -1 stays -1.
+///
+/// # Safety
+/// `ids` is null, or has an entry `i` that may be read.
+pub unsafe fn token_of(ids: *const i32, i: i32) -> i32 {
+    match usize::try_from(i) {
+        // SAFETY: by this function's contract.
+        Ok(at) if !ids.is_null() => unsafe { ids.add(at).read_unaligned() },
+        _ => i,
+    }
+}
+
+impl Logits {
+    /// Turns what a device scored into tokens and chances.
+    ///
+    /// # Safety
+    /// `token_ids` is null, or has `n_vocab` entries that may be read.
+    pub unsafe fn finish(&self, metrics: &[Option<Metric>], scores: &mut [Score]) {
+        if self.token_ids.is_null() && self.calibration.is_none() {
+            return;
+        }
+        for (metric, score) in metrics.iter().zip(scores) {
+            let Some(metric) = *metric else { continue };
+            // SAFETY: by this function's contract.
+            score.token = unsafe { token_of(self.token_ids, score.token) };
+            if let Some(calibration) = &self.calibration {
+                score.confidence = calibration.apply(metric, score.confidence);
+            }
+            if score.token < 0 {
+                *score = Score::NONE;
+            }
+        }
+    }
 }
 
 /// The sizes that a device's scratch memory is made for.

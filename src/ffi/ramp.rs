@@ -12,6 +12,7 @@ use super::entry::{self, with};
 use super::fault::Fault;
 use super::names::name;
 use super::status::drex_status;
+use crate::core::calibration::{Calibration, Platt};
 use crate::core::decision::Decision;
 use crate::core::error::Error;
 use crate::device::{Dtype, Logits, MAX_TOP, Top};
@@ -36,6 +37,21 @@ pub const DREX_DTYPE_BF16: drex_dtype = 2;
 /// Since 0.2.
 pub type drex_confirm_callback =
     Option<unsafe extern "C" fn(user_data: *mut c_void, row: u32, token: i32) -> u32>;
+
+/// Turns a confidence c into a chance: 1 / (1 + exp(-x)), where
+/// x = scale ln(c / (1 - c)) + shift. Where it is fitted to how often tokens of
+/// such a confidence were the full model's, 0.9 means that nine of ten are.
+/// Since 0.2.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct drex_calibration {
+    /// Finite, above 0.
+    /// Since 0.2.
+    pub scale: f32,
+    /// Finite.
+    /// Since 0.2.
+    pub shift: f32,
+}
 
 /// The logits at a ramp.
 #[repr(C)]
@@ -72,6 +88,18 @@ pub struct drex_logits {
     /// Handed to it; may be NULL.
     /// Since 0.2.
     pub confirm_data: *mut c_void,
+    /// [n_vocab] the token of each logit, for a head over some of the tokens.
+    /// NULL: logit i is that of token i. Host memory, on a CUDA device too.
+    /// Verdicts, confirm and drex_top_get() name these tokens, so the array
+    /// must stay as it is until the step ends. A row whose greatest logit has a
+    /// negative token has no confidence.
+    /// Since 0.2.
+    pub token_ids: *const i32,
+    /// [3] one for each DREX_METRIC_*, in their order: turns this ramp's
+    /// confidences into chances before they meet their thresholds. NULL: they
+    /// stay as they are.
+    /// Since 0.2.
+    pub calibration: *const drex_calibration,
 }
 
 /// The decision on a row at a ramp, or by drex_verify(): DREX_DECISION_*.
@@ -100,8 +128,9 @@ pub const DREX_DECISION_DROP: drex_decision = 7;
 pub struct drex_verdict {
     /// EXIT, HOLD, STAY, GONE or PENDING.
     pub decision: drex_decision,
-    /// The greatest logit's index, the lowest on a tie; -1 where confidence
-    /// is NaN. For greedy hosts; others sample the row themselves.
+    /// The greatest logit's index, the lowest on a tie, or its token by
+    /// drex_logits.token_ids; -1 where confidence is NaN. For greedy hosts;
+    /// others sample the row themselves.
     pub token: i32,
     /// In [0, 1]. NaN when a logit is NaN or +Inf, or all are -Inf, and for GONE
     /// and PENDING. -Inf beside other logits is a mask, and fine.
@@ -259,7 +288,25 @@ pub(super) fn convert_logits(l: &drex_logits) -> Result<Logits, Fault> {
         stream: l.stream,
         n_top: l.n_top as usize,
         enqueued: flag("logits.enqueued", l.enqueued)?,
+        token_ids: l.token_ids,
+        calibration: calibration(l)?,
     })
+}
+
+fn calibration(l: &drex_logits) -> Result<Option<Calibration>, Error> {
+    if l.calibration.is_null() {
+        return Ok(None);
+    }
+    let all = Calibration([0, 1, 2].map(|i| {
+        // SAFETY: the caller's contract: one for each metric.
+        let c = unsafe { l.calibration.add(i).read_unaligned() };
+        Platt {
+            scale: c.scale,
+            shift: c.shift,
+        }
+    }));
+    all.validate()?;
+    Ok(Some(all))
 }
 
 /// One of the greatest logits of a row.
@@ -268,7 +315,8 @@ pub(super) fn convert_logits(l: &drex_logits) -> Result<Logits, Fault> {
 pub struct drex_top {
     /// As it is, before any softmax.
     pub logit: f32,
-    /// Its index; -1 where the row has no more logits that are numbers.
+    /// Its index, or its token by drex_logits.token_ids; -1 where the row has
+    /// no more logits that are numbers.
     pub token: i32,
 }
 

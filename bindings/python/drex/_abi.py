@@ -125,7 +125,12 @@ class drex_logits(Struct):
     _fields_ = [
         ("size", u32), ("dtype", u32), ("data", void), ("row_stride_bytes", u64), ("n_rows", u32), ("n_vocab", u32),
         ("stream", void), ("n_top", u32), ("enqueued", u32), ("confirm", void), ("confirm_data", void),
+        ("token_ids", void), ("calibration", void),
     ]  # fmt: skip
+
+
+class drex_calibration(Struct):
+    _fields_ = [("scale", f32), ("shift", f32)]
 
 
 class drex_verdict(Struct):
