@@ -19,7 +19,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
 };
 
 /// The server must not start, and its log must hold every one of the texts.
-fn refused(server: Result<Server>, what: &str, texts: &[&str]) -> Result<()> {
+pub fn refused(server: Result<Server>, what: &str, texts: &[&str]) -> Result<()> {
     let Err(error) = server else {
         bail!("{what}: the server started");
     };

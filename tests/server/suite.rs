@@ -11,6 +11,7 @@ mod benchmarks;
 mod clients_go_away;
 mod counts;
 mod exact;
+mod exits;
 mod fills;
 mod first_ramp;
 mod gpu_dry_run;
@@ -148,6 +149,7 @@ pub fn all() -> Vec<Test> {
         scheduler::TESTS,
         exact::TESTS,
         fills::TESTS,
+        exits::TESTS,
         transparency::TESTS,
         slots_taken_over::TESTS,
         first_ramp::TESTS,

@@ -78,8 +78,15 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_POLICY"));
     add(common_arg(
+        {"--drex-exits"}, "FNAME",
+        "file of exits that were fitted to the model (default: none, rows exit through the model's own head)",
+        [](common_params & params, const std::string & value) {
+            params.drex.exits = value;
+        }
+    ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_EXITS"));
+    add(common_arg(
         {"--drex-exit-layers"}, "L0,L1,...",
-        "numbers of layers after which a row may exit (default: <arch>.early_exit.layers of the model's metadata)",
+        "numbers of layers after which a row may exit (default: those of --drex-exits, else <arch>.early_exit.layers of the model's metadata)",
         [](common_params & params, const std::string & value) {
             params.drex.exit_layers.clear();
             for (const auto & text : parse_list(value)) {

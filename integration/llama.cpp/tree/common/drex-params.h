@@ -11,7 +11,8 @@ struct common_params_drex {
     std::string metric = "gap";
     std::string fill   = "copy";
 
-    std::vector<uint32_t> exit_layers;          // empty: from the model's metadata
+    std::string           exits;                // file of exits that were fitted to the model, empty: none
+    std::vector<uint32_t> exit_layers;          // empty: from that file, else from the model's metadata
     std::vector<float>    thresholds = { 0.7f }; // one, or one for each exit layer
 
     int32_t n_slots    = 0;   // rows of the hidden arena, 0 = n_parallel*(1 + max_pending)

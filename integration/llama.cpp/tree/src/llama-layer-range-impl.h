@@ -6,8 +6,11 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <vector>
 
+class  llm_graph_input_range;
+struct llama_layer_exits;
 struct llama_layer_ranges;
 class  llama_batch_allocr;
 
@@ -54,6 +57,9 @@ struct llama_layer_range {
 
     ggml_tensor * hidden = nullptr; // the arena, F32 [n_embd, n_rows]
 
+    const llama_layer_exits * exits = nullptr; // nullptr: ranges end in the model's own norm and head
+    mutable ggml_tensor * exit_logits = nullptr; // of the graph that has been computed; nullptr: it ends at no exit
+
     std::vector<int32_t> arena_rows; // [n_tokens]
     llama_row_places     places;
 
@@ -72,6 +78,8 @@ struct llama_layer_range {
     mutable ggml_tensor * place_of_row = nullptr; // I32 [n_tokens]
     mutable std::vector<ggml_tensor *> dead;        // what no layer of the range may read, the first one in place of the embeddings
     mutable bool          in_group     = false;   // attention of one group is being built
+
+    mutable llm_graph_input_range * inputs = nullptr;
 };
 
 //
@@ -120,3 +128,9 @@ bool llama_layer_range_make_room(llama_layer_ranges & ranges);
 
 // adds the arena and the kept graphs
 void llama_layer_range_memory(const llama_layer_ranges & ranges, std::map<ggml_backend_buffer_type_t, size_t> & bytes);
+
+// takes these exits from here on, and drops the graphs. Throws std::runtime_error where llama_layer_range_init() is missing
+void llama_layer_range_set_exits(llama_context & ctx, std::shared_ptr<llama_layer_exits> exits);
+
+// nullptr: there are none
+const llama_layer_exits * llama_layer_range_exits(const llama_context & ctx);

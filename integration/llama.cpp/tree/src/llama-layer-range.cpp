@@ -6,10 +6,12 @@
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-layer-exits-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -126,6 +128,8 @@ public:
         set(arena_idx, range->arena_rows);
         set(place_of_row, range->places.place_of_row);
 
+        range->exit_logits = exit_logits;
+
         if (row_of_place && row_of_place->buffer) {
             std::vector<int32_t> rows(range->places.row_of_place);
             std::replace(rows.begin(), rows.end(), -1, 0); // any row will do: the place is masked
@@ -154,6 +158,7 @@ public:
     ggml_tensor * out_ids      = nullptr; // I32 [n_outputs]
     ggml_tensor * row_of_place = nullptr; // I32 [n_places]
     ggml_tensor * place_of_row = nullptr; // I32 [n_tokens]
+    ggml_tensor * exit_logits  = nullptr; // F32 [tokens of the exits, n_outputs]
 
     const llama_layer_range * range;
 };
@@ -171,6 +176,7 @@ ggml_cgraph * llama_layer_range_begin(const llama_layer_range & range, ggml_cgra
     range.row_of_place = nullptr;
     range.place_of_row = nullptr;
     range.in_group     = false;
+    range.inputs       = nullptr;
 
     range.dead.clear();
 
@@ -215,6 +221,7 @@ static const llama_layer_range & with_inputs(const llm_graph_context & gctx) {
             inp->place_of_row = range.place_of_row = new_idx(gctx, gctx.n_tokens,                    "range_place_of_row");
         }
 
+        range.inputs = inp.get();
         gctx.res->add_input(std::move(inp));
     }
 
@@ -264,7 +271,15 @@ ggml_tensor * llama_layer_range_build_cut(const llm_graph_context & gctx, ggml_t
         range.left = out;
         ggml_build_forward_expand(gctx.gf, out);
 
-        return ggml_get_rows(gctx.ctx0, cur, range.out_ids);
+        cur = ggml_get_rows(gctx.ctx0, cur, range.out_ids);
+
+        if (const auto * e = range.exits ? range.exits->find(range.il_end) : nullptr) {
+            range.inputs->exit_logits = range.exits->build(gctx, *e, cur);
+            ggml_build_forward_expand(gctx.gf, range.inputs->exit_logits);
+            gctx.gf = range.gf_dead; // what follows is the model's own head
+        }
+
+        return cur;
     }
 
     return cur;
@@ -509,6 +524,8 @@ struct llama_layer_ranges {
 
     std::string kv_unlike; // empty: the K and V of each layer have the form of those of any other
 
+    std::shared_ptr<llama_layer_exits> exits;
+
     std::vector<arena_row> rows;  // [n_rows]
     std::vector<arena_row> spare; // cells that rolled back tokens have left, for the next tokens at their positions
 
@@ -517,6 +534,7 @@ struct llama_layer_ranges {
     std::vector<uint32_t>  streams;   // of the current batch
     std::vector<uint64_t>  row_used;  // [n_rows] number of the last call that had this row
     std::vector<llama_pos> pos_min;   // [n_seq_max] lowest position of the rows in question
+    std::vector<float>     exit_rows; // logits of an exit, on their way to the host
 
     std::vector<std::unique_ptr<kept_graph>> graphs;
     const kept_graph * current = nullptr; // in use by decode()
@@ -1046,6 +1064,9 @@ struct llama_layer_ranges {
 
     void add_memory(std::map<ggml_backend_buffer_type_t, size_t> & res) const {
         res[ggml_backend_buffer_get_type(buf_hidden.get())] += ggml_backend_buffer_get_size(buf_hidden.get());
+        if (exits) {
+            res[ggml_backend_buffer_get_type(exits->buf.get())] += ggml_backend_buffer_get_size(exits->buf.get());
+        }
 
         for (const auto & g : graphs) {
             for (auto * b : ctx.backend_ptrs) {
@@ -1103,17 +1124,28 @@ struct llama_layer_ranges {
             return false;
         }
         const int64_t row = ids[first];
-        ggml_backend_tensor_get_async(logits_backend, logits, ctx.logits.data + row*logits->ne[0], row*logits->nb[1], n*logits->nb[1]);
+        if (logits == range.exit_logits) {
+            fetch_exit_logits(row, n);
+        } else {
+            ggml_backend_tensor_get_async(logits_backend, logits, ctx.logits.data + row*logits->ne[0], row*logits->nb[1], n*logits->nb[1]);
+        }
 
         return true;
     }
 
     bool edit_logits(llama_token token, int32_t first, int32_t n, float * values, bool write) {
-        if (!logits || token < 0 || token >= logits->ne[0] || first < 0 || n < 1 || first + n > logits->ne[1]) {
+        if (!logits || token < 0 || token >= (llama_token) ctx.model.vocab.n_tokens() || first < 0 || n < 1 || first + n > logits->ne[1]) {
             LLAMA_LOG_ERROR("layer range: the last one has no logits of token %d in rows [%d, %d)\n", token, first, first + n);
             return false;
         }
-        const size_t offset = first*logits->nb[1] + token*sizeof(float);
+        const int32_t column = logits == range.exit_logits ? exits->find_token(token) : token;
+        if (column < 0) {
+            if (!write) {
+                std::fill_n(values, n, -INFINITY);
+            }
+            return true;
+        }
+        const size_t offset = first*logits->nb[1] + column*sizeof(float);
         if (write) {
             ggml_backend_tensor_set_2d_async(logits_backend, logits, values, offset, sizeof(float), n, logits->nb[1], sizeof(float));
         } else {
@@ -1121,6 +1153,24 @@ struct llama_layer_ranges {
         }
 
         return true;
+    }
+
+    // Spreads the logits over rows of all tokens. A token that the exit's head has not gets -infinity.
+    void fetch_exit_logits(int64_t row, int64_t n) {
+        const int64_t n_vocab = ctx.model.vocab.n_tokens();
+        const auto &  tokens  = exits->tokens;
+
+        exit_rows.resize(n*tokens.size());
+        ggml_backend_synchronize(logits_backend);
+        ggml_backend_tensor_get(logits, exit_rows.data(), row*logits->nb[1], n*logits->nb[1]);
+
+        for (int64_t i = 0; i < n; ++i) {
+            float * to = ctx.logits.data + (row + i)*n_vocab;
+            std::fill(to, to + n_vocab, -INFINITY);
+            for (size_t k = 0; k < tokens.size(); ++k) {
+                to[tokens[k]] = exit_rows[i*tokens.size() + k];
+            }
+        }
     }
 
     ggml_backend_t backend() const {
@@ -1204,6 +1254,8 @@ struct llama_layer_ranges {
             ctx.gf_res_prev_active = nullptr; // it does not know of ranges
         }
 
+        range.exit_logits = nullptr;
+
         const auto n_reused_prev = ctx.n_reused;
         const int  ret           = ctx.decode(batch);
         const bool reused        = ctx.n_reused > n_reused_prev;
@@ -1219,7 +1271,7 @@ struct llama_layer_ranges {
                 }), spare.end());
             }
             if (!project && n_outputs > 0) {
-                logits         = ctx.gf_res_prev_active->get_logits();
+                logits         = range.exit_logits ? range.exit_logits : ctx.gf_res_prev_active->get_logits();
                 logits_backend = logits ? ggml_backend_sched_get_tensor_backend(ctx.sched.get(), logits) : nullptr;
                 logits_graph   = graph;
             }
@@ -1350,6 +1402,22 @@ void * llama_layer_range_stream(const llama_context * ctx) {
     auto * get = (void * (*)(ggml_backend_t)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_get_stream");
 
     return get ? get(backend) : nullptr;
+}
+
+void llama_layer_range_set_exits(llama_context & ctx, std::shared_ptr<llama_layer_exits> exits) {
+    auto * ranges = llama_layer_ranges::get(&ctx);
+    if (!ranges) {
+        throw std::runtime_error("llama_layer_range_init() has not been called");
+    }
+    ctx.synchronize(); // a kept graph may be under way
+    ranges->reset();
+    ranges->range.exits = exits.get();
+    ranges->exits       = std::move(exits);
+}
+
+const llama_layer_exits * llama_layer_range_exits(const llama_context & ctx) {
+    const auto * ranges = llama_layer_ranges::get(&ctx);
+    return ranges ? ranges->exits.get() : nullptr;
 }
 
 ggml_tensor * llama_layer_range_hidden(const llama_context * ctx) {

@@ -78,16 +78,18 @@ LLAMA_API void llama_layer_range_rollback(llama_context * ctx, llama_seq_id seq,
 LLAMA_API const uint32_t * llama_layer_range_cells(const llama_context * ctx);
 
 // logits of the last range on its device, F32 [n_vocab, n_outputs], valid until the next call that decodes, resets or frees.
-// nullptr: there are none
+// A range that ends at a fitted exit has [n, n_outputs], those of llama_layer_exits_tokens(). nullptr: there are none
 LLAMA_API ggml_tensor * llama_layer_range_logits(const llama_context * ctx);
 
 // Reads (write = false) or writes the logit of one vocabulary entry in rows [first, first + n) of these logits: values[i] for row
-// first + i. In order with the range's own work, and as asynchronous as that is. false: there are no such logits
+// first + i. In order with the range's own work, and as asynchronous as that is. A token that a fitted exit's head has not is
+// -infinity there, and stays it. false: there are no such logits
 LLAMA_API bool llama_layer_range_edit_logits(llama_context * ctx, llama_token token, int32_t first, int32_t n, float * values, bool write);
 
 // Unlike those of llama_decode(), a range's logits stay where they are. Before the next range, this copies those of tokens
 // [first, first + n), all of them outputs, to where llama_get_logits_ith() finds them; the others are undefined there. Does not
-// wait, as llama_decode(). false: there are no such logits
+// wait, as llama_decode(); logits of a fitted exit are waited for, and other tokens than its own are -infinity. false: there
+// are no such logits
 LLAMA_API bool llama_layer_range_fetch_logits(llama_context * ctx, int32_t first, int32_t n);
 
 // the backend that has all layers, their KV cache, the head and the arena; nullptr if they are spread over several

@@ -1,4 +1,5 @@
 #include "server-drex.h"
+#include "server-drex-exits.h"
 
 #include "gguf.h"
 
@@ -139,9 +140,14 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
 
     std::string head = "shared";
 
-    ramp_layers = read_exit_layers(params.model.path, head);
-    if (!p.exit_layers.empty()) {
-        ramp_layers = p.exit_layers;
+    if (!p.exits.empty()) {
+        exits       = std::make_unique<server_drex_exits>(p.exits, p.exit_layers);
+        ramp_layers = exits->layers();
+    } else {
+        ramp_layers = read_exit_layers(params.model.path, head);
+        if (!p.exit_layers.empty()) {
+            ramp_layers = p.exit_layers;
+        }
     }
     if (ramp_layers.empty()) {
         throw std::runtime_error("the model has no early_exit.layers in its metadata: "
@@ -191,6 +197,9 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     if (const char * why = llama_layer_range_init(ctx, range)) {
         throw std::runtime_error(why);
     }
+    if (exits) {
+        exits->load(ctx, params.model.path);
+    }
     bind_device(config, params);
 
     check(drex_create(&config, &engine));
@@ -239,13 +248,13 @@ void server_drex::say(const common_params & params) const {
     llama_layer_range_kv kv;
     const bool streams = llama_layer_range_get_kv(ctx, 0, &kv) && kv.n_stream > 1;
 
-    SRV_INF("early exit: policy %s, after layers %s of %d, threshold %s (%s), fill %s, %s\n", p.policy.c_str(), list(ramp_layers).c_str(),
-            n_layer, list(p.thresholds).c_str(), p.metric.c_str(), p.fill.c_str(),
+    SRV_INF("early exit: policy %s, after layers %s of %d%s, threshold %s (%s), fill %s, %s\n", p.policy.c_str(), list(ramp_layers).c_str(),
+            n_layer, exits ? " through fitted exits" : "", list(p.thresholds).c_str(), p.metric.c_str(), p.fill.c_str(),
             streams ? "a KV cache with a stream for each slot" : "a unified KV cache");
 }
 
 void server_drex::settle_policy(common_params & params) {
-    if (!params.drex.enabled() || !params.drex.exit_layers.empty() || !std::getenv("LLAMA_SERVER_ROUTER_PORT")) {
+    if (!params.drex.enabled() || !params.drex.exit_layers.empty() || !params.drex.exits.empty() || !std::getenv("LLAMA_SERVER_ROUTER_PORT")) {
         return;
     }
     std::string head;
@@ -261,7 +270,7 @@ void server_drex::say_off(const common_params & params) {
     const auto & p = params.drex;
 
     if (p.metric != defaults.metric || p.fill != defaults.fill || p.exit_layers != defaults.exit_layers || p.thresholds != defaults.thresholds ||
-            !p.profile.empty() || !p.record.empty()) {
+            !p.exits.empty() || !p.profile.empty() || !p.record.empty()) {
         SRV_WRN("%s", "early exit is off: options that begin with --drex- have no effect without --drex-policy\n");
     }
 }
@@ -785,6 +794,12 @@ drex_logits server_drex::ramp_logits() {
     logits.n_vocab          = n_vocab;
     logits.stream           = stream;
     logits.enqueued         = enqueued ? 1 : 0;
+    if (exits) {
+        if (fetches) {
+            exits->pick(logits);
+        }
+        exits->describe(logits, step.ramp);
+    }
 
     if (std::any_of(step_rows.begin(), step_rows.end(), [&](const row & r) { return slots[r.id_slot].grammar; })) {
         logits.confirm      = confirm;

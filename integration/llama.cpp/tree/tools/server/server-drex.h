@@ -22,6 +22,8 @@
 #include <utility>
 #include <vector>
 
+class server_drex_exits;
+
 // what /metrics tells, but for what is fixed
 struct server_drex_figures {
     drex_stats                  stats  = DREX_STATS_INITIALIZER;
@@ -244,6 +246,8 @@ private:
 
     std::vector<uint32_t> ramp_layers;
     bool                  all_strict = false; // no threshold of the server's can be reached
+
+    std::unique_ptr<server_drex_exits> exits; // nullptr: rows exit through the model's own head
 
     std::vector<slot> slots;
 
