@@ -24,6 +24,7 @@ mod slots_taken_over;
 mod start_and_answer;
 mod test_programs;
 mod transparency;
+mod tuner;
 mod waiting_requests;
 
 use std::{
@@ -150,6 +151,7 @@ pub fn all() -> Vec<Test> {
         exact::TESTS,
         fills::TESTS,
         exits::TESTS,
+        tuner::TESTS,
         transparency::TESTS,
         slots_taken_over::TESTS,
         first_ramp::TESTS,

@@ -79,6 +79,9 @@ enum Cmd {
     /// All arguments go to drex-sim; see `cargo xtask sim --help`.
     #[command(disable_help_flag = true)]
     Sim(Forwarded),
+    /// Fit exits to a model that was not trained for them, and say what they bring
+    #[command(disable_help_flag = true)]
+    Tune(Forwarded),
     /// Prepare a run on a GPU machine, see tools/gpu/README.md
     Gpu {
         /// Write what that machine needs into .gpu/
@@ -158,6 +161,7 @@ fn run(command: Cmd) -> Result<ExitCode> {
         Cmd::Serve { source, args } => serve::run(source.llama_src.as_deref(), args),
         Cmd::Demo(to) => sim::tool("drex-demo", to.args),
         Cmd::Sim(to) => sim::sim(to.args),
+        Cmd::Tune(to) => sim::tune(to.args),
         Cmd::Gpu { source, .. } => gpu::pack(&source),
         Cmd::Bench { what } => bench(what),
         Cmd::Docs => book::print(),

@@ -18,6 +18,11 @@ pub fn sim(args: Vec<OsString>) -> Result<()> {
     exec("drex-sim", &["--release"], args)
 }
 
+/// Replaces this process by the tuner, most of whose time goes into arithmetic.
+pub fn tune(args: Vec<OsString>) -> Result<()> {
+    exec("drex-tune", &["--release"], args)
+}
+
 /// Replaces this process by a program of the workspace.
 pub fn tool(package: &str, args: Vec<OsString>) -> Result<()> {
     exec(package, &[], args)

@@ -360,7 +360,7 @@ impl<'a> Llama<'a> {
             if source.extension().is_some_and(|e| e == "cpp") {
                 let stem = source.file_stem().context("no name")?.to_string_lossy();
                 let name = format!("{prefix}{stem}");
-                made.push(self.compiled(&tools, runtime, &folder.join(&source), &name, &[])?);
+                made.push(self.compiled(&tools, runtime, &[folder.join(&source)], &name, &[])?);
             }
         }
         Ok(made)
@@ -381,22 +381,37 @@ impl<'a> Llama<'a> {
         let mut include = OsString::from("-I");
         include.push(cache::repo().join("include"));
         let more = [include, "-ldrex".into(), "-ldl".into()];
-        self.compiled(&tools, runtime, source, name, &more)
+        self.compiled(&tools, runtime, &[source.to_owned()], name, &more)
     }
 
-    /// A program beside a runtime's libraries, compiled anew if it, a header beside its source or one of drex changed.
+    /// Compiles what `drex-tune` asks of the engine.
+    pub fn tune_engine(&self, runtime: &Runtime) -> Result<PathBuf> {
+        let folder = cache::repo().join("integration/llama.cpp/tune");
+        let lock = self.cache.lock()?;
+        let tools = Tools::find(self.cache, &lock)?;
+        let sources: Vec<PathBuf> = files(&folder, &|_| false)?
+            .into_iter()
+            .filter(|f| f.extension().is_some_and(|e| e == "cpp"))
+            .map(|f| folder.join(f))
+            .collect();
+        self.compiled(&tools, runtime, &sources, "drex-tune-engine", &[])
+    }
+
+    /// A program beside a runtime's libraries, compiled anew if it, a header beside its sources or one of drex changed.
     fn compiled(
         &self,
         tools: &Tools,
         runtime: &Runtime,
-        source: &Path,
+        sources: &[PathBuf],
         name: &str,
         more: &[OsString],
     ) -> Result<PathBuf> {
-        let mut key = Key::default()
-            .with(&tools.fingerprint)
-            .with(fs::read(source)?);
-        let mut headers = vec![source.parent().context("no folder")?.to_owned()];
+        let mut key = Key::default().with(&tools.fingerprint);
+        for source in sources {
+            key = key.with(fs::read(source)?);
+        }
+        let first = sources.first().context("no source")?;
+        let mut headers = vec![first.parent().context("no folder")?.to_owned()];
         if !more.is_empty() {
             headers.push(cache::repo().join("include"));
         }
@@ -419,7 +434,7 @@ impl<'a> Llama<'a> {
         let mut command = Command::new(&tools.cxx);
         command
             .args(["-std=c++17", "-O2", "-Wall"])
-            .arg(source)
+            .args(sources)
             .arg("-I")
             .arg(runtime.dir.join("include"));
         command.arg("-L").arg(&runtime.dir).args(more).args([
@@ -436,7 +451,7 @@ impl<'a> Llama<'a> {
             .arg("-Wl,-rpath,$ORIGIN")
             .arg("-o")
             .arg(&temp);
-        let file = source.file_name().unwrap_or_default().to_string_lossy();
+        let file = first.file_name().unwrap_or_default().to_string_lossy();
         let log = self.cache.log(&format!("tool-{name}"))?;
         process::logged(&mut command, &format!("compiling {file}"), &log, false)?;
         fs::rename(&temp, &program)?;
