@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use drex_harness::exits::own;
 use serde_json::{Value, json};
 
 use super::{
@@ -66,14 +67,8 @@ impl Folder {
         shift: Option<f32>,
     ) -> Result<PathBuf> {
         let file = self.0.join("own.exits.gguf");
-        let mut command = Command::new(program(&suite.patched, "exits-test")?);
-        command
-            .arg("--own")
-            .arg(&suite.model)
-            .arg(&file)
-            .args([layers, tokens])
-            .args(shift.map(|s| s.to_string()));
-        process::output(&mut command)?;
+        let exits_test = program(&suite.patched, "exits-test")?;
+        own(exits_test, &suite.model, &file, layers, tokens, shift)?;
         Ok(file)
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Configurations that would have no effect, or a wrong one, and files that are none: each is refused by name when it is loaded.
 
-use std::{fs, os::unix::fs::symlink};
+use std::{fs, os::unix::fs::symlink, path::PathBuf};
 
 use anyhow::{Result, ensure};
 use serde_json::json;
@@ -78,13 +78,18 @@ fn refusals(bench: &Bench) -> Result<()> {
         "dangling".into(),
         "is a link to nowhere.gguf: No such file or directory",
     ));
+    refuse(bench, repository, &cases).map(drop)
+}
+
+/// Starts a server, and has it refuse models of its repository for what the error says.
+pub fn refuse(bench: &Bench, repository: PathBuf, cases: &[(String, &str)]) -> Result<Triton> {
     let server = Triton::start(
         &bench.installed,
         repository,
         0,
         &["--exit-on-error=false", "--strict-readiness=false"],
     )?;
-    for (name, part) in &cases {
+    for (name, part) in cases {
         let path = format!("/v2/repository/models/{name}/load");
         let answer = server.http.post(&path, &json!({}))?;
         let said = answer.json()?;
@@ -96,5 +101,5 @@ fn refusals(bench: &Bench) -> Result<()> {
         );
     }
     println!("        {} configurations refused", cases.len());
-    Ok(())
+    Ok(server)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
-use super::{Bench, Test, one_final, quiet};
+use super::{Bench, Test, one_final, parameters, quiet};
 use crate::{
     EXACT_ARGS as EXACT, cache, metrics::Metrics, prompt, score::Scorer, server::Server,
     triton::server::Triton,
@@ -14,21 +14,21 @@ use crate::{
 
 pub const TESTS: &[Test] = &[
     ("64 streams equal llama-server's, fill copy", |bench| {
-        equal(bench, "copy", "hold")
+        equal(bench, "copy", &[])
     }),
     ("64 streams equal llama-server's, fill postfill", |bench| {
-        equal(bench, "postfill", "hold")
+        equal(bench, "postfill", &[])
     }),
     ("64 streams equal llama-server's, fill propagate", |bench| {
-        equal(bench, "propagate", "hold")
+        equal(bench, "propagate", &[])
     }),
     (
         "64 streams equal the unpatched llama-server's, fill verify",
-        |bench| equal(bench, "verify", "hold"),
+        |bench| equal(bench, "verify", &[]),
     ),
     (
         "64 streams equal the unpatched llama-server's, fill verify and policy auto",
-        |bench| equal(bench, "verify", "auto"),
+        |bench| equal(bench, "verify", &[("policy", "auto")]),
     ),
     (
         "32 streams equal llama-server's while 32 others are cancelled",
@@ -208,12 +208,17 @@ fn early_exits(server: &Triton, what: &str, tokens: usize, min: f64) -> Result<(
     Ok(())
 }
 
-fn equal(bench: &Bench, fill: &'static str, policy: &str) -> Result<()> {
+/// With other parameters than usual.
+pub fn equal(bench: &Bench, fill: &'static str, other: &[(&str, &str)]) -> Result<()> {
     let expected = expected(bench, fill)?;
-    let server = bench.start_with(&[("policy", policy)])?;
+    let server = bench.start_with(other)?;
     let requests: Vec<_> = (0..COUNT).map(|i| request(i, fill)).collect();
     let got = bench.stream(&server, &requests)?;
-    let what = format!("policy {policy}, fill {fill}");
+    let parameters = parameters(other);
+    let given = |name: &str| parameters.iter().find(|(n, _)| *n == name);
+    let policy = given("policy").map_or("auto", |(_, policy)| policy);
+    let through = given("exits").map_or("", |_| ", through fitted exits");
+    let what = format!("policy {policy}, fill {fill}{through}");
     let mut tokens = 0;
     for (i, (a, b)) in expected.iter().zip(&got).enumerate() {
         tokens += same(&what, i, a, b)?;

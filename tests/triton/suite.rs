@@ -6,6 +6,7 @@ mod bad_input;
 mod clients;
 mod clients_go_away;
 mod examples;
+mod exits;
 mod figures;
 mod formats;
 mod load_and_unload;
@@ -75,6 +76,7 @@ type Test = suite::Test<Bench>;
 fn all() -> Vec<Test> {
     [
         same_as_llama_server::TESTS,
+        exits::TESTS,
         clients::TESTS,
         load_and_unload::TESTS,
         bad_input::TESTS,

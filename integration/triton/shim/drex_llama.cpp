@@ -4,6 +4,7 @@
 #include "drex_llama.h"
 #pragma GCC visibility pop
 
+#include "drex-exits.h"
 #include "llama-layer-range.h"
 
 #include <algorithm>
@@ -84,6 +85,8 @@ struct drex_llama {
     llama_batch_ext * batch = nullptr;
     const llama_vocab * vocab = nullptr;
     metadata          meta;
+    std::string       path;
+    std::unique_ptr<common_drex_exits> exits; // nullptr: rows exit through the model's own head
     uint32_t          n_context = 0;
     void            * stream    = nullptr; // of the GPU, on a CPU there is none
 
@@ -167,6 +170,7 @@ drex_llama * drex_llama_open(const drex_llama_params * p, char * error, size_t n
             return log_errors.empty() ? std::string(what) : what + (": " + log_errors);
         };
         l = new drex_llama;
+        l->path = p->model;
         l->meta = read_metadata(p->model);
 
         llama_model_params mp = llama_model_default_params();
@@ -224,10 +228,11 @@ uint32_t drex_llama_n_context(const drex_llama * l)   { return l->n_context; }
 int32_t  drex_llama_bos(const drex_llama * l)         { return std::max(llama_vocab_bos(l->vocab), 0); }
 
 size_t drex_llama_exit_layers(const drex_llama * l, uint32_t * layers, size_t n) {
-    std::copy_n(l->meta.layers.begin(), std::min(n, l->meta.layers.size()), layers);
-    return l->meta.layers.size();
+    const auto & from = l->exits ? l->exits->layers() : l->meta.layers;
+    std::copy_n(from.begin(), std::min(n, from.size()), layers);
+    return from.size();
 }
-const char * drex_llama_exit_head(const drex_llama * l) { return l->meta.head.c_str(); }
+const char * drex_llama_exit_head(const drex_llama * l) { return l->exits ? "shared" : l->meta.head.c_str(); }
 
 const char * drex_llama_windows(drex_llama * l, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph) {
     try {
@@ -236,6 +241,22 @@ const char * drex_llama_windows(drex_llama * l, uint32_t n_rows, uint32_t n_grap
         return why ? why : llama_layer_range_kv_unlike(l->ctx);
     } catch (...) {
         return "no memory for the hidden arena";
+    }
+}
+
+const char * drex_llama_exits(drex_llama * l, const char * path, const uint32_t * layers, size_t n) {
+    static thread_local std::string why;
+    try {
+        const common_drex_exits::options names = { "parameters: exits", "parameters: exit_layers" };
+        auto exits = std::make_unique<common_drex_exits>(names, path, std::vector<uint32_t>(layers, layers + n));
+        exits->load(l->ctx, l->path);
+        l->exits = std::move(exits);
+        return nullptr;
+    } catch (const std::exception & e) {
+        why = e.what();
+        return why.c_str();
+    } catch (...) {
+        return "parameters: exits: no memory for them";
     }
 }
 
@@ -329,10 +350,10 @@ int32_t drex_llama_project(drex_llama * l, const int32_t * positions, const int3
 }
 
 const uint32_t * drex_llama_cells(const drex_llama * l) { return llama_layer_range_cells(l->ctx); }
+// The logits where they are, rows one after another: of all tokens, or of those of an exit's head.
 static const ggml_tensor * plain_logits(const drex_llama * l) {
     const ggml_tensor * t = llama_layer_range_logits(l->ctx);
-    const bool plain = t && t->buffer && t->type == GGML_TYPE_F32 &&
-        t->nb[1] == sizeof(float)*llama_vocab_n_tokens(l->vocab) &&
+    const bool plain = t && t->buffer && t->type == GGML_TYPE_F32 && t->nb[1] == sizeof(float)*t->ne[0] &&
         (l->stream || ggml_backend_buffer_is_host(t->buffer));
     return plain ? t : nullptr;
 }
@@ -341,18 +362,31 @@ const float * drex_llama_logits(drex_llama * l, int32_t i) {
         if (i < 0 || size_t(i) >= l->outputs.size() || l->outputs[i] < 0) {
             return nullptr;
         }
-        if (!l->stream) {
-            const ggml_tensor * t = plain_logits(l);
-            return t ? static_cast<const float *>(t->data) + size_t(l->outputs[i])*llama_vocab_n_tokens(l->vocab) : nullptr;
+        const ggml_tensor * t = plain_logits(l);
+        if (!t) {
+            return nullptr;
+        }
+        const int32_t n_vocab = llama_vocab_n_tokens(l->vocab);
+        if (!l->stream && t->ne[0] == n_vocab) {
+            return static_cast<const float *>(t->data) + size_t(l->outputs[i])*n_vocab;
         }
         return llama_layer_range_fetch_logits(l->ctx, i, 1) ? llama_get_logits_ith(l->ctx, i) : nullptr;
     } catch (...) {
         return nullptr;
     }
 }
-const float * drex_llama_window_logits(const drex_llama * l) {
+int32_t drex_llama_ramp_logits(const drex_llama * l, uint32_t ramp, drex_logits * out) {
     const ggml_tensor * t = plain_logits(l);
-    return t ? static_cast<const float *>(t->data) : nullptr;
+    if (!t) {
+        return 0;
+    }
+    out->data             = t->data;
+    out->row_stride_bytes = t->nb[1];
+    out->n_vocab          = t->ne[0];
+    if (l->exits) {
+        l->exits->describe(*out, ramp);
+    }
+    return 1;
 }
 int32_t drex_llama_ban(drex_llama * l, int32_t i, const int32_t * tokens, int32_t n_tokens) {
     static float none = -INFINITY; // written whenever the device comes to it

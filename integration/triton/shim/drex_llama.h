@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Changes with anything below. */
-#define DREX_LLAMA_VERSION 6
+#define DREX_LLAMA_VERSION 7
 
 typedef struct drex_llama drex_llama;
 typedef struct drex_llama_sampler drex_llama_sampler;
@@ -61,15 +61,19 @@ int32_t drex_llama_n_vocab(const drex_llama *llama);
 uint32_t drex_llama_n_context(const drex_llama *llama);
 /* A token that a text can begin with. */
 int32_t drex_llama_bos(const drex_llama *llama);
-/* <arch>.early_exit.layers of the model's metadata; returns how many there are, writes at most n. */
+/* Those of drex_llama_exits(), else <arch>.early_exit.layers of the model's metadata; returns how many there are, writes at
+ * most n. */
 size_t drex_llama_exit_layers(const drex_llama *llama, uint32_t *layers, size_t n);
-/* <arch>.early_exit.head, "shared" when the metadata has none. */
+/* <arch>.early_exit.head, "shared" when the metadata has none, and with drex_llama_exits(). */
 const char *drex_llama_exit_head(const drex_llama *llama);
 
 /* After open: the hidden arena of n_rows rows. Graphs of windows of at most n_rows_graph rows are kept, n_graphs of them;
  * 0: by the number of slots.
  * NULL, or why this model cannot run layer windows, valid until the thread's next call. */
 const char *drex_llama_windows(drex_llama *llama, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph);
+/* After windows: rows exit through what was fitted to the model, in a file beside it. layers: those of the file's layers that
+ * are exits; none: all of them. NULL, or what is wrong, valid until the thread's next call; then nothing has changed. */
+const char *drex_llama_exits(drex_llama *llama, const char *path, const uint32_t *layers, size_t n_layers);
 /* After windows: where layers, K/V and head are. *cuda: 1, and K/V and logits are device pointers, in order on *stream, whose
  * context is current on the calling thread; 0: in host memory. NULL, or why drex cannot work there (static). */
 const char *drex_llama_device(drex_llama *llama, int32_t *cuda, void **stream);
@@ -96,11 +100,12 @@ int32_t drex_llama_project(drex_llama *llama, const int32_t *positions, const in
                            int32_t n, int32_t begin);
 /* KV cell of each row of the last window. */
 const uint32_t *drex_llama_cells(const drex_llama *llama);
-/* [n_vocab] of the last window's row i, in host memory; NULL when it is no output. */
+/* [n_vocab] of the last window's row i, in host memory, -infinity for a token that an exit's head has not; NULL when it is
+ * no output. */
 const float *drex_llama_logits(drex_llama *llama, int32_t i);
-/* [n_outputs][n_vocab] of the last window, in the order of its outputs, where it left them; NULL when they do not lie like
- * this. */
-const float *drex_llama_window_logits(const drex_llama *llama);
+/* The logits of the last window, which ended at this ramp, in the order of its outputs and where it left them: sets data,
+ * row_stride_bytes, n_vocab, token_ids and calibration. 0: they do not lie like this. */
+int32_t drex_llama_ramp_logits(const drex_llama *llama, uint32_t ramp, drex_logits *out);
 /* Row i of the last window's outputs gives these tokens no logit from here on. Not 0: there are no such logits. */
 int32_t drex_llama_ban(drex_llama *llama, int32_t i, const int32_t *tokens, int32_t n_tokens);
 /* Frees all cells of a sequence; -1: of all sequences. */

@@ -129,14 +129,17 @@ impl Instance {
             )));
         }
         let file = model.file()?;
-        let llama = Llama::open(&file, &settings).map_err(|failure| match gpu {
-            Some(_) => Failure {
-                text: format!("{asked}: {}", failure.text),
-                ..failure
-            },
-            None => failure,
-        })?;
+        let exits = model.exits()?;
+        let llama =
+            Llama::open(&file, exits.as_deref(), &settings).map_err(|failure| match gpu {
+                Some(_) => Failure {
+                    text: format!("{asked}: {}", failure.text),
+                    ..failure
+                },
+                None => failure,
+            })?;
         let vocab = llama.vocab();
+        let through = exits.map_or_else(String::new, |file| format!(" of {}", file.display()));
         let loaded = format!(
             "{name} has loaded {}, {} layers; policy {}, {} slots of {} tokens, {} threads, {}",
             file.display(),
@@ -200,7 +203,7 @@ impl Instance {
                 engine_thread(engine, publish, &executions, &seat);
             }),
         )?);
-        log::info(&format!("{loaded}; exit layers {ramps:?}"));
+        log::info(&format!("{loaded}; exit layers {ramps:?}{through}"));
         Ok(this)
     }
 

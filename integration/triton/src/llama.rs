@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use drex::ffi::drex_kv_layer;
+use drex::ffi::{drex_kv_layer, drex_logits};
 
 use crate::engine::decoder::{Decoder, Device, Row, SamplerParams, Windows};
 use crate::families::Graphs;
@@ -14,7 +14,7 @@ use crate::settings::Settings;
 use crate::triton::error::Failure;
 
 /// `DREX_LLAMA_VERSION` of the header that is declared here.
-const VERSION: u32 = 6;
+const VERSION: u32 = 7;
 const LIBRARY: &str = "libdrex_llama.so";
 
 #[repr(C)]
@@ -61,6 +61,7 @@ functions! {
     exit_layers: fn(Handle, *mut u32, usize) -> usize;
     exit_head: fn(Handle) -> *const c_char;
     windows: fn(Handle, u32, u32, u32) -> *const c_char;
+    exits: fn(Handle, *const c_char, *const u32, usize) -> *const c_char;
     device: fn(Handle, *mut i32, *mut *mut c_void) -> *const c_char;
     layer: fn(Handle, i32, *mut drex_kv_layer) -> i32;
     tokenize: fn(Handle, *const c_char, i32, i32, *mut i32, i32) -> i32;
@@ -71,7 +72,7 @@ functions! {
     project: fn(Handle, *const i32, *const i32, *const i32, i32, i32) -> i32;
     cells: fn(Handle) -> *const u32;
     logits: fn(Handle, i32) -> *const f32;
-    window_logits: fn(Handle) -> *const f32;
+    ramp_logits: fn(Handle, u32, *mut drex_logits) -> i32;
     ban: fn(Handle, i32, *const i32, i32) -> i32;
     forget: fn(Handle, i32);
     rollback: fn(Handle, i32, i32);
@@ -155,6 +156,8 @@ pub struct Llama {
     f: &'static Functions,
     handle: Handle,
     model: Arc<Model>,
+    /// A file of exits beside the model, and which of its layers are exits.
+    exits: Option<(CString, Vec<u32>)>,
     pub n_layer: u32,
     pub n_vocab: u32,
     /// Tokens of a sequence: what was asked for, or what the model was trained with if that is less.
@@ -216,14 +219,17 @@ impl Vocab {
 }
 
 impl Llama {
-    /// On the GPU `main_gpu` if the settings want layers there.
-    pub fn open(model: &Path, settings: &Settings) -> Result<Self, Failure> {
+    /// On the GPU `main_gpu` if the settings want layers there. `exits`: the file of exits beside the model.
+    pub fn open(model: &Path, exits: Option<&Path>, settings: &Settings) -> Result<Self, Failure> {
         let f = functions()?;
         let text = |s: &str| CString::new(s).map_err(|_| Failure::invalid("a name with a 0 byte"));
         let (path, kv) = (
             text(&model.to_string_lossy())?,
             text(settings.kv_type.as_str())?,
         );
+        let exits = exits
+            .map(|file| text(&file.to_string_lossy()))
+            .transpose()?;
         let params = Params {
             model: path.as_ptr(),
             kv_type: kv.as_ptr(),
@@ -254,6 +260,7 @@ impl Llama {
                 f,
                 handle,
                 model,
+                exits: exits.map(|file| (file, settings.exit_layers.clone())),
                 n_layer: (f.n_layer)(handle) as u32,
                 n_vocab: (f.n_vocab)(handle) as u32,
                 n_context: (f.n_context)(handle),
@@ -322,7 +329,14 @@ impl Decoder for Llama {
         let why = unsafe {
             (self.f.windows)(self.handle, n_rows, windows.n_graphs, windows.n_rows_graph)
         };
-        supported(why)
+        supported(why)?;
+        let Some((file, layers)) = &self.exits else {
+            return Ok(());
+        };
+        // SAFETY: a text and so many numbers.
+        let why =
+            unsafe { (self.f.exits)(self.handle, file.as_ptr(), layers.as_ptr(), layers.len()) };
+        reason(why).map_or(Ok(()), |why| Err(Failure::invalid(why)))
     }
 
     fn layer(&self, layer: u32) -> Option<drex_kv_layer> {
@@ -405,10 +419,9 @@ impl Decoder for Llama {
         unsafe { (self.f.cells)(self.handle) }
     }
 
-    fn window_logits(&self) -> Option<*const f32> {
-        // SAFETY: only asks.
-        let data = unsafe { (self.f.window_logits)(self.handle) };
-        (!data.is_null()).then_some(data)
+    fn ramp_logits(&self, ramp: u32, logits: &mut drex_logits) -> bool {
+        // SAFETY: a struct to write to; what it points to stays until the next pass, which needs `&mut self`.
+        unsafe { (self.f.ramp_logits)(self.handle, ramp, logits) != 0 }
     }
 
     fn ban(&mut self, i: usize, tokens: &[i32]) -> bool {
@@ -476,12 +489,17 @@ impl Decoder for Llama {
 
 /// From the library's reason why it cannot run a model; NULL where it can.
 fn supported(why: *const c_char) -> Result<(), Failure> {
+    reason(why).map_or(Ok(()), |why| Err(Failure::unsupported(why)))
+}
+
+/// The library's text, none for NULL.
+fn reason(why: *const c_char) -> Option<String> {
     if why.is_null() {
-        return Ok(());
+        return None;
     }
     // SAFETY: the text lives until the thread's next call.
-    let why = unsafe { CStr::from_ptr(why) }.to_string_lossy();
-    Err(Failure::unsupported(why))
+    let why = unsafe { CStr::from_ptr(why) };
+    Some(why.to_string_lossy().into_owned())
 }
 
 fn columns(rows: &[Row]) -> (Vec<i32>, Vec<i32>, Vec<i32>) {

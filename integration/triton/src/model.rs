@@ -100,12 +100,27 @@ impl Model {
         Ok(path)
     }
 
+    /// The file of exits beside it, which can be read.
+    pub fn exits(&self) -> Result<Option<PathBuf>, Failure> {
+        let Some(name) = &self.settings.exits else {
+            return Ok(None);
+        };
+        let path = self.folder.join(name);
+        readable(&path).map_err(|failure| Failure {
+            text: format!("parameters: exits {}", failure.text),
+            ..failure
+        })?;
+        Ok(Some(path))
+    }
+
     fn only_file(&self) -> Result<PathBuf, Failure> {
+        let exits = self.settings.exits.as_ref();
+        let exits = exits.map(|name| self.folder.join(name));
         let entries = std::fs::read_dir(&self.folder)
             .map_err(|error| Failure::invalid(format!("{}: {error}", self.folder.display())))?;
         let mut found: Vec<PathBuf> = entries
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.extension().is_some_and(|e| e == "gguf"))
+            .filter(|path| is_model(path) && Some(path) != exits.as_ref())
             .collect();
         match found.len() {
             1 => Ok(found.remove(0)),
@@ -115,6 +130,12 @@ impl Model {
             ))),
         }
     }
+}
+
+/// By its name: a file of exits may be beside the model, whether it is used or not.
+fn is_model(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.ends_with(".gguf") && !name.ends_with(".exits.gguf")
 }
 
 /// Tells what is wrong with a path before llama.cpp calls it no GGUF file.
@@ -204,6 +225,13 @@ mod tests {
         assert_eq!(count(json!(null)), 1);
         assert_eq!(count(json!([{"count": 2, "kind": "KIND_CPU"}])), 2);
         assert_eq!(count(json!([{"count": 2, "gpus": [0, 1]}, {}])), 5);
+    }
+
+    #[test]
+    fn a_file_of_exits_is_told_from_a_model() {
+        let is = |name: &str| is_model(&Path::new("models/m/1").join(name));
+        assert!(is("model.gguf") && is("exits.gguf"));
+        assert!(!is("model.exits.gguf") && !is("model.gguf.txt") && !is("gguf"));
     }
 
     #[test]

@@ -25,7 +25,9 @@ pub struct Settings {
     pub metric: String,
     /// `DREX_FILL_*`
     pub fill: u32,
-    /// Empty: from the model's metadata.
+    /// A file of exits beside the model, in the version folder or by an absolute path.
+    pub exits: Option<String>,
+    /// Empty: those of `exits`, else from the model's metadata.
     pub exit_layers: Vec<u32>,
     /// One, or one for each exit layer.
     pub threshold: Vec<f32>,
@@ -67,6 +69,7 @@ impl Default for Settings {
             policy: "auto".into(),
             metric: "gap".into(),
             fill: 0,
+            exits: None,
             exit_layers: Vec::new(),
             threshold: vec![0.7],
             slots: 16,
@@ -106,6 +109,10 @@ impl Settings {
                 "fill" => {
                     out.fill = fill(text).ok_or_else(|| wrong(name, text, FILLS_TEXT))?;
                 }
+                "exits" if text.is_empty() => {
+                    return Err(wrong(name, text, "the path of a file"));
+                }
+                "exits" => out.exits = Some(text.to_owned()),
                 "exit_layers" => out.exit_layers = list(name, text, "layer numbers")?,
                 "threshold" => {
                     out.threshold = list(name, text, "numbers")?;
@@ -139,8 +146,8 @@ impl Settings {
                 "art_ratio" => out.art_ratio = milliseconds(name, text)? as f32,
                 _ => {
                     return Err(Failure::invalid(format!(
-                        "parameters: unknown name {name}; known are model_file, policy, metric, fill, exit_layers, \
-                         threshold, slots, context, batch, threads, kv_type, graphs, max_batch, max_pending, \
+                        "parameters: unknown name {name}; known are model_file, policy, metric, fill, exits, \
+                         exit_layers, threshold, slots, context, batch, threads, kv_type, graphs, max_batch, max_pending, \
                          flush_rows, min_ready, max_hold_ms, deadline_ms, request_deadline_ms, art_ratio, gpu_layers, \
                          main_gpu, max_queue, profile"
                     )));
@@ -452,6 +459,12 @@ mod tests {
     #[test]
     fn parameters_are_read() {
         assert_eq!(parse("exit_layers", "4, 8").unwrap().exit_layers, [4, 8]);
+        assert_eq!(parse("slots", "8").unwrap().exits, None);
+        let both = Settings::parse(&json!({"parameters": {
+            "exits": {"string_value": " fitted.gguf "}, "exit_layers": {"string_value": "8"}}}));
+        let both = both.unwrap();
+        assert_eq!(both.exits, Some("fitted.gguf".into()));
+        assert_eq!(both.exit_layers, [8]);
         assert_eq!(parse("threshold", "0.5,2").unwrap().threshold, [0.5, 2.0]);
         assert_eq!(parse("fill", "postfill").unwrap().fill, 1);
         assert_eq!(parse("fill", "verify").unwrap().fill, 2);
@@ -492,6 +505,7 @@ mod tests {
             ("threshold", "NaN"),
             ("threshold", "-1"),
             ("exit_layers", "4;8"),
+            ("exits", ""),
             ("fill", "pour"),
             ("kv_type", "i32"),
             ("kv_type", "q8_1"),

@@ -2,6 +2,7 @@
 //! Servers as children, an HTTP client, load of many kinds, and a fair comparison of servers under it.
 
 pub mod client;
+pub mod exits;
 pub mod families;
 pub mod generate;
 pub mod gguf;

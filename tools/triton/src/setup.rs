@@ -196,6 +196,12 @@ fn client(cache: &Cache, python: &Python) -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// What the C functions over llama.cpp are made of.
+const SHIM: [&str; 2] = [
+    "integration/triton/shim/drex_llama.cpp",
+    "integration/llama.cpp/tree/common/drex-exits.cpp",
+];
+
 /// The backend's folder as a user would lay it out: our library, the C functions over llama.cpp, and llama.cpp.
 pub fn backend(cache: &Cache, runtime: &Runtime, dir: &Path) -> Result<()> {
     let mut build = cargo();
@@ -238,9 +244,11 @@ pub fn backend(cache: &Cache, runtime: &Runtime, dir: &Path) -> Result<()> {
             "-fPIC",
             "-fvisibility=hidden",
         ])
-        .arg(cache::repo().join("integration/triton/shim/drex_llama.cpp"))
+        .args(SHIM.map(|source| cache::repo().join(source)))
         .arg("-I")
         .arg(runtime.dir.join("include"))
+        .arg("-I")
+        .arg(cache::repo().join("integration/llama.cpp/tree/common"))
         .arg("-I")
         .arg(cache::repo().join("include"))
         .arg("-L")

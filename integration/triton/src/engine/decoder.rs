@@ -3,7 +3,7 @@
 
 use std::ffi::c_void;
 
-use drex::ffi::drex_kv_layer;
+use drex::ffi::{drex_kv_layer, drex_logits};
 
 use crate::families::Graphs;
 use crate::triton::error::Failure;
@@ -61,11 +61,11 @@ pub trait Decoder {
     fn n_context(&self) -> u32;
     /// A token that a text can begin with.
     fn bos(&self) -> i32;
-    /// Layers that the model was trained to exit at; empty: none.
+    /// Layers that the model was trained to exit at, or after `windows` those of the exits beside it; empty: none.
     fn exit_layers(&self) -> Vec<u32>;
     fn exit_head(&self) -> String;
 
-    /// The hidden arena, before anything runs.
+    /// The hidden arena, and the exits beside the model, before anything runs.
     fn windows(&mut self, windows: Windows) -> Result<(), Failure>;
     /// After `windows`.
     fn device(&mut self) -> Result<Device, Failure>;
@@ -85,11 +85,12 @@ pub trait Decoder {
     fn project(&mut self, rows: &[Row], arena: &[i32], begin: u32) -> i32;
     /// The KV cells of the last window's rows.
     fn cells(&self) -> *const u32;
-    /// The logits of the last window's outputs, one after another, where the device has them.
-    fn window_logits(&self) -> Option<*const f32>;
+    /// Says where the device has the logits of the last window's outputs, one after another, and which tokens they are of.
+    /// The window ended at this ramp. False: there are no such logits.
+    fn ramp_logits(&self, ramp: u32, logits: &mut drex_logits) -> bool;
     /// Output i of the last window gives these tokens no logit from here on. False: there are no such logits.
     fn ban(&mut self, i: usize, tokens: &[i32]) -> bool;
-    /// The logits of the last window's row i in host memory. `None`: it is no output.
+    /// The logits of all tokens of the last window's row i, in host memory. `None`: it is no output.
     fn logits(&mut self, i: usize) -> Option<&[f32]>;
 
     /// Frees the cells of a sequence, or of all.

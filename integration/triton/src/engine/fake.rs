@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use drex::ffi::drex_kv_layer;
+use drex::ffi::{drex_calibration, drex_kv_layer, drex_logits};
 
 use super::decoder::{Decoder, Device, Row, SamplerParams, Windows};
 use super::zeroed;
@@ -43,8 +43,17 @@ pub struct Fault {
     pub times: u32,
 }
 
+/// Exits that were fitted to the model.
+pub struct Exits {
+    /// Those of their head, increasing.
+    pub tokens: Vec<i32>,
+    pub calibration: [drex_calibration; 3],
+}
+
 pub struct Fake {
     context: u32,
+    /// None: ramps have logits of all tokens.
+    pub exits: Option<Exits>,
     cells: Vec<Option<(i32, i32)>>,
     /// [layer][cell]: position + 1, or 0 where nothing is filled
     k: Vec<Vec<u32>>,
@@ -58,6 +67,10 @@ pub struct Fake {
     last_cells: Vec<u32>,
     /// In the order of the outputs, and of each row its place there.
     last_logits: Vec<f32>,
+    /// The columns of those.
+    last_tokens: Vec<i32>,
+    /// A row of all tokens.
+    whole: Vec<f32>,
     places: Vec<Option<usize>>,
     pub fault: Option<Fault>,
     /// The sequences of the call that failed last.
@@ -115,6 +128,7 @@ impl Fake {
         let n = (slots * context) as usize;
         Self {
             context,
+            exits: None,
             cells: vec![None; n],
             k: vec![vec![0; n]; LAYERS as usize],
             v: vec![vec![0; n]; LAYERS as usize],
@@ -124,6 +138,8 @@ impl Fake {
             spare: Vec::new(),
             last_cells: Vec::new(),
             last_logits: Vec::new(),
+            last_tokens: Vec::new(),
+            whole: Vec::new(),
             places: Vec::new(),
             fault: None,
             failed: Vec::new(),
@@ -320,6 +336,10 @@ impl Decoder for Fake {
             self.last_cells.push(cell as u32);
         }
         self.run(rows, begin, end);
+        self.last_tokens = match &self.exits {
+            Some(exits) if end < LAYERS => exits.tokens.clone(),
+            _ => (0..VOCAB as i32).collect(),
+        };
         let mut n_outputs = 0;
         for ((row, &at), &output) in rows.iter().zip(arena).zip(outputs) {
             self.arena[at as usize] = Some((row.sequence, row.position, end));
@@ -327,7 +347,9 @@ impl Decoder for Fake {
             if output {
                 n_outputs += 1;
                 let logits = self.scores(row, end);
-                self.last_logits.extend(logits);
+                let columns = self.last_tokens.iter();
+                self.last_logits
+                    .extend(columns.map(|&token| logits[token as usize]));
             }
         }
         0
@@ -354,21 +376,36 @@ impl Decoder for Fake {
     fn cells(&self) -> *const u32 {
         self.last_cells.as_ptr()
     }
-    fn window_logits(&self) -> Option<*const f32> {
-        Some(self.last_logits.as_ptr())
+    fn ramp_logits(&self, _: u32, logits: &mut drex_logits) -> bool {
+        logits.data = self.last_logits.as_ptr().cast();
+        logits.n_vocab = self.last_tokens.len() as u32;
+        logits.row_stride_bytes = 4 * u64::from(logits.n_vocab);
+        if let Some(exits) = &self.exits {
+            logits.token_ids = self.last_tokens.as_ptr();
+            logits.calibration = exits.calibration.as_ptr();
+        }
+        true
     }
     fn ban(&mut self, i: usize, tokens: &[i32]) -> bool {
-        let Some(logits) = self.last_logits.chunks_mut(VOCAB as usize).nth(i) else {
+        let Some(logits) = self.last_logits.chunks_mut(self.last_tokens.len()).nth(i) else {
             return false;
         };
-        for &token in tokens {
-            logits[token as usize] = f32::NEG_INFINITY;
+        for (logit, token) in logits.iter_mut().zip(&self.last_tokens) {
+            if tokens.contains(token) {
+                *logit = f32::NEG_INFINITY;
+            }
         }
         true
     }
     fn logits(&mut self, i: usize) -> Option<&[f32]> {
         let at = (*self.places.get(i)?)?;
-        self.last_logits.chunks(VOCAB as usize).nth(at)
+        let logits = self.last_logits.chunks(self.last_tokens.len()).nth(at)?;
+        self.whole.clear();
+        self.whole.resize(VOCAB as usize, f32::NEG_INFINITY);
+        for (&token, &logit) in self.last_tokens.iter().zip(logits) {
+            self.whole[token as usize] = logit;
+        }
+        Some(&self.whole)
     }
 
     fn forget(&mut self, sequence: Option<i32>) {

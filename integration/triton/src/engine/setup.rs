@@ -15,7 +15,6 @@ use crate::triton::log;
 
 impl<D: Decoder> Engine<D> {
     pub fn new(mut decoder: D, mut settings: Settings, seat: Seat) -> Result<Self, Failure> {
-        let ramps = ramps(&decoder, &settings)?;
         if settings.context > decoder.n_context() {
             log::warning(&format!(
                 "parameters: context is {}, the model was trained with {}, which is used",
@@ -33,6 +32,7 @@ impl<D: Decoder> Engine<D> {
             n_graphs: settings.graphs,
             n_rows_graph: max_batch,
         })?;
+        let ramps = ramps(&decoder, &settings)?;
         let device = decoder.device()?;
         let thresholds = &settings.threshold;
         let mut config: drex_config = zeroed();
@@ -139,7 +139,7 @@ fn ramps(decoder: &impl Decoder, settings: &Settings) -> Result<Vec<u32>, Failur
     if ramps.is_empty() {
         return Err(Failure::invalid(
             "the model has no early_exit.layers in its metadata: it was not trained for early exit, or name the layers \
-             with the parameter exit_layers",
+             with the parameter exit_layers, or a file of exits with the parameter exits",
         ));
     }
     let n_layer = decoder.n_layer();

@@ -238,7 +238,7 @@ impl<D: Decoder> Engine<D> {
         let ramp = step.at_ramp();
         if ramp && n > 0 {
             self.ban(&step.slots[..n])?;
-            self.score(info.n_rows)?;
+            self.score(&info)?;
         }
         let end = now_ns();
         self.window_ns += end - start;
@@ -297,18 +297,15 @@ impl<D: Decoder> Engine<D> {
     }
 
     /// The verdicts of the rows at a ramp, and the holes of those that leave.
-    fn score(&mut self, n_rows: u32) -> Result<(), Failure> {
+    fn score(&mut self, info: &drex_step) -> Result<(), Failure> {
         let mut logits: drex_logits = zeroed();
         logits.size = size_of::<drex_logits>() as u32;
         logits.dtype = DREX_DTYPE_F32;
-        logits.row_stride_bytes = u64::from(self.decoder.n_vocab()) * 4;
-        logits.n_rows = n_rows;
-        logits.n_vocab = self.decoder.n_vocab();
+        logits.n_rows = info.n_rows;
         logits.stream = self.device.stream;
-        let data = self.decoder.window_logits();
-        logits.data = data
-            .ok_or_else(|| Failure::internal("the window gave no logits"))?
-            .cast();
+        if !self.decoder.ramp_logits(info.ramp, &mut logits) {
+            return Err(Failure::internal("the window gave no logits"));
+        }
         // SAFETY: the window's first rows are outputs, so that the logits of n rows lie one after another.
         unsafe {
             check(drex_ramp(

@@ -1,5 +1,5 @@
 #include "server-drex.h"
-#include "server-drex-exits.h"
+#include "drex-exits.h"
 
 #include "gguf.h"
 
@@ -141,7 +141,7 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     std::string head = "shared";
 
     if (!p.exits.empty()) {
-        exits       = std::make_unique<server_drex_exits>(p.exits, p.exit_layers);
+        exits       = std::make_unique<common_drex_exits>(common_drex_exits::options { "--drex-exits", "--drex-exit-layers" }, p.exits, p.exit_layers);
         ramp_layers = exits->layers();
     } else {
         ramp_layers = read_exit_layers(params.model.path, head);

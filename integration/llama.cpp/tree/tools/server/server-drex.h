@@ -22,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-class server_drex_exits;
+class common_drex_exits;
 
 // what /metrics tells, but for what is fixed
 struct server_drex_figures {
@@ -247,7 +247,7 @@ private:
     std::vector<uint32_t> ramp_layers;
     bool                  all_strict = false; // no threshold of the server's can be reached
 
-    std::unique_ptr<server_drex_exits> exits; // nullptr: rows exit through the model's own head
+    std::unique_ptr<common_drex_exits> exits; // nullptr: rows exit through the model's own head
 
     std::vector<slot> slots;
 

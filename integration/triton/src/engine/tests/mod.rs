@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The engine with a model that can fail.
 
+mod exits;
 mod faults;
 mod fills;
 mod limits;
@@ -76,8 +77,11 @@ fn load(engine: &Engine<Fake>) -> (usize, usize) {
 
 impl Bench {
     fn new(settings: Settings) -> Self {
+        Self::of(Fake::new(settings.slots, settings.context), settings)
+    }
+
+    fn of(fake: Fake, settings: Settings) -> Self {
         let events: Events = Arc::default();
-        let fake = Fake::new(settings.slots, settings.context);
         let engine = new(fake, settings).unwrap();
         engine.begin();
         Self {

@@ -1,4 +1,4 @@
-#include "server-drex-exits.h"
+#include "drex-exits.h"
 
 #include "llama-layer-exits.h"
 
@@ -19,9 +19,10 @@ static const void * find_array(const gguf_context * gguf, const char * key, gguf
     return gguf_get_arr_data(gguf, id);
 }
 
-server_drex_exits::server_drex_exits(const std::string & path, const std::vector<uint32_t> & only) : path(path) {
+common_drex_exits::common_drex_exits(const options & names, const std::string & path, const std::vector<uint32_t> & only) :
+        names(names), path(path) {
     auto refuse = [&](const std::string & why) {
-        throw std::runtime_error("--drex-exits " + path + why);
+        throw std::runtime_error(names.file + " " + path + why);
     };
 
     gguf_init_params params = { /*.no_alloc =*/ true, /*.ctx =*/ nullptr };
@@ -50,7 +51,7 @@ server_drex_exits::server_drex_exits(const std::string & path, const std::vector
     for (const uint32_t layer : only.empty() ? all : only) {
         const auto it = std::find(all.begin(), all.end(), layer);
         if (it == all.end()) {
-            refuse(" has no exit after layer " + std::to_string(layer) + " of --drex-exit-layers");
+            refuse(" has no exit after layer " + std::to_string(layer) + " of " + names.layers);
         }
         ramp_layers.push_back(layer);
         if (!numbers) {
@@ -68,20 +69,20 @@ server_drex_exits::server_drex_exits(const std::string & path, const std::vector
     }
 }
 
-void server_drex_exits::load(llama_context * ctx, const std::string & path_model) {
+void common_drex_exits::load(llama_context * ctx, const std::string & path_model) {
     if (const char * why = llama_layer_exits_load(ctx, path_model.c_str(), path.c_str())) {
-        throw std::runtime_error(std::string("--drex-exits ") + why);
+        throw std::runtime_error(names.file + " " + why);
     }
     tokens = llama_layer_exits_tokens(ctx, &n_tokens);
 }
 
-void server_drex_exits::describe(drex_logits & logits, uint32_t ramp) const {
+void common_drex_exits::describe(drex_logits & logits, uint32_t ramp) const {
     logits.n_vocab     = n_tokens;
     logits.token_ids   = tokens;
     logits.calibration = calibrations.empty() ? nullptr : calibrations[ramp].data();
 }
 
-void server_drex_exits::pick(drex_logits & logits) {
+void common_drex_exits::pick(drex_logits & logits) {
     picked.resize(size_t(logits.n_rows)*n_tokens);
 
     const auto * from = static_cast<const float *>(logits.data);

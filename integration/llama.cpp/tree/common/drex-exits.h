@@ -1,6 +1,7 @@
 #pragma once
 
-// Exits that were fitted to the model (--drex-exits), see llama-layer-exits.h.
+// Exits that were fitted to a model, as drex takes them: for llama-server, and for other programs that use libllama and drex.
+// See llama-layer-exits.h.
 
 #include "llama.h"
 
@@ -11,11 +12,17 @@
 #include <string>
 #include <vector>
 
-class server_drex_exits {
+class common_drex_exits {
 public:
+    // what errors call the options that name the file, and layers of it
+    struct options {
+        std::string file;
+        std::string layers;
+    };
+
     // Reads what drex is made from; throws std::runtime_error with what is wrong.
     // only: those of the file's layers that are exits, empty: all of them
-    server_drex_exits(const std::string & path, const std::vector<uint32_t> & only);
+    common_drex_exits(const options & names, const std::string & path, const std::vector<uint32_t> & only);
 
     // Gives the context its exits, after llama_layer_range_init(); throws std::runtime_error with what is wrong.
     void load(llama_context * ctx, const std::string & path_model);
@@ -29,6 +36,7 @@ public:
     void pick(drex_logits & logits);
 
 private:
+    const options     names;
     const std::string path;
 
     std::vector<uint32_t>                        ramp_layers;
