@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::{
     Bench, PARAMETERS, Test, parameters, quiet,
     refusals::refuse,
-    request,
+    request, requests,
     same_as_llama_server::{equal, expected},
     whole,
 };
@@ -33,6 +33,10 @@ pub const TESTS: &[Test] = &[
     (
         "rows leave with tokens of the fitted exits' head alone",
         head_of_two,
+    ),
+    (
+        "calibrated confidences of fitted exits meet the thresholds",
+        calibrated,
     ),
     (
         "fitted exits that do not fit are refused at load",
@@ -132,6 +136,29 @@ fn head_of_two(bench: &Bench) -> Result<()> {
     let exits = Metrics::parse(&metrics).get("drex_exits_total");
     ensure!(exits == Some(all), "{exits:?} rows left, expected {all}");
     quiet(&server)
+}
+
+/// The second of the file's exits, with a calibration that makes every token sure, and with one that makes none.
+fn calibrated(bench: &Bench) -> Result<()> {
+    let file = folder(bench, "exits-calibrated")?.join("own.gguf");
+    let path = file.to_string_lossy();
+    for (shift, threshold, expected) in [(20.0, "0.99", 4 * 23), (-20.0, "0.01", 0)] {
+        write(bench, &file, "4,8", "all", Some(shift))?;
+        let server = bench.start_with(&[
+            ("exits", &path),
+            ("exit_layers", "8"),
+            ("policy", "latency"),
+            ("threshold", threshold),
+        ])?;
+        whole(&bench.stream(&server, &requests(4, 24))?, |_| 24)?;
+        let metrics = server.metrics_with("drex_tokens_total", |tokens| tokens >= 4.0 * 24.0)?;
+        let exits = Metrics::parse(&metrics).by_label("drex_exits_total", "layer");
+        ensure!(
+            exits == [("8".to_owned(), f64::from(expected))],
+            "with shift {shift} and threshold {threshold} rows left at {exits:?}, expected {expected} after layer 8"
+        );
+    }
+    Ok(())
 }
 
 fn files_that_do_not_fit(bench: &Bench) -> Result<()> {
