@@ -41,6 +41,8 @@ pub struct Cost {
     pub end: u32,
     /// none, own or exit
     pub head: String,
+    /// The least of several: whatever else the machine does comes on top.
+    #[serde(rename = "least_us")]
     pub us: f64,
 }
 

@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use drex::core::config::Fill;
+use drex_harness::machine;
 use ndarray::s;
 use rayon::prelude::*;
 
@@ -373,6 +374,7 @@ fn head_size(
     let vocab = info.vocab_size as usize;
     let time = |size: usize| -> Result<Vec<RowCost>> {
         eprintln!("timing windows with a head of {size} tokens");
+        machine::warn_if_busy();
         let path = o.work.join("timed.gguf");
         exits::write(&path, info, &ranked(size), timed, "")?;
         let mut few = vec![
