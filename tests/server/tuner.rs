@@ -66,7 +66,7 @@ fn tune(suite: &Suite, engine: &Path, folder: &Path) -> Result<(PathBuf, Value)>
         .arg(folder.join("work"))
         .arg("-o")
         .arg(&file)
-        .args(["--tokens", "6000", "--layers", "8", "--refine", "1"])
+        .args(["--tokens", "8000", "--layers", "8", "--refine", "1"])
         .args(["--passes", "1", "--head-tokens", "1024", "--json"]);
     let out = process::output(&mut command)?;
     let last = out.lines().last().context("the tuner printed nothing")?;
@@ -107,7 +107,8 @@ fn fitted_in(suite: &Suite, folder: &Path) -> Result<()> {
 
     let text = fs::read(folder.join("other.txt"))?;
     let lines = ask(&engine, &["tokens"], &suite.model, text)?;
-    let few: String = lines.split_inclusive('\n').take(6).collect();
+    // As many as an eighth of the tokens takes.
+    let few: String = lines.split_inclusive('\n').take(2).collect();
     let path = file.to_string_lossy();
     let scores = ask(
         &engine,

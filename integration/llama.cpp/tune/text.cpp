@@ -20,9 +20,9 @@ static std::string in_template(const llama_model * model, const std::string & pr
     return res;
 }
 
-static std::vector<llama_token> tokenized(const llama_vocab * vocab, const std::string & text, bool special) {
+static std::vector<llama_token> tokenized(const llama_vocab * vocab, const std::string & text, bool add, bool special) {
     std::vector<llama_token> res(text.size() + 16);
-    const int32_t n = llama_tokenize(vocab, text.data(), text.size(), res.data(), res.size(), true, special);
+    const int32_t n = llama_tokenize(vocab, text.data(), text.size(), res.data(), res.size(), add, special);
     if (n < 0) {
         fail("a text of " + std::to_string(text.size()) + " bytes does not fit into as many tokens");
     }
@@ -34,12 +34,21 @@ int run_tokens(const options & o) {
     const llama_model_ptr model = load_model(o);
     const llama_vocab * vocab = llama_model_get_vocab(model.get());
 
+    // each piece begins as a prompt does
+    std::vector<llama_token> begin;
+    if (llama_vocab_get_add_bos(vocab)) {
+        begin.push_back(llama_vocab_bos(vocab));
+    }
+    const size_t n_part = o.n_chunk - begin.size();
+
     int64_t id = 0;
     for (const auto & text : read_texts()) {
-        const auto all = tokenized(vocab, text, false);
-        for (size_t i = 0; i + 1 < all.size(); i += o.n_chunk) {
-            const size_t end = std::min(all.size(), i + o.n_chunk);
-            print_sequence({ id++, 1, { all.begin() + i, all.begin() + end } });
+        const auto all = tokenized(vocab, text, false, false);
+        for (size_t i = 0; i + 1 < all.size(); i += n_part) {
+            const size_t end = std::min(all.size(), i + n_part);
+            sequence s = { id++, int(begin.size()) + 1, begin };
+            s.tokens.insert(s.tokens.end(), all.begin() + i, all.begin() + end);
+            print_sequence(s);
         }
     }
     return 0;
@@ -81,7 +90,7 @@ int run_write(const options & o) {
             if (w.busy) {
                 continue;
             }
-            w.seq = { int64_t(next), 1, tokenized(vocab, in_template(model.get(), prompts[next]), true) };
+            w.seq = { int64_t(next), 1, tokenized(vocab, in_template(model.get(), prompts[next]), true, true) };
             if ((int) w.seq.tokens.size() > o.n_chunk) {
                 w.seq.tokens.resize(o.n_chunk);
             }

@@ -50,10 +50,29 @@ pub fn fit(pairs: &[(f32, bool)]) -> Platt {
             break;
         }
     }
+    if a < LEAST_SCALE {
+        a = LEAST_SCALE;
+        b = shift(pairs, a, yes, no);
+    }
     Platt {
-        scale: a.max(LEAST_SCALE) as f32,
+        scale: a as f32,
         shift: b.clamp(-30.0, 30.0) as f32,
     }
+}
+
+/// The likeliest shift for a scale.
+fn shift(pairs: &[(f32, bool)], scale: f64, yes: f64, no: f64) -> f64 {
+    let mut b = 0.0f64;
+    for _ in 0..50 {
+        let (mut g, mut h) = (0.0, 1e-9);
+        for &(confidence, is_right) in pairs {
+            let p = chance(scale * log_odds(confidence) + b);
+            g += p - if is_right { yes } else { no };
+            h += p * (1.0 - p);
+        }
+        b -= (g / h).clamp(-2.0, 2.0);
+    }
+    b
 }
 
 #[cfg(test)]
@@ -80,6 +99,22 @@ mod tests {
         assert!(before > 0.15 && after < 0.03, "{before} {after} {fitted:?}");
         for w in [0.1, 0.5, 0.9] {
             assert!(fitted.apply(w) < fitted.apply(w + 0.05), "{fitted:?}");
+        }
+    }
+
+    /// The surer, the more often wrong: no scaling keeps the order and is right, but the chance of all of them is known.
+    #[test]
+    fn a_useless_exit_has_the_chance_of_its_samples() {
+        let pairs: Vec<(f32, bool)> = (0..1000)
+            .map(|i| {
+                let right = i % 2 == 0;
+                (if right { 0.88 } else { 0.93 }, right)
+            })
+            .collect();
+        let fitted = fit(&pairs);
+        assert!(fitted.scale > 0.0, "{fitted:?}");
+        for (c, _) in pairs {
+            assert!((fitted.apply(c) - 0.5).abs() < 0.02, "{fitted:?}");
         }
     }
 

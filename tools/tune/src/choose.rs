@@ -325,6 +325,19 @@ mod tests {
         assert!(most > 3.0 && most <= 4.0, "{most}");
         let none = speed(&heard(0.01, false));
         assert!(none > 0.95 && none < 1.01, "{none}");
+        // Drafts that are all refused bring nothing.
+        let refused = predict(
+            &costs,
+            12,
+            &[3],
+            &heard(0.99, false),
+            1,
+            Fill::Verify,
+            &[0.5],
+        )
+        .unwrap();
+        let ratio = refused.auto / refused.off;
+        assert!(ratio < 1.01, "{ratio}");
         assert_eq!(heard(0.9, false).agreement(&[0.5]), 0.0);
         assert_eq!(threshold_for(&heard(0.9, false), 1, 0.99), 0.91);
     }

@@ -66,8 +66,11 @@ impl Engine {
         // On a thread of its own: two full pipes would wait for each other.
         let writer = std::thread::spawn(move || stdin.write_all(&input));
         let mut result = Ok(());
-        for line in BufReader::new(child.stdout.take().context("no stdout")?).lines() {
-            result = line.map_err(Into::into).and_then(|line| on_line(&line));
+        // A model's name may be anything.
+        for line in BufReader::new(child.stdout.take().context("no stdout")?).split(b'\n') {
+            result = line
+                .map_err(Into::into)
+                .and_then(|line| on_line(&String::from_utf8_lossy(&line)));
             if result.is_err() {
                 let _ = child.kill();
                 break;

@@ -15,7 +15,7 @@ use crate::{
     map::{Map, Mlp},
     refine::{Refined, Target},
     ridge::{Affine, White},
-    states::{Range, States},
+    states::States,
 };
 
 /// A map of states in units of their root mean square.
@@ -29,12 +29,12 @@ pub struct Fitted {
 const RIDGE: f64 = 1e-4;
 
 /// The ridge solution for each layer.
-pub fn regress(states: &States, layers: &[u32], range: Range) -> Result<Vec<Fitted>> {
-    let last = states.last(range.clone())?;
+pub fn regress(states: &States, layers: &[u32]) -> Result<Vec<Fitted>> {
+    let last = states.last(states.all())?;
     layers
         .par_iter()
         .map(|&layer| {
-            let x = states.layer(layer, range.clone())?;
+            let x = states.layer(layer, states.all())?;
             let white = White::of(x.view(), RIDGE)?;
             let affine = Affine::regressed(white.apply(x.view()).view(), last.view())?;
             Ok(Fitted {
@@ -90,16 +90,15 @@ struct Work {
 pub fn refine(
     states: &States,
     layers: &[u32],
-    range: Range,
     head: &Head,
     schedule: &Schedule,
     checkpoint: &Checkpoint,
 ) -> Result<Vec<Fitted>> {
-    let last = states.last(range.clone())?;
+    let last = states.last(states.all())?;
     let mut all: Vec<Work> = layers
         .par_iter()
         .map(|&layer| -> Result<Work> {
-            let x = states.layer(layer, range.clone())?;
+            let x = states.layer(layer, states.all())?;
             let white = White::of(x.view(), RIDGE)?;
             let x = white.apply(x.view());
             let affine = Affine::regressed(x.view(), last.view())?;
@@ -113,18 +112,23 @@ pub fn refine(
             })
         })
         .collect::<Result<_>>()?;
-    let first = checkpoint.load(&mut all).unwrap_or(0);
-    let log_sums: Vec<f32> = states.rows[range.clone()]
-        .iter()
-        .map(|r| r.log_sum)
-        .collect();
-    let steps_of_pass = range.len().div_ceil(schedule.batch);
+    let first = checkpoint.load(&mut all).unwrap_or_else(|| {
+        if checkpoint.path.exists() {
+            eprintln!(
+                "refining anew: the exits, their head or the schedule are others than last time"
+            );
+        }
+        0
+    });
+    let n = states.rows.len();
+    let log_sums: Vec<f32> = states.rows.iter().map(|r| r.log_sum).collect();
+    let steps_of_pass = n.div_ceil(schedule.batch);
     let steps = (schedule.passes * steps_of_pass) as f32;
     let began = Instant::now();
     let mut progress = Progress::new("refining");
     let mut said = String::from("as before");
     for pass in first..schedule.passes {
-        let order = shuffled(range.len(), pass as u64);
+        let order = shuffled(n, pass as u64);
         let mut losses = vec![0.0; all.len()];
         for (k, rows) in order.chunks(schedule.batch).enumerate() {
             let done = (pass * steps_of_pass + k) as f32;

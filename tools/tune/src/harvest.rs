@@ -12,11 +12,15 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use drex_build::process::Progress;
+use fs4::fs_std::FileExt;
 
 use crate::{
     engine::{Engine, Info, Line, input, list},
     states::{ROW_BYTES, States, layer_file},
 };
+
+/// Changes with what the engine makes of a text.
+const FORMAT: &str = "2";
 
 /// Tokens of one text at most.
 pub const CHUNK: u32 = 512;
@@ -33,6 +37,22 @@ impl Source {
         match self {
             Source::Prompts(all) | Source::Lines(all) => all,
         }
+    }
+
+    /// Where texts from `next` on end that are expected to have so many tokens.
+    fn enough(&self, next: usize, tokens: usize, mean: usize) -> usize {
+        let mut left = tokens;
+        let parts = &self.parts()[next..];
+        let n = parts.iter().take_while(|part| {
+            let more = left > 0;
+            left = left.saturating_sub(match self {
+                Source::Prompts(_) => mean,
+                // Behind the line's number and that of its given tokens.
+                Source::Lines(_) => part.split(' ').count().saturating_sub(2),
+            });
+            more
+        });
+        next + n.count()
     }
 }
 
@@ -60,7 +80,7 @@ impl<'a> Harvest<'a> {
             Source::Lines(_) => "lines",
         };
         let numbers = list(layers);
-        let head = [kind, &info.hash, &numbers];
+        let head = [FORMAT, kind, &info.hash, &numbers];
         let all = head
             .into_iter()
             .chain(source.parts().iter().map(String::as_str));
@@ -78,6 +98,12 @@ impl<'a> Harvest<'a> {
     /// At least so many states, or all that there are, and where each text ends in them.
     pub fn run(&self, tokens: usize, what: &str) -> Result<(States, Vec<usize>)> {
         fs::create_dir_all(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
+        let lock = fs::File::create(self.dir.join("lock"))?;
+        ensure!(
+            FileExt::try_lock_exclusive(&lock)?,
+            "another run harvests into {}",
+            self.dir.display()
+        );
         let mut done = self.resume()?;
         let mut rows: usize = done.iter().map(|d| d.1).sum();
         let (began, before) = (Instant::now(), rows);
@@ -96,7 +122,7 @@ impl<'a> Harvest<'a> {
             } else {
                 rows.div_ceil(done.len()).max(1)
             };
-            let to = parts.len().min(next + (tokens - rows).div_ceil(mean));
+            let to = self.source.enough(next, tokens - rows, mean);
             let mut on_line = |line: &str| -> Result<()> {
                 let (id, n) = line
                     .split_once(' ')
@@ -130,20 +156,24 @@ impl<'a> Harvest<'a> {
             next = to;
         }
         progress.finish(&format!("{rows} tokens"));
-        let states = States::open(&self.dir, self.width)?;
+        let mut states = States::open(&self.dir, self.width)?;
         ensure!(
             states.rows.len() == rows,
             "{} has {} rows, {rows} were expected",
             self.dir.display(),
             states.rows.len()
         );
-        let ends = done
+        let mut ends: Vec<usize> = done
             .iter()
             .scan(0, |sum, d| {
                 *sum += d.1;
                 Some(*sum)
             })
             .collect();
+        // An earlier run may have wanted more.
+        let few = ends.iter().position(|&end| end >= tokens);
+        ends.truncate(few.map_or(ends.len(), |at| at + 1));
+        states.rows.truncate(ends.last().copied().unwrap_or(0));
         Ok((states, ends))
     }
 
@@ -243,6 +273,16 @@ mod tests {
             fingerprint(["a", ""].into_iter()),
             fingerprint(["a"].into_iter())
         );
+    }
+
+    #[test]
+    fn as_many_texts_as_there_are_tokens_wanted() {
+        let lines = Source::Lines(["0 1 5 6 7", "1 1 5 6", "2 1 5"].map(String::from).into());
+        assert_eq!(lines.enough(0, 3, 100), 1);
+        assert_eq!(lines.enough(0, 4, 100), 2);
+        assert_eq!(lines.enough(1, 9, 100), 3);
+        let prompts = Source::Prompts(vec!["a".into(); 9]);
+        assert_eq!(prompts.enough(2, 250, 100), 5);
     }
 
     #[test]

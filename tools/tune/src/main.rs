@@ -22,8 +22,8 @@ mod tune;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Result, ensure};
-use clap::Parser;
+use anyhow::Result;
+use clap::{CommandFactory, Parser, error::ErrorKind};
 use drex_build::{
     Source,
     cache::Cache,
@@ -38,7 +38,7 @@ use crate::{engine::Engine, fit::Schedule};
     bin_name = "cargo xtask tune",
     about = "Fits exits to a model that was not trained for them, and says what they bring",
     after_help = "The states of the texts and the maps are kept in --work: a run that was interrupted goes on there, and \
-                  another with the same texts needs no harvest.\n\n\
+                  another with the same texts and --layers needs no harvest.\n\n\
                   Exit status: 0 exits were written, 1 something failed, 2 wrong usage."
 )]
 struct Cli {
@@ -109,24 +109,27 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     let range = |what: &str, value: f64, low: f64, high: f64| {
-        ensure!(
-            (low..=high).contains(&value),
-            "--{what} is {value}, expected a number from {low} to {high}"
-        );
-        Ok(())
+        if !(low..=high).contains(&value) {
+            let text = format!("--{what} is {value}, expected a number from {low} to {high}");
+            Cli::command()
+                .error(ErrorKind::ValueValidation, text)
+                .exit();
+        }
     };
-    range("tokens", cli.tokens as f64, 1000.0, 1e8)?;
-    range("passes", cli.passes as f64, 0.0, 1000.0)?;
-    range("refine", cli.refine as f64, 1.0, 64.0)?;
-    range("rate", cli.rate.into(), 0.0, 10.0)?;
-    range("mlp", cli.mlp as f64, 0.0, 65_536.0)?;
-    range("ramp-layers", cli.ramp_layers, 0.0, 1e3)?;
+    range("tokens", cli.tokens as f64, 1000.0, 1e8);
+    let least = if cli.head_tokens == 0 { 0.0 } else { 2.0 };
+    range("head-tokens", cli.head_tokens as f64, least, 1e7);
+    range("passes", cli.passes as f64, 0.0, 1000.0);
+    range("refine", cli.refine as f64, 1.0, 64.0);
+    range("rate", cli.rate.into(), 0.0, 10.0);
+    range("mlp", cli.mlp as f64, 0.0, 65_536.0);
+    range("ramp-layers", cli.ramp_layers, 0.0, 1e3);
     let beside = |extension: &str| cli.model.with_extension(extension);
     let threads = match cli.threads {
         Some(n) => n,
         None => std::thread::available_parallelism()?.get(),
     };
-    range("threads", threads as f64, 1.0, 512.0)?;
+    range("threads", threads as f64, 1.0, 512.0);
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build_global()?;

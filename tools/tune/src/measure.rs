@@ -13,7 +13,11 @@ use drex_harness::{client::Client, generate::generate, server::Server, stats};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{engine::Engine, prompts, report::Prediction};
+use crate::{
+    engine::Engine,
+    prompts::{self, Use},
+    report::Prediction,
+};
 
 /// Requests at once.
 const IN_FLIGHT: [u32; 3] = [1, 4, 16];
@@ -115,10 +119,10 @@ fn one(
     })
 }
 
-/// Prompts from the end of the list, whose beginning the exits are fitted on.
+/// Prompts that the exits were neither fitted nor judged on.
 fn requests(client: Client, template: bool, in_flight: usize) -> Result<Vec<Value>> {
-    let all = prompts::all();
-    let some = all.iter().rev().take((2 * in_flight).max(8));
+    let all = prompts::all(Use::Measure);
+    let some = all.iter().take((2 * in_flight).max(8));
     some.map(|prompt| {
         let mut text = Value::from(prompt.as_str());
         if template {

@@ -162,16 +162,24 @@ impl Report {
             )?;
         }
         if self.worth {
-            writeln!(out, "\nwritten to {}", self.file)?;
+            writeln!(out, "\nwritten to {}; serve them with", self.file)?;
+            for p in self.predictions.iter().filter(|p| p.quality == "lossless") {
+                writeln!(
+                    out,
+                    "  -np {} --drex-policy auto --drex-fill verify --drex-exits {} --drex-threshold {:.2}",
+                    p.in_flight, self.file, p.threshold
+                )?;
+            }
         } else {
             let best = self
                 .predictions
                 .iter()
+                .filter(|p| p.quality == "lossless")
                 .map(Prediction::ratio)
                 .fold(0.0, f64::max);
             writeln!(
                 out,
-                "\nNot worth it on this machine: the best ratio is {best:.2}. An exit pays when its agreement exceeds \
+                "\nNot worth it on this machine: lossless, the best ratio is {best:.2}. An exit pays when its agreement exceeds \
                  what the way to it costs, as a share of a pass:"
             )?;
             let costs = &self.costs[1.min(self.costs.len() - 1)];

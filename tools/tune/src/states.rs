@@ -60,6 +60,21 @@ impl States {
         })
     }
 
+    pub fn all(&self) -> Range {
+        0..self.rows.len()
+    }
+
+    /// Differs with what the rows say, not with the states: these follow from the same texts.
+    pub fn fingerprint(&self) -> u64 {
+        let words = self
+            .rows
+            .iter()
+            .flat_map(|r| [r.token as u32, r.top as u32]);
+        words.fold(0xcbf2_9ce4_8422_2325, |h, w| {
+            (h ^ u64::from(w)).wrapping_mul(0x0100_0000_01b3)
+        })
+    }
+
     /// The states that leave a layer, in units of their root mean square.
     pub fn layer(&self, layer: u32, range: Range) -> Result<Array2<f32>> {
         self.read(&layer_file(layer), range)

@@ -15,17 +15,17 @@ use rayon::prelude::*;
 
 use crate::{
     calibrate,
-    choose::{self, Heard, Predicted, RowCost},
+    choose::{self, Heard, RowCost},
     engine::{Engine, Info},
     exits::{self, Calibrations},
     fit::{self, Checkpoint, Fitted, Schedule, shuffled},
     harvest::{CHUNK, Harvest, Source},
     head::{Head, frequent},
     measure::measure,
-    prompts,
+    prompts::{self, Use},
     quality::{self, Said},
     report::{Exit, Prediction, Report, Text},
-    states::{Range, States},
+    states::States,
 };
 
 pub struct Options {
@@ -48,7 +48,7 @@ pub struct Options {
     pub measure: bool,
 }
 
-/// Of the texts, one of so many is held out.
+/// Of the tokens, one of so many is held out.
 const HELD: usize = 8;
 /// Numbers of rows whose windows are timed.
 const ROWS: [u32; 4] = [1, 4, 16, 64];
@@ -56,6 +56,8 @@ const ROWS: [u32; 4] = [1, 4, 16, 64];
 const HEADS: [usize; 6] = [2048, 4096, 6144, 8192, 12288, 16384];
 /// States whose first choice is recomputed, to see that the head alone gives the model's logits.
 const CHECKED: usize = 512;
+/// What fill verify gives.
+const LOSSLESS: &str = "lossless";
 /// What counts as lossy but good.
 const GOOD: f64 = 0.99;
 /// Predicted speed that is worth the trouble.
@@ -72,41 +74,31 @@ pub fn tune(o: &Options) -> Result<Report> {
     let width = info.embedding_length as usize;
     fs::create_dir_all(&o.work).with_context(|| format!("making {}", o.work.display()))?;
 
-    let source = source(o)?;
-    let harvest = Harvest::new(&o.engine, &info, &o.work, &layers, &source);
-    let (mut states, ends) = harvest.run(o.tokens, "harvesting")?;
-    let held_texts = (ends.len() / HELD).max(2);
+    let (fit_on, judge_on) = sources(o)?;
+    let harvest = Harvest::new(&o.engine, &info, &o.work, &layers, &fit_on);
+    let (mut states, _) = harvest.run(o.tokens - o.tokens / HELD, "harvesting")?;
+    let judge = Harvest::new(&o.engine, &info, &o.work, &layers, &judge_on);
+    let (mut held, ends) = judge.run(o.tokens / HELD, "harvesting what is held out")?;
     ensure!(
-        ends.len() > 2 * held_texts,
-        "there are {} texts, too few to fit exits on; name longer ones, or several",
-        ends.len()
+        ends.len() > 1,
+        "there are too few texts to hold some out; name longer ones, or several"
     );
-    let split = ends[ends.len() - held_texts - 1];
-    let (train, held) = (0..split, split..states.rows.len());
 
     // A head first that has what any later one has, to see what a smaller one loses.
     let most = HEADS[HEADS.len() - 1].min(info.vocab_size as usize);
-    let ranked = |size| frequent(&states.rows[train.clone()], info.vocab_size as usize, size);
+    let ranked = |size| frequent(&states.rows, info.vocab_size as usize, size);
     let first = ranked(most.min(8192));
     let head = Head::new(first.clone(), o.engine.head(&first, width)?);
     states.factor = head_factor(&states, &head)?;
+    held.factor = states.factor;
 
-    eprintln!("regressing on {} tokens", train.len());
-    let ridge = fit::regress(&states, &layers, train.clone())?;
-    let ridge_said = say_all(&states, &ridge, &head, held.clone())?;
+    eprintln!("regressing on {} tokens", states.rows.len());
+    let ridge = fit::regress(&states, &layers)?;
+    let ridge_said = say_all(&held, &ridge, &head)?;
 
     let none = [calibrate::NONE; 3];
     let timed: Vec<(Fitted, Calibrations)> = ridge.iter().map(|f| (f.clone(), none)).collect();
-    let (costs, size) = head_size(
-        o,
-        &info,
-        &layers,
-        &timed,
-        ranked,
-        &ridge_said,
-        &states,
-        &held,
-    )?;
+    let (costs, size) = head_size(o, &info, &layers, &timed, ranked, &ridge_said, &held)?;
     let tokens = ranked(size);
     let head = Head::new(tokens.clone(), o.engine.head(&tokens, width)?);
 
@@ -114,26 +106,20 @@ pub fn tune(o: &Options) -> Result<Report> {
     let checkpoint = Checkpoint {
         path: o.work.join(format!("maps-{}.bin", harvest.key)),
         key: format!(
-            "{} {size} {short:?} {} {} {} {}",
-            train.len(),
+            "{:016x} {size} {short:?} {} {} {} {}",
+            states.fingerprint(),
             o.schedule.mlp,
             o.schedule.passes,
             o.schedule.batch,
             o.schedule.rate
         ),
     };
-    let refined = fit::refine(
-        &states,
-        &short,
-        train.clone(),
-        &head,
-        &o.schedule,
-        &checkpoint,
-    )?;
-    let said = say_all(&states, &refined, &head, held.clone())?;
+    let refined = fit::refine(&states, &short, &head, &o.schedule, &checkpoint)?;
+    let said = say_all(&held, &refined, &head)?;
 
-    // Fitted on the first half of the held-out texts, judged on the second.
-    let middle = ends[ends.len() - held_texts / 2 - 1] - held.start;
+    // Calibrated and chosen on the first half of the held-out texts, judged on the second.
+    let (first, second) = ends.split_at(ends.len().div_ceil(2));
+    let middle = first[first.len() - 1];
     let calibrations: Vec<Calibrations> = said.iter().map(|s| calibrated(&s[..middle])).collect();
 
     let other = match &o.held_out {
@@ -164,7 +150,7 @@ pub fn tune(o: &Options) -> Result<Report> {
                 kind: f.map.kind().into(),
                 agreement: quality::agreement(s),
                 agreement_ridge: ridge_at.map_or(f64::NAN, |k| quality::agreement(&ridge_said[k])),
-                coverage: head.coverage(&states.rows[held.clone()]),
+                coverage: head.coverage(&held.rows),
                 ece: quality::calibration_error(chances()),
                 leave,
                 right,
@@ -174,22 +160,21 @@ pub fn tune(o: &Options) -> Result<Report> {
         })
         .collect();
 
-    let texts: Vec<usize> = ends[ends.len() - held_texts..]
-        .iter()
-        .map(|e| e - held.start)
-        .collect();
-    let (chosen, predictions) = choose_set(&costs, n_layers, &short, &said, &calibrations, &texts)?;
+    let part = |from: usize, ends: &[usize]| Part {
+        said: said.iter().map(|s| s[from..].to_vec()).collect(),
+        ends: ends.iter().map(|e| e - from).collect(),
+        calibrations: &calibrations,
+    };
+    let set = choose_set(&costs, n_layers, &short, &part(0, first))?;
+    let (chosen, predictions) = set.judged(&costs, n_layers, &short, &part(middle, second))?;
 
     let mut report = Report {
         model: info.name.clone(),
         architecture: info.architecture.clone(),
         n_layers,
         text: Text {
-            what: match &source {
-                Source::Prompts(p) => format!(
-                    "what the model answers to {} prompts",
-                    p.len().min(ends.len())
-                ),
+            what: match &fit_on {
+                Source::Prompts(_) => "what the model answers to prompts".into(),
                 Source::Lines(_) => o
                     .texts
                     .iter()
@@ -202,15 +187,17 @@ pub fn tune(o: &Options) -> Result<Report> {
                     .collect::<Vec<_>>()
                     .join(", "),
             },
-            tokens: train.len(),
-            held_out: held.len(),
+            tokens: states.rows.len(),
+            held_out: held.rows.len(),
         },
         head_tokens: size,
         head_type: info.head_type.clone(),
         costs: costs.clone(),
         chosen: chosen.iter().map(|&i| short[i]).collect(),
         exits,
-        worth: predictions.iter().any(|p| p.ratio() >= WORTH),
+        worth: predictions
+            .iter()
+            .any(|p| p.quality == LOSSLESS && p.ratio() >= WORTH),
         predictions,
         measured: Vec::new(),
         file: o.output.display().to_string(),
@@ -247,21 +234,40 @@ fn candidates(named: &[u32], n_layers: u32) -> Result<Vec<u32>> {
     Ok(layers)
 }
 
-fn source(o: &Options) -> Result<Source> {
+/// Texts to fit on, and texts that are held out: other topics of the prompts, or the last part of each file.
+fn sources(o: &Options) -> Result<(Source, Source)> {
     if o.texts.is_empty() {
-        return Ok(Source::Prompts(prompts::all()));
+        return Ok((
+            Source::Prompts(prompts::all(Use::Fit)),
+            Source::Prompts(prompts::all(Use::Judge)),
+        ));
     }
-    let mut all = Vec::new();
+    let (mut fit_on, mut judge_on) = (Vec::new(), Vec::new());
     for path in &o.texts {
-        all.extend(fs::read(path).with_context(|| format!("--text {}", path.display()))?);
-        all.push(0);
+        let mut lines = lines(o, "--text", path)?;
+        let held = lines.len().div_ceil(HELD);
+        judge_on.extend(lines.split_off(lines.len() - held));
+        fit_on.extend(lines);
     }
-    let lines = o.engine.tokens(&all, CHUNK)?;
-    // So that those that are held out are from everywhere.
+    ensure!(
+        !fit_on.is_empty(),
+        "--text: there are fewer than {CHUNK} tokens to fit on"
+    );
+    // So that a part of them is from everywhere.
+    Ok((Source::Lines(mixed(fit_on)), Source::Lines(mixed(judge_on))))
+}
+
+fn lines(o: &Options, option: &str, path: &Path) -> Result<Vec<String>> {
+    let mut text = fs::read(path).with_context(|| format!("{option} {}", path.display()))?;
+    text.push(0);
+    let lines = o.engine.tokens(&text, CHUNK)?;
+    ensure!(!lines.is_empty(), "{option} {}: no text", path.display());
+    Ok(lines)
+}
+
+fn mixed(lines: Vec<String>) -> Vec<String> {
     let order = shuffled(lines.len(), 1);
-    Ok(Source::Lines(
-        order.into_iter().map(|i| lines[i].clone()).collect(),
-    ))
+    order.into_iter().map(|i| lines[i].clone()).collect()
 }
 
 /// What the head's product with the last state lacks to be the model's logits, which is one factor at most: a bias, or a
@@ -276,6 +282,11 @@ fn head_factor(states: &States, head: &Head) -> Result<f32> {
         .filter_map(|(row, p)| Some((row.log_sum + row.p_top.ln(), p[head.find(row.top)?])))
         .collect();
     let ratios = pairs.iter().filter(|p| p.1.abs() > 1.0);
+    ensure!(
+        ratios.clone().next().is_some(),
+        "the model's greatest logits are too small, or of tokens that the exits' head has not, to compare them with the \
+         head's product with the last state"
+    );
     let factor = choose::median(ratios.map(|p| f64::from(p.0 / p.1)).collect()) as f32;
     let near = |p: &&(f32, f32)| (p.0 - factor * p.1).abs() <= 0.1 + 0.03 * p.0.abs();
     let fitting = pairs.iter().filter(near).count();
@@ -293,10 +304,10 @@ fn head_factor(states: &States, head: &Head) -> Result<f32> {
     })
 }
 
-fn say(states: &States, f: &Fitted, head: &Head, range: Range) -> Result<Vec<Said>> {
+fn say(states: &States, f: &Fitted, head: &Head) -> Result<Vec<Said>> {
     const PART: usize = 2048;
-    let x = states.layer(f.layer, range.clone())?;
-    let rows = &states.rows[range];
+    let x = states.layer(f.layer, states.all())?;
+    let rows = &states.rows;
     let parts: Vec<Vec<Said>> = (0..rows.len())
         .into_par_iter()
         .step_by(PART)
@@ -312,10 +323,8 @@ fn say(states: &States, f: &Fitted, head: &Head, range: Range) -> Result<Vec<Sai
     Ok(parts.concat())
 }
 
-fn say_all(states: &States, all: &[Fitted], head: &Head, range: Range) -> Result<Vec<Vec<Said>>> {
-    all.iter()
-        .map(|f| say(states, f, head, range.clone()))
-        .collect()
+fn say_all(states: &States, all: &[Fitted], head: &Head) -> Result<Vec<Vec<Said>>> {
+    all.iter().map(|f| say(states, f, head)).collect()
 }
 
 fn calibrated(said: &[Said]) -> Calibrations {
@@ -338,13 +347,11 @@ struct Judge<'a> {
 impl Judge<'_> {
     /// Agreement and calibration error of each exit.
     fn other_text(&self, o: &Options, info: &Info, path: &Path) -> Result<Vec<(f64, f64)>> {
-        let mut text = fs::read(path).with_context(|| format!("--held-out {}", path.display()))?;
-        text.push(0);
-        let source = Source::Lines(o.engine.tokens(&text, CHUNK)?);
+        let source = Source::Lines(lines(o, "--held-out", path)?);
         let harvest = Harvest::new(&o.engine, info, &o.work, self.layers, &source);
         let (mut states, _) = harvest.run(o.tokens / HELD, "harvesting held-out text")?;
         states.factor = self.factor;
-        let said = say_all(&states, self.fitted, self.head, 0..states.rows.len())?;
+        let said = say_all(&states, self.fitted, self.head)?;
         let one = |(s, c): (&Vec<Said>, &Calibrations)| {
             let chances = s.iter().map(|s| (c[0].apply(s.gap), s.right));
             (quality::agreement(s), quality::calibration_error(chances))
@@ -368,8 +375,7 @@ fn head_size(
     timed: &[(Fitted, Calibrations)],
     ranked: impl Fn(usize) -> Vec<i32>,
     said: &[Vec<Said>],
-    states: &States,
-    held: &Range,
+    held: &States,
 ) -> Result<(Vec<RowCost>, usize)> {
     let vocab = info.vocab_size as usize;
     let time = |size: usize| -> Result<Vec<RowCost>> {
@@ -399,8 +405,8 @@ fn head_size(
     let (low, high) = (ramp_layers(&a), ramp_layers(&b));
     let slope = (high - low) / (large.saturating_sub(small)).max(1) as f64;
     let middle = &said[said.len() / 2];
-    let rows = &states.rows[held.clone()];
-    let covered = |size| Head::new(ranked(size), ndarray::Array2::zeros((0, 0))).coverage(rows);
+    let covered =
+        |size| Head::new(ranked(size), ndarray::Array2::zeros((0, 0))).coverage(&held.rows);
     // Of the tokens that the large head has, an exit in the middle is right about so many.
     let right = quality::agreement(middle) / covered(large).max(1e-9);
     let mut best = (small, f64::NEG_INFINITY);
@@ -410,6 +416,12 @@ fn head_size(
         if cost <= o.ramp_layers && gain > best.1 {
             best = (size, gain);
         }
+    }
+    if best.1 == f64::NEG_INFINITY {
+        eprintln!(
+            "warning: --ramp-layers {}: a head of {small} tokens costs {low:.2} already",
+            o.ramp_layers
+        );
     }
     let size = best.0;
     let costs = a
@@ -449,75 +461,115 @@ fn shortlist(
     short
 }
 
-/// The best one or two of the exits, and what they are predicted to bring.
-fn choose_set(
-    costs: &[RowCost],
-    n_layers: u32,
-    layers: &[u32],
-    said: &[Vec<Said>],
-    calibrations: &[Calibrations],
-    ends: &[usize],
-) -> Result<(Vec<usize>, Vec<Prediction>)> {
+/// What all candidates say of some of the held-out texts.
+struct Part<'a> {
+    /// Of each candidate, token by token.
+    said: Vec<Vec<Said>>,
+    /// Where each text ends.
+    ends: Vec<usize>,
+    calibrations: &'a [Calibrations],
+}
+
+impl Part<'_> {
+    fn heard(&self, set: &[usize]) -> Heard {
+        let mut texts = Vec::new();
+        let mut from = 0;
+        for &to in &self.ends {
+            let token = |t: usize| {
+                let exit = |&i: &usize| {
+                    let said = &self.said[i][t];
+                    (self.calibrations[i][0].apply(said.gap), said.right)
+                };
+                set.iter().map(exit).collect()
+            };
+            texts.push((from..to).map(token).collect());
+            from = to;
+        }
+        Heard { texts }
+    }
+}
+
+/// One or two of the candidates, and a threshold for each quality and number in flight.
+struct Set {
+    of: Vec<usize>,
+    thresholds: Vec<(&'static str, Fill, u32, f32)>,
+    gain: f64,
+}
+
+impl Set {
+    /// The thresholds that are best on these texts.
+    fn of(
+        of: Vec<usize>,
+        costs: &[RowCost],
+        n_layers: u32,
+        layers: &[u32],
+        part: &Part,
+    ) -> Result<Set> {
+        let heard = part.heard(&of);
+        let names: Vec<u32> = of.iter().map(|&i| layers[i]).collect();
+        let good = [choose::threshold_for(&heard, of.len(), GOOD)];
+        let (mut thresholds, mut gain) = (Vec::new(), 0.0);
+        for rows in ROWS {
+            let tried: [(&str, Fill, &[f32]); 2] = [
+                (LOSSLESS, Fill::Verify, &choose::THRESHOLDS),
+                ("0.99", Fill::Postfill, &good),
+            ];
+            for (quality, fill, all) in tried {
+                let p = choose::predict(costs, n_layers, &names, &heard, rows, fill, all)?;
+                gain += (p.auto / p.off).max(1.0).ln();
+                thresholds.push((quality, fill, rows, p.threshold));
+            }
+        }
+        Ok(Set {
+            of,
+            thresholds,
+            gain,
+        })
+    }
+
+    /// What these thresholds bring on other texts.
+    fn judged(
+        self,
+        costs: &[RowCost],
+        n_layers: u32,
+        layers: &[u32],
+        part: &Part,
+    ) -> Result<(Vec<usize>, Vec<Prediction>)> {
+        let heard = part.heard(&self.of);
+        let names: Vec<u32> = self.of.iter().map(|&i| layers[i]).collect();
+        let one = |&(quality, fill, rows, threshold): &(&str, Fill, u32, f32)| {
+            let p = choose::predict(costs, n_layers, &names, &heard, rows, fill, &[threshold])?;
+            Ok(Prediction {
+                quality: quality.into(),
+                in_flight: rows,
+                threshold,
+                off_tokens_per_s: p.off,
+                auto_tokens_per_s: p.auto,
+            })
+        };
+        let predictions = self.thresholds.par_iter().map(one).collect::<Result<_>>()?;
+        Ok((self.of, predictions))
+    }
+}
+
+/// The best one or two of the exits.
+fn choose_set(costs: &[RowCost], n_layers: u32, layers: &[u32], part: &Part) -> Result<Set> {
     let mut sets: Vec<Vec<usize>> = (0..layers.len()).map(|i| vec![i]).collect();
     for i in 0..layers.len() {
         sets.extend((i + 1..layers.len()).map(|j| vec![i, j]));
     }
-    let all: Vec<(f64, Vec<Prediction>)> = sets
-        .par_iter()
-        .map(|set| -> Result<(f64, Vec<Prediction>)> {
-            let heard = heard(set, said, calibrations, ends);
-            let names: Vec<u32> = set.iter().map(|&i| layers[i]).collect();
-            let good = [choose::threshold_for(&heard, set.len(), GOOD)];
-            let mut all = Vec::new();
-            for rows in ROWS {
-                let tried: [(&str, Fill, &[f32]); 2] = [
-                    ("lossless", Fill::Verify, &choose::THRESHOLDS),
-                    ("0.99", Fill::Postfill, &good),
-                ];
-                for (quality, fill, thresholds) in tried {
-                    let p: Predicted =
-                        choose::predict(costs, n_layers, &names, &heard, rows, fill, thresholds)?;
-                    all.push(Prediction {
-                        quality: quality.into(),
-                        in_flight: rows,
-                        threshold: p.threshold,
-                        off_tokens_per_s: p.off,
-                        auto_tokens_per_s: p.auto,
-                    });
-                }
-            }
-            let gain = all.iter().map(|p| p.ratio().max(1.0).ln()).sum();
-            Ok((gain, all))
-        })
+    let all: Vec<Set> = sets
+        .into_par_iter()
+        .map(|of| Set::of(of, costs, n_layers, layers, part))
         .collect::<Result<_>>()?;
-    let best = (0..sets.len())
-        .max_by(|&a, &b| {
-            // Of equal ones the smaller set.
-            let key = |i: usize| (all[i].0, -(sets[i].len() as f64));
-            let (a, b) = (key(a), key(b));
-            a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1))
-        })
-        .context("there is no candidate")?;
-    Ok((sets[best].clone(), all[best].1.clone()))
-}
-
-fn heard(
-    set: &[usize],
-    said: &[Vec<Said>],
-    calibrations: &[Calibrations],
-    ends: &[usize],
-) -> Heard {
-    let mut texts = Vec::new();
-    let mut from = 0;
-    for &to in ends {
-        let token = |t: usize| {
-            let exit = |&i: &usize| (calibrations[i][0].apply(said[i][t].gap), said[i][t].right);
-            set.iter().map(exit).collect()
-        };
-        texts.push((from..to).map(token).collect());
-        from = to;
-    }
-    Heard { texts }
+    // Of equal ones the smaller set.
+    let better = |a: &Set, b: &Set| {
+        let by_size = || b.of.len().cmp(&a.of.len());
+        a.gain.total_cmp(&b.gain).then_with(by_size)
+    };
+    all.into_iter()
+        .max_by(better)
+        .context("there is no candidate")
 }
 
 #[cfg(test)]

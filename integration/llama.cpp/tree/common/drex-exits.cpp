@@ -37,6 +37,14 @@ common_drex_exits::common_drex_exits(const options & names, const std::string & 
         refuse(": exits.layers is missing, or no array of u32");
     }
     const std::vector<uint32_t> all(in_file, in_file + n);
+    if (all.empty()) {
+        refuse(": exits.layers is empty");
+    }
+    for (size_t i = 0; i < n; ++i) {
+        if (all[i] == 0 || all[i] > 65535 || (i > 0 && all[i] <= all[i - 1])) {
+            refuse(": exits.layers[" + std::to_string(i) + "] is " + std::to_string(all[i]) + ", expected layers in increasing order");
+        }
+    }
 
     // scale and shift of each metric, exit by exit
     const size_t n_metrics = 3;
