@@ -281,7 +281,7 @@ pub fn run(options: &Options) -> Result<bool> {
     Ok(count.failed == 0)
 }
 
-/// `fetch`: a browser is installed where there is none; otherwise the pages are not looked at there.
+/// `fetch`: a browser is installed where there is none, and takes pictures; otherwise the pages are not looked at there.
 fn docs(count: &mut Count, fetch: bool) {
     println!("== the book");
     let start = Instant::now();
@@ -298,26 +298,20 @@ fn docs(count: &mut Count, fetch: bool) {
     } else {
         Ok(())
     };
-    match looked.and_then(|()| book::pages::look(&folder)) {
+    match looked.and_then(|()| book::pages::look(&folder, fetch)) {
         Ok(None) => println!("no Chromium: the pages were not looked at"),
         Ok(Some(looked)) => {
-            println!(
-                "{} pages in {} views; their pictures are in {}",
-                looked.pages,
-                looked.views,
-                looked.folder.display()
-            );
+            println!("{} pages in {} views", looked.pages, looked.views);
+            if fetch {
+                println!("their pictures are in {}", looked.folder.display());
+            }
             let well = match &looked.faults[..] {
                 [] => Ok(()),
                 faults => Err(anyhow::anyhow!("{}", faults.join("\n"))),
             };
-            count.one("pages fit into three widths, light and dark", well, start);
+            count.one("pages fit into three widths", well, start);
         }
-        Err(error) => count.one(
-            "pages fit into three widths, light and dark",
-            Err(error),
-            start,
-        ),
+        Err(error) => count.one("pages fit into three widths", Err(error), start),
     }
 }
 

@@ -118,7 +118,8 @@ impl<'a> Harvest<'a> {
         while rows < tokens && next < parts.len() {
             // As many as may be needed, so that few are run in vain.
             let mean = if done.is_empty() {
-                128
+                // Of a whole answer: what is missing then is asked for in a second call.
+                192
             } else {
                 rows.div_ceil(done.len()).max(1)
             };

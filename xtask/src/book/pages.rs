@@ -36,8 +36,8 @@ pub struct Looked {
     pub faults: Vec<String>,
 }
 
-/// None: there is no browser.
-pub fn look(book: &Path) -> Result<Option<Looked>> {
+/// Light and dark are laid out alike: dark is for the pictures, where they are wanted. None: there is no browser.
+pub fn look(book: &Path, pictures: bool) -> Result<Option<Looked>> {
     let Some(program) = browser::program() else {
         return Ok(None);
     };
@@ -65,7 +65,11 @@ pub fn look(book: &Path) -> Result<Option<Looked>> {
     };
     for page in &pages {
         for width in WIDTHS {
-            for dark in [false, true] {
+            for &dark in if pictures {
+                &[false, true][..]
+            } else {
+                &[false]
+            } {
                 looked.views += 1;
                 let scheme = if dark { "dark" } else { "light" };
                 let name = short(page, &[book, &made, &repo.join("docs")]);
@@ -88,10 +92,12 @@ pub fn look(book: &Path) -> Result<Option<Looked>> {
                     (small, "too small to read", &fit["small"]),
                 ] {
                     let line = format!("{name} at {width}: {what}: {which}");
-                    // Light and dark are laid out alike.
                     if wrong && !looked.faults.contains(&line) {
                         looked.faults.push(line);
                     }
+                }
+                if !pictures {
+                    continue;
                 }
                 let height = fit["height"].as_u64().unwrap_or(0).clamp(1, 6000) as u32;
                 let picture = browser.picture(width, height)?;
