@@ -403,7 +403,8 @@ fn head_size(
     let (small, large) = (HEADS[0].min(vocab), 8192.min(vocab));
     let (a, b) = (time(small)?, time(large)?);
     let (low, high) = (ramp_layers(&a), ramp_layers(&b));
-    let slope = (high - low) / (large.saturating_sub(small)).max(1) as f64;
+    // A larger head costs no less: what says otherwise is noise.
+    let slope = ((high - low) / (large.saturating_sub(small)).max(1) as f64).max(0.0);
     let middle = &said[said.len() / 2];
     let covered =
         |size| Head::new(ranked(size), ndarray::Array2::zeros((0, 0))).coverage(&held.rows);
@@ -424,17 +425,11 @@ fn head_size(
         );
     }
     let size = best.0;
-    let costs = a
-        .iter()
-        .zip(&b)
-        .map(|(a, b)| {
-            let share = (size as f64 - small as f64) / (large.saturating_sub(small)).max(1) as f64;
-            RowCost {
-                ramp: (a.ramp + share * (b.ramp - a.ramp)).max(0.0),
-                ..*b
-            }
-        })
-        .collect();
+    let costs = match size {
+        _ if size == small => a,
+        _ if size == large => b,
+        _ => time(size)?,
+    };
     Ok((costs, size))
 }
 
