@@ -54,6 +54,9 @@ struct row {
     bool         output;
 };
 
+// a sequence's rows, of which those from the last given one on are outputs; fails where there are more than n_chunk
+std::vector<row> rows_of(const sequence & s, int32_t n_chunk);
+
 // A context whose layers run range by range: row i of a batch leaves each range through row i of the arena.
 struct ranges {
     llama_context *   ctx;

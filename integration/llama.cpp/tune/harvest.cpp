@@ -141,19 +141,12 @@ int run_harvest(const options & o) {
     harvester h(o, model.get(), 1, o.n_chunk, o.n_chunk);
 
     for (sequence s; read_sequence(s, llama_vocab_n_tokens(llama_model_get_vocab(model.get()))); ) {
-        const int32_t n = s.tokens.size();
-        if (n > o.n_chunk) {
-            fail("sequence " + std::to_string(s.id) + " has " + std::to_string(n) + " tokens, more than --chunk " + std::to_string(o.n_chunk));
-        }
-        std::vector<row> rows;
-        for (int32_t i = 0; i < n; ++i) {
-            rows.push_back({ s.tokens[i], i, 0, i + 1 >= s.n_given });
-        }
+        const auto rows = rows_of(s, o.n_chunk);
         h.forget(-1);
         h.run(rows);
 
         harvested all;
-        for (int32_t i = s.n_given - 1; i < n; ++i) {
+        for (int32_t i = s.n_given - 1; i < (int32_t) rows.size(); ++i) {
             h.take(i, all);
         }
         h.write(s.id, all);

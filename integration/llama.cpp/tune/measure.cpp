@@ -161,14 +161,7 @@ int run_score(const options & o) {
     std::vector<float> logits;
 
     for (sequence s; read_sequence(s, r.n_vocab); ) {
-        const int32_t n = s.tokens.size();
-        if (n > o.n_chunk) {
-            fail("sequence " + std::to_string(s.id) + " has " + std::to_string(n) + " tokens, more than --chunk " + std::to_string(o.n_chunk));
-        }
-        std::vector<row> rows;
-        for (int32_t i = 0; i < n; ++i) {
-            rows.push_back({ s.tokens[i], i, 0, i + 1 >= s.n_given });
-        }
+        const auto rows = rows_of(s, o.n_chunk);
         r.forget(-1);
 
         std::vector<std::vector<said>> all;

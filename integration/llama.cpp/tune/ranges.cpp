@@ -67,3 +67,15 @@ void ranges::forget(llama_seq_id seq) {
         llama_memory_seq_rm(llama_get_memory(ctx), seq, -1, -1);
     }
 }
+
+std::vector<row> rows_of(const sequence & s, int32_t n_chunk) {
+    const int32_t n = s.tokens.size();
+    if (n > n_chunk) {
+        fail("sequence " + std::to_string(s.id) + " has " + std::to_string(n) + " tokens, more than --chunk " + std::to_string(n_chunk));
+    }
+    std::vector<row> rows;
+    for (int32_t i = 0; i < n; ++i) {
+        rows.push_back({ s.tokens[i], i, 0, i + 1 >= s.n_given });
+    }
+    return rows;
+}

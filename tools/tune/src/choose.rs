@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use drex::core::config::{Fill, Policy};
 use drex::core::estimate::profile::{Line, Profile, Segment, Window};
+use drex_harness::stats::median;
 use drex_sim::{
     run::{Contender, Filling, Setup, run},
     workload::{Arrivals, Confidence, Workload},
@@ -51,17 +52,16 @@ pub fn row_costs(costs: &[Cost], n_layers: u32) -> Result<Vec<RowCost>> {
         };
         let bare: Vec<(f64, f64)> = of("none", None).map(|c| (f64::from(c.end), c.us)).collect();
         let (window, layer) = line(&bare).context("fewer than two layers were measured")?;
-        let full = median(of("own", Some(n_layers)).map(|c| c.us).collect());
-        let ramps = of("exit", None).filter_map(|c| {
-            let bare = of("none", Some(c.end)).next()?;
-            Some(c.us - bare.us)
-        });
+        let full: Vec<f64> = of("own", Some(n_layers)).map(|c| c.us).collect();
+        let ramps: Vec<f64> = of("exit", None)
+            .filter_map(|c| Some(c.us - of("none", Some(c.end)).next()?.us))
+            .collect();
         Ok(RowCost {
             rows,
             window: window.max(0.0),
             layer: layer.max(1e-3),
-            ramp: median(ramps.collect()).max(0.0),
-            head: (full - window.max(0.0) - f64::from(n_layers) * layer).max(0.0),
+            ramp: median(&ramps).max(0.0),
+            head: (median(&full) - window.max(0.0) - f64::from(n_layers) * layer).max(0.0),
         })
     };
     rows.iter().map(one).collect()
@@ -76,11 +76,6 @@ fn line(points: &[(f64, f64)]) -> Option<(f64, f64)> {
     let xx: f64 = points.iter().map(|p| (p.0 - mx).powi(2)).sum();
     let xy: f64 = points.iter().map(|p| (p.0 - mx) * (p.1 - my)).sum();
     (xx > 0.0).then(|| (my - xy / xx * mx, xy / xx))
-}
-
-pub fn median(mut all: Vec<f64>) -> f64 {
-    all.sort_by(f64::total_cmp);
-    all.get(all.len() / 2).copied().unwrap_or(0.0)
 }
 
 /// The time of windows around so many rows, as a line through two measured numbers of rows.

@@ -189,15 +189,7 @@ fn target(head: &Head, last: &Array2<f32>, log_sums: &[f32], rows: &[usize]) -> 
 /// 0..n in an order that depends on the seed alone.
 pub fn shuffled(n: usize, seed: u64) -> Vec<usize> {
     let mut all: Vec<usize> = (0..n).collect();
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d;
-    for i in (1..n).rev() {
-        // SplitMix64
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        all.swap(i, ((z ^ (z >> 31)) % (i as u64 + 1)) as usize);
-    }
+    fastrand::Rng::with_seed(seed).shuffle(&mut all);
     all
 }
 

@@ -16,7 +16,7 @@ use fs4::fs_std::FileExt;
 
 use crate::{
     engine::{Engine, Info, Line, input, list},
-    states::{ROW_BYTES, States, layer_file},
+    states::{ROW_BYTES, States, fnv, layer_file},
 };
 
 /// Changes with what the engine makes of a text.
@@ -243,12 +243,9 @@ fn numbered(lines: &[Line], first: usize) -> Vec<Line> {
         .collect()
 }
 
-/// FNV-1a of texts, each with its end.
+/// Of texts, each with its end.
 fn fingerprint<'a>(parts: impl Iterator<Item = &'a str>) -> u64 {
-    let bytes = parts.flat_map(|p| p.bytes().chain([0]));
-    bytes.fold(0xcbf2_9ce4_8422_2325, |h, b| {
-        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-    })
+    fnv(parts.flat_map(|p| p.bytes().chain([0])))
 }
 
 pub fn duration(seconds: f64) -> String {

@@ -70,9 +70,7 @@ impl States {
             .rows
             .iter()
             .flat_map(|r| [r.token as u32, r.top as u32]);
-        words.fold(0xcbf2_9ce4_8422_2325, |h, w| {
-            (h ^ u64::from(w)).wrapping_mul(0x0100_0000_01b3)
-        })
+        fnv(words.flat_map(u32::to_le_bytes))
     }
 
     /// The states that leave a layer, in units of their root mean square.
@@ -112,6 +110,13 @@ impl States {
         half.convert_to_f32_slice(&mut all);
         Ok(Array2::from_shape_vec((range.len(), self.width), all)?)
     }
+}
+
+/// FNV-1a.
+pub fn fnv(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 pub fn layer_file(layer: u32) -> String {

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use drex::core::config::Fill;
-use drex_harness::machine;
+use drex_harness::{machine, stats};
 use ndarray::s;
 use rayon::prelude::*;
 
@@ -287,7 +287,7 @@ fn head_factor(states: &States, head: &Head) -> Result<f32> {
         "the model's greatest logits are too small, or of tokens that the exits' head has not, to compare them with the \
          head's product with the last state"
     );
-    let factor = choose::median(ratios.map(|p| f64::from(p.0 / p.1)).collect()) as f32;
+    let factor = stats::median(&ratios.map(|p| f64::from(p.0 / p.1)).collect::<Vec<_>>()) as f32;
     let near = |p: &&(f32, f32)| (p.0 - factor * p.1).abs() <= 0.1 + 0.03 * p.0.abs();
     let fitting = pairs.iter().filter(near).count();
     ensure!(
