@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use drex::core::config::{Config, Fill, Policy};
+use drex::core::config::{Config, Fill, Policy, Quality};
 use drex::core::decision::Decision;
 use drex::core::metric::{Metric, Score};
 use drex::core::policy::auto::{Auto, Known, Load};
@@ -34,6 +34,7 @@ fn engine(policy: Policy, requests: u32, batch: u32, ramps: u32, deadlines: bool
         token_deadline_ns: if deadlines { 10_000 * STEP_NS } else { 0 },
         seed: 1,
         art_ratio: None,
+        quality: Quality::Given,
     })
     .unwrap();
     for id in 0..u64::from(requests) {
@@ -43,6 +44,7 @@ fn engine(policy: Policy, requests: u32, batch: u32, ramps: u32, deadlines: bool
                 metric: None,
                 threshold: None,
                 fill: None,
+                quality: None,
                 token_deadline_ns: 0,
                 request_deadline_ns: 0,
                 max_tokens: 0,

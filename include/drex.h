@@ -463,16 +463,16 @@
 #define DREX_CONFIG_INITIALIZER                                              \
   { sizeof(drex_config), DREX_ABI_VERSION, 0, 0, NULL, 0, 0, 0,              \
     DREX_POLICY_AUTO, DREX_METRIC_GAP, DREX_FILL_COPY, DREX_DEVICE_HOST,     \
-    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0, 0, 0 }
+    0.7f, NULL, 0, 0, 0, 0, NAN, 0, 0, 0, 0, 0, 0, 0 }
 
 /* n_cells, and the fields of K, V or both, must be set. */
 #define DREX_KV_LAYER_INITIALIZER                                            \
   { sizeof(drex_kv_layer), 0, NULL, NULL, 0, 0, 0, 0, 0, 0 }
 
-/* The engine's metric, thresholds and fill mode. id must be set. */
+/* The engine's metric, thresholds, fill mode and quality. id must be set. */
 #define DREX_REQUEST_CONFIG_INITIALIZER                                      \
   { sizeof(drex_request_config), DREX_METRIC_DEFAULT, 0, NAN,                \
-    DREX_FILL_DEFAULT, 0, 0, 0, 0, 0 }
+    DREX_FILL_DEFAULT, 0, 0, 0, 0, 0, 0 }
 
 #define DREX_REQUEST_INFO_INITIALIZER                                        \
   { sizeof(drex_request_info), 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0 }
@@ -495,7 +495,7 @@
 
 /* now_ns must be set. */
 #define DREX_COMPLETION_INITIALIZER                                          \
-  { sizeof(drex_completion), 0, 0, 0, 0 }
+  { sizeof(drex_completion), 0, 0, 0, 0, NULL }
 
 /* n_rows, the layers and duration_ns must be set. */
 #define DREX_OBSERVATION_INITIALIZER                                         \
@@ -504,7 +504,7 @@
 #define DREX_STATS_INITIALIZER                                               \
   { sizeof(drex_stats), 0, 0, { 0 }, 0, 0, { 0 }, 0, { 0 }, 0, 0, 0, 0, 0,   \
     0, 0, 0, 0, { 0 }, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0,  \
-    0, 0 }
+    0, 0, 0, 0 }
 
 /* All must be set. */
 #define DREX_PAGES_CONFIG_INITIALIZER                                        \
@@ -773,6 +773,14 @@ typedef struct drex_config {
   // max_batch. At least max_batch, at most 1048576. For hosts that name
   // drex_plan_input.n_prompt_rows.
   uint32_t max_pass_rows;
+  // How far the output may differ from the full model's, for requests that do
+  // not say. 0: as far as threshold and fill let it. 1: not at all (lossless):
+  // the fill is VERIFY, whatever `fill` says, and the thresholds are learned. A
+  // row exits when the chance that its draft and all its request's drafts before
+  // it stand is at least what the rule of AUTO asks for (0.5 under another
+  // policy). Thresholds count only for requests that name one.
+  // Since 0.2.
+  double quality;
 } drex_config;
 
 // Makes an engine. What serving needs is allocated here; chapter 3 says which
@@ -920,6 +928,11 @@ typedef struct drex_request_config {
   // Tokens that it will have at most; 0: unknown, and then only the
   // request's deadline itself counts.
   uint64_t max_tokens;
+  // As drex_config.quality; 0: the engine's. Where it is 1, a threshold is kept to
+  // and a fill other than VERIFY is refused. Where only the engine's is 1, a
+  // request that names another fill is served by that and by thresholds.
+  // Since 0.2.
+  double quality;
 } drex_request_config;
 
 // A request's state and counters.
@@ -1414,6 +1427,13 @@ typedef struct drex_completion {
   // prompt rows; what a cell costs is learned from it. 0: unknown, and then the
   // cells' share is taken for the rows'. Give it always or never.
   uint64_t n_kv;
+  // In a step that ends at n_layers, [n_rows of it]: the token that the full
+  // model chose from each row's logits, for the request's own rows that emitted
+  // one; -1: not known. Other rows are not looked at. Ramps learn from it how
+  // often they are right where rows were held, too. NULL: not known; then they
+  // learn from drafts alone.
+  // Since 0.2.
+  const int32_t *tokens;
 } drex_completion;
 
 // The planned step ran, and its tokens are out. Rows of a window that ended
@@ -1700,6 +1720,13 @@ typedef struct drex_stats {
   // Completed steps with prompt rows.
   // Since 0.2.
   uint64_t prompt_steps;
+  // The chance that a draft and all before it stand from which requests whose
+  // thresholds are learned make it; see drex_config.quality.
+  // Since 0.2.
+  float rule_survival;
+  // AUTO: most drafts of such a request; 0: no bound but max_pending.
+  // Since 0.2.
+  uint32_t rule_drafts;
 } drex_stats;
 
 // A snapshot of the engine's totals. Cheap enough for every step.

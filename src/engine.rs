@@ -391,7 +391,14 @@ impl Engine {
         Ok(())
     }
 
-    pub fn complete(&mut self, now_ns: u64, duration_ns: u64, cells: u64) -> Result<()> {
+    /// `tokens`: see [`Scheduler::chosen`].
+    pub fn complete(
+        &mut self,
+        now_ns: u64,
+        duration_ns: u64,
+        cells: u64,
+        tokens: Option<impl Fn(usize) -> i32>,
+    ) -> Result<()> {
         let _range = self.watch.range(Name::Complete);
         let unfilled = self.kv.is_some()
             && self.scheduler.ramped()
@@ -402,10 +409,13 @@ impl Engine {
                 "rows exited and their skipped layers are not filled; expected drex_fill first",
             ));
         }
+        let step = self.scheduler.expect_complete()?;
+        if let (None, Some(tokens)) = (step.ramp, tokens) {
+            self.scheduler.chosen(tokens);
+        }
         if !self.watch.on() {
             return self.scheduler.complete(now_ns, duration_ns, cells);
         }
-        self.scheduler.expect_complete()?;
         let before = self.watch.completing(&self.scheduler, now_ns, duration_ns);
         self.scheduler.complete(now_ns, duration_ns, cells)?;
         self.watch.completed(&self.scheduler, &before);

@@ -143,8 +143,8 @@ const BREAKING: &[(&str, &str, &str)] = &[
         "struct drex_page_copy",
     ),
     (
-        "  uint32_t max_pass_rows;\n} drex_config;",
-        "  uint16_t max_pass_rows;\n  uint16_t more;\n} drex_config;",
+        "  uint32_t max_pass_rows;\n",
+        "  uint16_t max_pass_rows;\n  uint16_t more;\n",
         "field drex_config.more lies within what older programs have",
     ),
     (

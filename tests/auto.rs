@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 
-use drex::core::config::{Config, Fill, Policy};
+use drex::core::config::{Config, Fill, Policy, Quality};
 use drex::core::decision::Decision;
 use drex::core::metric::{Metric, Score};
 use drex::core::rows::requests::RequestConfig;
@@ -59,6 +59,7 @@ fn engine_with(n: u32, batch: u32, policy: Policy, theta: u32, ramp: u32) -> Sch
         token_deadline_ns: 0,
         seed: 1,
         art_ratio: None,
+        quality: Quality::Given,
     })
     .unwrap()
 }
@@ -70,6 +71,7 @@ fn add(engine: &mut Scheduler, id: u64, now_ns: u64) {
             metric: None,
             threshold: None,
             fill: None,
+            quality: None,
             token_deadline_ns: 0,
             request_deadline_ns: 0,
             max_tokens: 0,

@@ -58,6 +58,15 @@ impl Fill {
     }
 }
 
+/// How far the output may differ from the full model's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quality {
+    /// As thresholds and fill say.
+    Given,
+    /// Not at all: drafts are verified, and the rule finds which are worth making.
+    Lossless,
+}
+
 /// Pending rows of a request at most, where the host does not say.
 pub const MAX_PENDING: u32 = 8;
 
@@ -76,6 +85,7 @@ pub struct Config {
     pub policy: Policy,
     pub metric: Metric,
     pub fill: Fill,
+    pub quality: Quality,
     /// Pending rows of a request at most; 0: [`MAX_PENDING`].
     pub max_pending: u32,
     /// 0: the policy's own rule.
@@ -178,7 +188,7 @@ impl Config {
                 why: "every request may hold one row",
             });
         }
-        self.check_fill(self.fill)?;
+        self.check_fill(self.fill_of(self.quality))?;
         for (i, &t) in self.thresholds.iter().enumerate() {
             check_threshold("ramp_thresholds", t).map_err(|e| e.at(i))?;
         }
@@ -235,6 +245,14 @@ impl Config {
             n => n,
         };
         most.min(self.max_batch - 1)
+    }
+
+    /// The fill of requests that name none.
+    pub fn fill_of(&self, quality: Quality) -> Fill {
+        match quality {
+            Quality::Given => self.fill,
+            Quality::Lossless => Fill::Verify,
+        }
     }
 
     /// Whether there is room for `fill`.

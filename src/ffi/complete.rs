@@ -26,6 +26,13 @@ pub struct drex_completion {
     /// prompt rows; what a cell costs is learned from it. 0: unknown, and then the
     /// cells' share is taken for the rows'. Give it always or never.
     pub n_kv: u64,
+    /// In a step that ends at n_layers, [n_rows of it]: the token that the full
+    /// model chose from each row's logits, for the request's own rows that emitted
+    /// one; -1: not known. Other rows are not looked at. Ramps learn from it how
+    /// often they are right where rows were held, too. NULL: not known; then they
+    /// learn from drafts alone.
+    /// Since 0.2.
+    pub tokens: *const i32,
 }
 
 /// The planned step ran, and its tokens are out. Rows of a window that ended
@@ -45,7 +52,10 @@ pub unsafe extern "C" fn drex_complete(
         // SAFETY: the caller's contract.
         let c = unsafe { entry::read("completion", completion)? };
         reserved(c.reserved)?;
-        Ok(engine.complete(c.now_ns, c.duration_ns, c.n_kv)?)
+        // SAFETY: the caller's contract.
+        let tokens =
+            (!c.tokens.is_null()).then_some(|i| unsafe { c.tokens.add(i).read_unaligned() });
+        Ok(engine.complete(c.now_ns, c.duration_ns, c.n_kv, tokens)?)
     })
 }
 

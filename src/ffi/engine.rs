@@ -12,7 +12,7 @@ use super::fault::Fault;
 use super::handle;
 use super::names::{from_name, name};
 use super::status::*;
-use crate::core::config::{Config, Fill, Policy};
+use crate::core::config::{Config, Fill, Policy, Quality};
 use crate::core::error::Error;
 use crate::core::metric::Metric;
 use crate::device::Limits;
@@ -200,6 +200,14 @@ pub struct drex_config {
     /// max_batch. At least max_batch, at most 1048576. For hosts that name
     /// drex_plan_input.n_prompt_rows.
     pub max_pass_rows: u32,
+    /// How far the output may differ from the full model's, for requests that do
+    /// not say. 0: as far as threshold and fill let it. 1: not at all (lossless):
+    /// the fill is VERIFY, whatever `fill` says, and the thresholds are learned. A
+    /// row exits when the chance that its draft and all its request's drafts before
+    /// it stand is at least what the rule of AUTO asks for (0.5 under another
+    /// policy). Thresholds count only for requests that name one.
+    /// Since 0.2.
+    pub quality: f64,
 }
 
 /// Makes an engine. What serving needs is allocated here; chapter 3 says which
@@ -274,6 +282,7 @@ unsafe fn convert(c: &drex_config) -> Result<Config, Fault> {
         policy: policy.ok_or(Error::int("policy", c.policy, "DREX_POLICY_* (0..8)"))?,
         metric: metric(c.metric, "DREX_METRIC_* (0..2)")?,
         fill: fill(c.fill, "DREX_FILL_* (0..3)")?,
+        quality: quality(c.quality)?.unwrap_or(Quality::Given),
         max_pending: c.max_pending,
         flush_rows: c.flush_rows,
         min_ready: c.min_ready,
@@ -388,6 +397,15 @@ pub unsafe extern "C" fn drex_fill_from_name(
 
 pub(super) fn metric(value: u32, expected: &'static str) -> Result<Metric, Error> {
     Metric::from_number(value).ok_or(Error::int("metric", value, expected))
+}
+
+/// `None`: 0, which leaves it to others.
+pub(super) fn quality(value: f64) -> Result<Option<Quality>, Error> {
+    match value {
+        0.0 => Ok(None),
+        1.0 => Ok(Some(Quality::Lossless)),
+        _ => Err(Error::float("quality", value as f32, "0 or 1")),
+    }
 }
 
 pub(super) fn fill(value: u32, expected: &'static str) -> Result<Fill, Error> {

@@ -219,7 +219,7 @@ pub unsafe fn give_text(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::config::{Config, Fill, Policy};
+    use crate::core::config::{Config, Fill, Policy, Quality};
     use crate::core::metric::Metric;
     use crate::ffi::plan::drex_plan_input;
 
@@ -235,6 +235,7 @@ mod tests {
             policy: Policy::Hold,
             metric: Metric::Gap,
             fill: Fill::Copy,
+            quality: Quality::Given,
             max_pending: 0,
             flush_rows: 0,
             min_ready: 0,

@@ -51,6 +51,11 @@ pub struct drex_request_config {
     /// Tokens that it will have at most; 0: unknown, and then only the
     /// request's deadline itself counts.
     pub max_tokens: u64,
+    /// As drex_config.quality; 0: the engine's. Where it is 1, a threshold is kept to
+    /// and a fill other than VERIFY is refused. Where only the engine's is 1, a
+    /// request that names another fill is served by that and by thresholds.
+    /// Since 0.2.
+    pub quality: f64,
 }
 
 /// A request's state and counters.
@@ -109,11 +114,13 @@ pub unsafe extern "C" fn drex_request_add(
             f => Some(fill(f, "DREX_FILL_* (0..3) or DREX_FILL_DEFAULT")?),
         };
         reserved(c.reserved)?;
+        let quality = quality(c.quality)?;
         engine.scheduler.add(RequestConfig {
             id: c.id,
             metric,
             threshold: (!c.threshold.is_nan()).then_some(c.threshold),
             fill,
+            quality,
             token_deadline_ns: c.token_deadline_ns,
             request_deadline_ns: c.request_deadline_ns,
             max_tokens: c.max_tokens,

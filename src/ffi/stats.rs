@@ -126,6 +126,13 @@ pub struct drex_stats {
     /// Completed steps with prompt rows.
     /// Since 0.2.
     pub prompt_steps: u64,
+    /// The chance that a draft and all before it stand from which requests whose
+    /// thresholds are learned make it; see drex_config.quality.
+    /// Since 0.2.
+    pub rule_survival: f32,
+    /// AUTO: most drafts of such a request; 0: no bound but max_pending.
+    /// Since 0.2.
+    pub rule_drafts: u32,
 }
 
 /// A snapshot of the engine's totals. Cheap enough for every step.
@@ -197,6 +204,11 @@ pub unsafe extern "C" fn drex_stats_get(
             rows_dropped: c.dropped,
             prompt_rows: c.prompt_rows,
             prompt_steps: c.prompt_steps,
+            rule_survival: row_rule.survival,
+            rule_drafts: match row_rule.drafts {
+                u32::MAX => 0,
+                n => n,
+            },
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &stats) };

@@ -77,7 +77,7 @@ class drex_config(Struct):
         ("n_slots", u32), ("max_requests", u32), ("max_batch", u32), ("policy", u32), ("metric", u32), ("fill", u32),
         ("device", u32), ("threshold", f32), ("ramp_thresholds", P(f32)), ("flush_rows", u32), ("min_ready", u32),
         ("max_hold_ns", u64), ("token_deadline_ns", u64), ("art_ratio", f32), ("reserved", u32), ("seed", u64),
-        ("max_pending", u32), ("n_vocab", u32), ("n_top", u32), ("max_pass_rows", u32),
+        ("max_pending", u32), ("n_vocab", u32), ("n_top", u32), ("max_pass_rows", u32), ("quality", f64),
     ]  # fmt: skip
     _defaults_ = {"abi_version": DREX_ABI_VERSION, "policy": POLICIES.index("auto"), "threshold": 0.7, "art_ratio": nan}
 
@@ -93,6 +93,7 @@ class drex_request_config(Struct):
     _fields_ = [
         ("size", u32), ("metric", u32), ("id", u64), ("threshold", f32), ("fill", u32), ("token_deadline_ns", u64),
         ("priority", i32), ("reserved", u32), ("request_deadline_ns", u64), ("max_tokens", u64),
+        ("quality", f64),
     ]  # fmt: skip
     _defaults_ = {"metric": DREX_METRIC_DEFAULT, "threshold": nan, "fill": DREX_FILL_DEFAULT}
 
@@ -149,7 +150,7 @@ class drex_arena(Struct):
 
 
 class drex_completion(Struct):
-    _fields_ = [("size", u32), ("reserved", u32), ("now_ns", u64), ("duration_ns", u64), ("n_kv", u64)]
+    _fields_ = [("size", u32), ("reserved", u32), ("now_ns", u64), ("duration_ns", u64), ("n_kv", u64), ("tokens", void)]
 
 
 class drex_observation(Struct):
@@ -170,6 +171,7 @@ class drex_stats(Struct):
         ("rule_ready_rows", u32), ("reserved", u32), ("predicted_tokens_per_s", f64),
         ("predicted_off_tokens_per_s", f64), ("exit_share", f64 * DREX_MAX_RAMPS), ("pending_rows", u64),
         ("rows_filled", u64), ("drafts", u64), ("drafts_accepted", u64), ("rows_dropped", u64), ("prompt_rows", u64), ("prompt_steps", u64),
+        ("rule_survival", f32), ("rule_drafts", u32),
     ]  # fmt: skip
 
 

@@ -11,3 +11,4 @@ pub mod exit_rate;
 pub mod host_time;
 pub mod profile;
 pub mod prompts;
+pub mod reliability;

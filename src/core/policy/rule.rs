@@ -16,13 +16,27 @@ pub struct Rule {
     /// phi: held rows flush when fewer rows than this are ready, as a share
     /// of the same; at least one row.
     pub ready: f32,
+    /// A draft of a request whose thresholds are learned is made only if it is
+    /// emitted with this chance: it and all drafts before it are what the full
+    /// model says.
+    pub survival: f32,
+    /// Most drafts of such a request.
+    pub drafts: u32,
 }
+
+/// Drafts of a request that a rule tells apart.
+pub const MOST_DRAFTS: u32 = 8;
+
+/// [`Rule::survival`] before anything is known, and for policies other than `auto`.
+pub const SURVIVAL: f32 = 0.5;
 
 impl Rule {
     pub const OFF: Rule = Rule {
         ramps: 0,
         hold: 0.0,
         ready: 0.0,
+        survival: SURVIVAL,
+        drafts: MOST_DRAFTS,
     };
 
     /// Rows that the shares refer to: no more than two batches' worth of rows
@@ -41,7 +55,7 @@ impl Rule {
 }
 
 /// A policy's rule, in rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RowRule {
     /// Bit r: ramp r is looked at.
     pub ramps: u32,
@@ -49,6 +63,9 @@ pub struct RowRule {
     pub hold_rows: u32,
     /// Held rows flush when fewer rows than this are ready.
     pub ready_rows: u32,
+    /// See [`Rule::survival`], [`Rule::drafts`].
+    pub survival: f32,
+    pub drafts: u32,
 }
 
 impl RowRule {
@@ -76,6 +93,15 @@ impl RowRule {
             ramps,
             hold_rows,
             ready_rows,
+            survival: match config.policy {
+                Policy::Auto => rule.survival,
+                _ => SURVIVAL,
+            },
+            drafts: match config.policy {
+                // What a rule does not tell apart, it does not forbid.
+                Policy::Auto if rule.drafts < MOST_DRAFTS => rule.drafts,
+                _ => u32::MAX,
+            },
         }
     }
 }

@@ -48,7 +48,9 @@ struct Node {
     /// Where it waits.
     ramp: u32,
     /// Where it left.
-    left_at: u32,
+    left_at: u16,
+    /// The bin of its confidence there.
+    bin: u8,
 }
 
 /// The pending rows of all requests, by slot.
@@ -65,7 +67,8 @@ impl Pending {
         let node = Node {
             newer: NONE,
             ramp: NONE,
-            left_at: NONE,
+            left_at: 0,
+            bin: 0,
         };
         Ok(Pending {
             nodes: memory::filled(node, n_slots as usize)?,
@@ -82,14 +85,14 @@ impl Pending {
         self.total >= self.most
     }
 
-    /// The row in `slot` left at `ramp`.
-    pub fn push(&mut self, chain: &mut Chain, slot: u32, ramp: usize) {
+    /// The row in `slot` left at `ramp`, with a confidence in `bin`.
+    pub fn push(&mut self, chain: &mut Chain, slot: u32, ramp: usize, bin: u8) {
         debug_assert!(!self.full());
-        let ramp = ramp as u32;
         self.nodes[slot as usize] = Node {
             newer: NONE,
-            ramp,
-            left_at: ramp,
+            ramp: ramp as u32,
+            left_at: ramp as u16,
+            bin,
         };
         match chain.newest() {
             Some(newest) => self.nodes[newest as usize].newer = slot,
@@ -132,7 +135,12 @@ impl Pending {
 
     /// The ramp at which it left.
     pub fn left_at(&self, slot: u32) -> usize {
-        self.nodes[slot as usize].left_at as usize
+        self.nodes[slot as usize].left_at.into()
+    }
+
+    /// The bin of its confidence when it left.
+    pub fn bin(&self, slot: u32) -> u8 {
+        self.nodes[slot as usize].bin
     }
 
     pub fn advance(&mut self, slot: u32, ramp: usize) {
@@ -160,11 +168,12 @@ mod tests {
     fn a_chain_is_first_in_first_out() {
         let mut p = Pending::new(8, 4).unwrap();
         let (mut a, mut b) = (Chain::EMPTY, Chain::EMPTY);
-        p.push(&mut a, 5, 2);
-        p.push(&mut a, 3, 1);
-        p.push(&mut b, 0, 0);
-        p.push(&mut a, 7, 1);
+        p.push(&mut a, 5, 2, 7);
+        p.push(&mut a, 3, 1, 0);
+        p.push(&mut b, 0, 0, 0);
+        p.push(&mut a, 7, 1, 9);
         assert!(p.full());
+        assert_eq!((p.left_at(5), p.bin(5), p.bin(7)), (2, 7, 9));
         assert_eq!(p.iter(&a).collect::<Vec<_>>(), [5, 3, 7]);
         assert_eq!((p.at(&a, 1), p.at(&a, 2), p.at(&a, 0)), (2, 1, 0));
         assert_eq!(

@@ -3,7 +3,7 @@
 //! The requests alive, found by the host's id. Storage and index are made
 //! once; adding, finding and removing touch no allocator.
 
-use crate::core::config::Fill;
+use crate::core::config::{Fill, Quality};
 use crate::core::counters::TimeIn;
 use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
@@ -44,6 +44,8 @@ pub struct RequestConfig {
     pub threshold: Option<f32>,
     /// `None`: the engine's.
     pub fill: Option<Fill>,
+    /// `None`: the engine's.
+    pub quality: Option<Quality>,
     /// 0: the engine's.
     pub token_deadline_ns: u64,
     /// From the first time that it is ready to its last token; 0: none.
@@ -63,6 +65,8 @@ pub struct Request {
     pub metric: Metric,
     /// Has had a token to run: it counts as decoding from then on.
     pub started: bool,
+    /// Its thresholds are those that the rule finds.
+    pub learns: bool,
     pub threshold: Option<f32>,
     /// Bit r: a row of this request may exit at ramp r.
     pub may_exit: u32,
@@ -78,6 +82,8 @@ pub struct Request {
     /// Its newest pending row is on its way to the last layer, without a
     /// newer row.
     pub settling: bool,
+    /// Bit r: the row that it runs was scored at ramp r.
+    pub looked_at: u16,
     pub tokens: u64,
     pub id: u64,
 
@@ -99,6 +105,10 @@ pub struct Request {
     pub involuntary_exits: u64,
     pub involuntary_stays: u32,
     pub deadline_misses: u32,
+    /// The chance that all its pending drafts stand; means nothing without any.
+    pub survival: f32,
+    /// By how much ramps have of late been right more often than predicted.
+    pub luck: f32,
     pub exits: [u64; MAX_RAMPS],
 }
 
@@ -162,6 +172,7 @@ pub struct Requests {
 const VACANT: Request = Request {
     id: 0,
     metric: Metric::Gap,
+    learns: false,
     threshold: None,
     deadline_ns: 0,
     request_deadline_ns: 0,
@@ -188,7 +199,10 @@ const VACANT: Request = Request {
     habit: Habit::NEW,
     fill: Fill::Copy,
     settling: false,
+    looked_at: 0,
     pending: Chain::EMPTY,
+    survival: 1.0,
+    luck: 0.0,
 };
 
 impl Requests {

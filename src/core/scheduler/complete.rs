@@ -12,6 +12,9 @@ use crate::core::estimate::prompts::Transit;
 use crate::core::policy::auto::Load;
 use crate::core::rows::requests::State;
 
+/// Weight of one verdict in a request's luck.
+const RECENT: f32 = 1.0 / 16.0;
+
 impl Scheduler {
     /// The planned step, if [`Scheduler::complete`] would end it.
     pub fn expect_complete(&self) -> Result<Step> {
@@ -115,6 +118,7 @@ impl Scheduler {
             prompt_ns: self.host_time.prompt_ns_per_token(),
             keeping: self.share_keeping(),
             verifying: self.share_of(Fill::Verify),
+            learning: self.learning as f64 / self.decoding.max(1) as f64,
             done: self.held_share(),
         };
         let allowed = self.allowed();
@@ -151,10 +155,47 @@ impl Scheduler {
         }
     }
 
+    /// In a step that ends at the last layer: `token` says what the full model chose
+    /// from a row's logits, so that ramps learn from the rows that they held too.
+    /// It is asked about rows that are no drafts and that the request's drafts led
+    /// to; -1: it is not known.
+    pub fn chosen(&mut self, token: impl Fn(usize) -> i32) {
+        for i in 0..self.rows.len() {
+            let row = self.rows[i];
+            let own = row.back == 0 && !row.gone && row.decision != Decision::Drop;
+            if !own || self.requests.get(row.request).looked_at == 0 {
+                continue;
+            }
+            let token = token(i);
+            if token < 0 {
+                continue;
+            }
+            for ramp in 0..self.config.n_ramps() {
+                if self.requests.get(row.request).looked_at >> ramp & 1 == 1 {
+                    let at = row.request as usize * self.config.n_ramps() + ramp;
+                    let guess = self.guesses[at];
+                    self.judged(row.request, ramp, guess.bin, guess.token == token);
+                }
+            }
+        }
+    }
+
+    /// The full model has chosen, and a ramp had said so or not.
+    fn judged(&mut self, request: u32, ramp: usize, bin: u8, right: bool) {
+        let r = self.requests.get_mut(request);
+        let surprise = f32::from(u8::from(right)) - self.reliability.chance(ramp, bin);
+        r.luck += RECENT * (surprise - r.luck);
+        self.reliability.judge(ramp, bin, right);
+    }
+
     /// A pending row has been through the last layer.
     fn end_of_pending(&mut self, row: StepRow, now_ns: u64) {
         let ramp = self.pending.left_at(row.slot);
         self.acceptance.observe(ramp, row.decision);
+        if matches!(row.decision, Decision::Accept | Decision::Replace) {
+            let bin = self.pending.bin(row.slot);
+            self.judged(row.request, ramp, bin, row.decision == Decision::Accept);
+        }
         let r = self.requests.get_mut(row.request);
         let slot = self.pending.pop(&mut r.pending);
         debug_assert_eq!(slot, Some(row.slot));

@@ -23,6 +23,7 @@ impl Scheduler {
             cost: &self.cost,
             exit_rates: &self.exit_rates,
             acceptance: &self.acceptance,
+            reliability: &self.reliability,
         };
         (&mut self.auto, known)
     }

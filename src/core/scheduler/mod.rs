@@ -20,6 +20,7 @@ use crate::core::estimate::cost::CostModel;
 use crate::core::estimate::exit_rate::ExitRates;
 use crate::core::estimate::host_time::HostTime;
 use crate::core::estimate::prompts::Prompts;
+use crate::core::estimate::reliability::Reliability;
 use crate::core::flush::planner::{Choice, Planner};
 use crate::core::metric::{Metric, Score};
 use crate::core::policy::RampRow;
@@ -112,6 +113,14 @@ pub enum Agrees {
     AndEnds,
 }
 
+/// A ramp's word on a token, until the full model has chosen.
+#[derive(Debug, Clone, Copy, Default)]
+struct Guess {
+    token: i32,
+    /// Of its confidence, see [`bin`](crate::core::estimate::reliability::bin).
+    bin: u8,
+}
+
 pub struct Scheduler {
     config: Config,
     requests: Requests,
@@ -132,7 +141,12 @@ pub struct Scheduler {
     frequent: usize,
     /// Requests in decode that fill their holes in each way.
     fills: [usize; Fill::ALL.len()],
+    /// Requests in decode whose thresholds are learned.
+    learning: usize,
     acceptance: Acceptance,
+    reliability: Reliability,
+    /// What each ramp said of the row that a request runs, by request and ramp.
+    guesses: Vec<Guess>,
     /// Requests alive that may exit at each ramp.
     may_exit: [u32; MAX_RAMPS],
     step: Option<Step>,
@@ -168,7 +182,10 @@ impl Scheduler {
             decoding: 0,
             frequent: 0,
             fills: [0; Fill::ALL.len()],
+            learning: 0,
             acceptance: Acceptance::default(),
+            reliability: Reliability::new(config.n_ramps()),
+            guesses: memory::filled(Guess::default(), requests * config.n_ramps())?,
             may_exit: [0; MAX_RAMPS],
             step: None,
             rows: memory::room(pass)?,
@@ -219,6 +236,15 @@ impl Scheduler {
 
     pub fn acceptance(&self) -> &Acceptance {
         &self.acceptance
+    }
+
+    pub fn reliability(&self) -> &Reliability {
+        &self.reliability
+    }
+
+    /// Requests in decode whose thresholds are learned.
+    pub fn learning(&self) -> usize {
+        self.learning
     }
 
     pub fn host_time(&self) -> &HostTime {

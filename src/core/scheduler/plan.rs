@@ -231,6 +231,7 @@ impl Scheduler {
             let r = self.requests.get_mut(request);
             let origin = match after {
                 None => {
+                    r.looked_at = 0;
                     // The limit was cut to the free slots.
                     slot = self.buffer.take_slot(request).unwrap_or(NONE);
                     Origin::Ready

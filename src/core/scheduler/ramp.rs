@@ -2,13 +2,19 @@
 
 //! The verdicts of a ramp on each row.
 
-use super::{Scheduler, Step, StepRow};
+use super::{Guess, Scheduler, Step, StepRow};
 use crate::core::config::Fill;
 use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
+use crate::core::estimate::reliability;
 use crate::core::metric::Score;
 use crate::core::policy;
 use crate::core::policy::RampRow;
+use crate::core::policy::rule::RowRule;
+use crate::core::rows::requests::Request;
+
+/// Luck that is chance: the standard deviation of 31 verdicts' mean, twice.
+const CHANCE: f32 = 0.12;
 
 impl Scheduler {
     /// The ramp of the planned step, if it is time for its verdicts.
@@ -53,8 +59,11 @@ impl Scheduler {
         let threshold = if aside || nobody_exits {
             f32::INFINITY
         } else {
-            let own = self.requests.get(row.request).threshold;
-            own.unwrap_or(self.config.thresholds[ramp])
+            let r = self.requests.get(row.request);
+            match r.learns {
+                true => self.learned_threshold(ramp, r),
+                false => r.threshold.unwrap_or(self.config.thresholds[ramp]),
+            }
         };
         RampRow {
             confidence: score.confidence,
@@ -63,6 +72,23 @@ impl Scheduler {
             decision: Decision::Gone,
             forced: false,
         }
+    }
+
+    /// The confidence from which a draft of the request is worth making, where all
+    /// before it must stand too; above 1 where none is.
+    fn learned_threshold(&self, ramp: usize, r: &Request) -> f32 {
+        let survival = match r.pending.is_empty() {
+            true => 1.0,
+            false => r.survival,
+        };
+        let row_rule = RowRule::new(&self.config, self.decoding, self.auto.rule());
+        if r.pending.len() >= row_rule.drafts {
+            return f32::INFINITY;
+        }
+        let luck = r.luck - r.luck.clamp(-CHANCE, CHANCE);
+        let chance = row_rule.survival / survival - luck;
+        let floor = self.reliability.floor(ramp, chance);
+        floor.unwrap_or(f32::INFINITY)
     }
 
     /// Lowers the confidence of rows that would exit with a token that `may`
@@ -112,6 +138,15 @@ impl Scheduler {
             let r = self.requests.get_mut(row.request);
             row.forced = own.forced;
             row.score = *score;
+            let looked = !own.confidence.is_nan() && (own.may_exit() || r.learns);
+            let bin = reliability::bin(score.confidence);
+            if looked && r.fill == Fill::Verify {
+                self.reliability.look(after, ramp, bin);
+                r.looked_at |= 1 << ramp;
+                let at = row.request as usize * self.config.n_ramps() + ramp;
+                let token = score.token;
+                self.guesses[at] = Guess { token, bin };
+            }
             if own.decision == Decision::Exit && r.fill.keeps() {
                 if self.pending.full() || r.pending.len() >= self.config.pending() {
                     // No room to stay pending: it goes deep now, and takes
@@ -119,10 +154,14 @@ impl Scheduler {
                     row.decision = self.config.policy.otherwise();
                     row.forced = own.confident();
                 } else {
-                    self.pending.push(&mut r.pending, row.slot, ramp);
+                    if r.pending.is_empty() {
+                        r.survival = 1.0;
+                    }
+                    r.survival *= self.reliability.chance(ramp, bin);
+                    self.pending.push(&mut r.pending, row.slot, ramp, bin);
                 }
             }
-            if own.may_exit() && !own.confidence.is_nan() {
+            if looked {
                 let before = r.habit.index();
                 sorter.look(&mut r.habit, own.confident());
                 self.frequent = self.frequent + r.habit.index() - before;

@@ -4,7 +4,7 @@
 
 use super::Scheduler;
 use crate::core::NONE;
-use crate::core::config::check_threshold;
+use crate::core::config::{Fill, Quality, check_threshold};
 use crate::core::counters::TimeIn;
 use crate::core::error::{Error, Result};
 use crate::core::rows::queue::Entry;
@@ -15,17 +15,31 @@ impl Scheduler {
         if let Some(t) = request.threshold {
             check_threshold("threshold", t)?;
         }
-        let fill = request.fill.unwrap_or(self.config.fill);
+        let quality = request.quality.unwrap_or(self.config.quality);
+        let fill = match request.fill {
+            Some(f) if f != Fill::Verify && request.quality == Some(Quality::Lossless) => {
+                return Err(Error::int(
+                    "fill",
+                    f as u32,
+                    "DREX_FILL_VERIFY or DREX_FILL_DEFAULT, since quality is 1",
+                ));
+            }
+            Some(f) => f,
+            None => self.config.fill_of(quality),
+        };
         self.config.check_fill(fill)?;
+        let lossless = quality == Quality::Lossless && fill == Fill::Verify;
+        let learns = lossless && request.threshold.is_none();
         let i = self.requests.add(request.id)?;
         let mut may_exit = 0;
         for (r, &t) in self.config.thresholds.iter().enumerate() {
-            if request.threshold.unwrap_or(t) <= 1.0 {
+            if learns || request.threshold.unwrap_or(t) <= 1.0 {
                 may_exit |= 1 << r;
             }
         }
         let item = self.requests.get_mut(i);
         item.metric = request.metric.unwrap_or(self.config.metric);
+        item.learns = learns;
         item.threshold = request.threshold;
         item.fill = fill;
         item.deadline_ns = match request.token_deadline_ns {
@@ -73,6 +87,7 @@ impl Scheduler {
             self.decoding += 1;
             self.frequent += r.habit.index();
             self.fills[r.fill as usize] += 1;
+            self.learning += usize::from(r.learns);
             self.host_time.began();
         }
         // Before its step is complete, the time since then is its window's.
@@ -149,6 +164,7 @@ impl Scheduler {
         let r = self.requests.get(i);
         let (state, slot, in_step, started) = (r.state, r.slot, r.in_step, r.started);
         let (ramp, may_exit, habit, fill) = (r.ramp, r.may_exit, r.habit, r.fill);
+        let learns = r.learns;
         let (settling, mut chain) = (r.settling, r.pending);
         let in_step = match in_step {
             NONE => 0..0,
@@ -187,6 +203,7 @@ impl Scheduler {
             self.decoding -= 1;
             self.frequent -= habit.index();
             self.fills[fill as usize] -= 1;
+            self.learning -= usize::from(learns);
         }
         self.count_may_exit(may_exit, false);
         self.requests.remove(i);

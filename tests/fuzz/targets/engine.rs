@@ -123,6 +123,7 @@ impl Host {
         c.token_deadline_ns = mostly(u, |u| u.int_in_range(0..=100_000))?;
         c.art_ratio = mostly(u, |_| Ok(f32::NAN))?;
         c.reserved = mostly(u, |_| Ok(0))?;
+        c.quality = mostly(u, |u| Ok([0.0, 1.0][u.choose_index(2)?]))?;
         c.seed = u.arbitrary()?;
         c.max_pending = mostly(u, |u| u.int_in_range(0..=4))?;
         c.n_top = u.int_in_range(0..=9)?;
@@ -198,6 +199,7 @@ impl Host {
         c.token_deadline_ns = u.arbitrary::<u16>()?.into();
         c.priority = mostly(u, |u| u.int_in_range(-2..=2))?;
         c.reserved = mostly(u, |_| Ok(0))?;
+        c.quality = mostly(u, |u| Ok([0.0, 1.0][u.choose_index(2)?]))?;
         c.request_deadline_ns = u.arbitrary::<u32>()?.into();
         c.max_tokens = u.arbitrary()?;
         let mut long = Long::new(u, c)?;

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
-use drex::core::config::{Fill, Policy};
+use drex::core::config::{Fill, Policy, Quality};
 use drex::core::estimate::acceptance::Cycle;
 use drex::core::estimate::profile::Profile;
 use serde_json::{Value, json};
@@ -207,6 +207,7 @@ pub fn cell(class: Class, n: u32, batch: u32, a: f64, p: f64, o: &Options) -> Re
         gap_ns: 0.0,
         start: None,
         filling: o.filling,
+        quality: Quality::Given,
     };
     let policy = |name: &str| run(&setup, &Contender::parse(name)?);
     let off = policy("off")?;

@@ -7,6 +7,7 @@ pub mod draw;
 pub mod grid;
 pub mod plot;
 pub mod profiles;
+pub mod quality;
 pub mod record;
 pub mod report;
 pub mod run;

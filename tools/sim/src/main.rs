@@ -8,11 +8,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, ValueEnum};
-use drex::core::config::Fill;
+use drex::core::config::{Fill, Quality};
 use drex_sim::record::Record;
 use drex_sim::run::{Contender, Filling, PASS_ROWS, Setup, run};
 use drex_sim::workload::{Arrivals, Confidence, Workload};
-use drex_sim::{grid, plot, profiles, report, scale};
+use drex_sim::{grid, plot, profiles, quality, report, scale};
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Kind {
@@ -49,6 +49,10 @@ struct Cli {
     /// Run every policy over regimes, sizes, depths and exit chances, against the best fixed rule and the limit
     #[arg(long, conflicts_with_all = ["scale", "replay"])]
     grid: bool,
+    /// Run quality lossless, where thresholds are learned, over machines, loads and ramps that are honest or not,
+    /// against the best fixed threshold and chain of drafts
+    #[arg(long, conflicts_with_all = ["grid", "scale", "replay"])]
+    quality: bool,
     /// Measure what a decision costs in real time, from 16 to 10,000 requests
     #[arg(long, conflicts_with = "replay")]
     scale: bool,
@@ -204,6 +208,8 @@ fn go(cli: &Cli, matches: &ArgMatches) -> Result<()> {
     check_effects(cli, matches)?;
     if cli.grid {
         run_grid(cli)
+    } else if cli.quality {
+        run_quality(cli)
     } else if cli.scale {
         run_scale(cli)
     } else {
@@ -271,6 +277,9 @@ const OF_GRID: [&str; 16] = [
     "plot",
 ];
 
+/// Options of the runs over qualities.
+const OF_QUALITY: [&str; 6] = ["quality", "tokens", "seed", "noise", "p_drift", "json"];
+
 /// What a recording says itself.
 const NOT_OF_REPLAY: [&str; 6] = ["profile", "layers", "p", "p_spread", "p_drift", "p_period"];
 
@@ -288,7 +297,9 @@ fn check_effects(cli: &Cli, matches: &ArgMatches) -> Result<()> {
         if !given(id) {
             continue;
         }
-        let why = if cli.grid && !OF_GRID.contains(&id) && id != "markdown" {
+        let why = if cli.quality && !OF_QUALITY.contains(&id) {
+            "with --quality"
+        } else if cli.grid && !OF_GRID.contains(&id) && id != "markdown" {
             "with --grid"
         } else if cli.scale && !["scale", "json"].contains(&id) {
             "with --scale"
@@ -359,6 +370,30 @@ fn run_grid(cli: &Cli) -> Result<()> {
     }
     if let Some(path) = &cli.plot {
         write(path, &plot::grid(&cells))?;
+    }
+    Ok(())
+}
+
+fn run_quality(cli: &Cli) -> Result<()> {
+    let o = quality::Options {
+        tokens: cli.tokens,
+        seed: cli.seed,
+        noise: cli.noise,
+        drift: cli.p_drift,
+        every: 1,
+    };
+    let show = std::io::stderr().is_terminal();
+    let cells = quality::run_quality(&o, |done, all| {
+        if show {
+            let _ = write!(std::io::stderr(), "\rcell {done} of {all} ");
+        }
+    })?;
+    if show {
+        eprintln!();
+    }
+    match cli.json {
+        true => println!("{}", quality::quality_json(&cells, &o)),
+        false => print!("{}", quality::quality_table(&cells)),
     }
     Ok(())
 }
@@ -530,6 +565,7 @@ fn base(cli: &Cli, profile: drex::core::estimate::profile::Profile, thresholds: 
         outliers: cli.outliers,
         gap_ns: cli.gap_us * 1e3,
         filling: filling(cli),
+        quality: Quality::Given,
     }
 }
 

@@ -5,10 +5,11 @@
 use std::collections::{HashMap, VecDeque};
 
 use anyhow::{Context, Result, bail};
-use drex::core::config::{Config, Fill, Policy};
+use drex::core::config::{Config, Fill, Policy, Quality};
 use drex::core::decision::Decision;
 use drex::core::estimate::profile::{Profile, Work};
 use drex::core::metric::{Metric, Score};
+use drex::core::policy::rule::RowRule;
 use drex::core::rows::requests::RequestConfig;
 use drex::core::scheduler::{Agrees, Scheduler, Step, StepRow};
 
@@ -122,6 +123,7 @@ pub struct Setup {
     /// What the engine believes at the start.
     pub start: Option<Profile>,
     pub filling: Filling,
+    pub quality: Quality,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -160,6 +162,10 @@ pub struct Report {
     /// With fill `verify`: judged, and accepted.
     pub drafts: u64,
     pub accepted: u64,
+    /// The rule at the end, and the throughput that `auto` predicted for it, relative
+    /// to full passes.
+    pub rule: Option<RowRule>,
+    pub predicted: f64,
 }
 
 struct Live {
@@ -197,6 +203,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         token_deadline_ns: w.token_deadline_ns,
         seed: w.seed,
         art_ratio: None,
+        quality: setup.quality,
     })?;
     if let Some(p) = &setup.start {
         engine.load_profile(p)?;
@@ -288,9 +295,10 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
                     out.unknown += 1;
                     confidence = w.drawn(r.id, token, ramp);
                 }
+                let right = w.right(r.id, token, setup.filling.accept);
                 scores.push(Score {
                     confidence,
-                    token: 0,
+                    token: i32::from(!right),
                 });
             }
             engine.ramp(&scores)?;
@@ -300,7 +308,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
                 .iter()
                 .map(|r| {
                     let token = host.live[&r.id].token(r.back);
-                    match uniform(w.seed, purpose::ACCEPT, r.id, token) < setup.filling.accept {
+                    match w.right(r.id, token, setup.filling.accept) {
                         true => Agrees::Yes,
                         false => Agrees::No,
                     }
@@ -333,6 +341,10 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
                 Some(d) if d.0 == r.id => d.1 += n,
                 _ => done.push((r.id, n)),
             }
+        }
+        if step.ramp.is_none() && setup.filling.fill == Fill::Verify {
+            // Ramps that are wrong said 1.
+            engine.chosen(|_| 0);
         }
         engine.complete(
             host.clock as u64,
@@ -422,6 +434,9 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
     out.misses = c.misses;
     out.by_priority = classes;
     out.held_max = c.held_rows_max;
+    out.rule = Some(engine.chosen_rule());
+    let (rate, off) = engine.auto().predicted();
+    out.predicted = rate / off;
     Ok(out)
 }
 
@@ -532,6 +547,7 @@ impl Host<'_> {
                 metric: None,
                 threshold: None,
                 fill: None,
+                quality: None,
                 token_deadline_ns: 0,
                 request_deadline_ns: w.request_deadline_ns,
                 max_tokens: w.tokens(id).unwrap_or(0),

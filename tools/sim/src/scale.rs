@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use drex::core::config::{Config, Fill, Policy};
+use drex::core::config::{Config, Fill, Policy, Quality};
 use drex::core::decision::Decision;
 use drex::core::metric::{Metric, Score};
 use drex::core::rows::requests::RequestConfig;
@@ -44,6 +44,7 @@ pub fn measure(requests: u32, ramps: usize, steps: u32, deadlines: bool) -> Resu
         token_deadline_ns: if deadlines { 2_000_000_000 } else { 0 },
         seed: 1,
         art_ratio: None,
+        quality: Quality::Given,
     })?;
     // The search for a rule is timed apart.
     engine.replan(1);
@@ -53,6 +54,7 @@ pub fn measure(requests: u32, ramps: usize, steps: u32, deadlines: bool) -> Resu
             metric: None,
             threshold: None,
             fill: None,
+            quality: None,
             token_deadline_ns: 0,
             request_deadline_ns: 0,
             max_tokens: 0,

@@ -38,6 +38,51 @@ pub enum Confidence {
     /// Recorded, by request and token: one number per ramp, NaN where it is
     /// unknown.
     Recorded(HashMap<u64, Vec<Vec<f32>>>),
+    /// Any number from 0 to 1, and a chance to be right that it goes with.
+    Curve(Curve),
+}
+
+/// How right a confidence is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Honesty {
+    /// As often as it says.
+    Calibrated,
+    /// Equally often, however sure.
+    Flat,
+    /// The surer, the less.
+    Lying,
+}
+
+/// Ramps that are equally good.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Curve {
+    pub honesty: Honesty,
+    /// Share of the tokens that are right.
+    pub right: f64,
+    /// Share of `right` by which it swings, and the period in tokens of a request.
+    pub drift: (f64, u64),
+}
+
+impl Curve {
+    /// Of a token that `u`, uniform in [0, 1), is drawn for: its confidence, and its
+    /// chance to be right.
+    fn at(&self, u: f64, token: u64) -> (f64, f64) {
+        let (swing, period) = self.drift;
+        let phase = match period {
+            0 => 0.0,
+            n => (token as f64 / n as f64 * std::f64::consts::TAU).sin(),
+        };
+        let mean = (self.right * (1.0 + swing * phase)).clamp(0.01, 0.99);
+        // A power of a uniform number, with this mean.
+        let power = (1.0 - mean) / mean;
+        let confidence = u.powf(power);
+        let right = match self.honesty {
+            Honesty::Calibrated => confidence,
+            Honesty::Flat => mean,
+            Honesty::Lying => (1.0 - u).powf(power),
+        };
+        (confidence, right)
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -159,6 +204,10 @@ impl Workload {
                     .iter()
                     .map(|&p| (p * (1.0 + swing * phase)).clamp(0.0, 1.0)))
             }
+            Confidence::Curve(curve) => {
+                let text = token & ((1 << TURN_SHIFT) - 1);
+                return curve.at(u, text).0 as f32;
+            }
             Confidence::Recorded(all) => {
                 // Requests, and their tokens, go around.
                 let id = match self.lengths.len() as u64 {
@@ -175,6 +224,19 @@ impl Workload {
             }
         };
         if u < share { 0.9 } else { 0.1 }
+    }
+
+    /// Whether the full model says of a token what a ramp says; `accept` is the
+    /// chance where the workload does not tell.
+    pub fn right(&self, id: u64, token: u64, accept: f64) -> bool {
+        let chance = match &self.confidence {
+            Confidence::Curve(curve) => {
+                let u = uniform(self.seed, purpose::EXIT, id, token);
+                curve.at(u, token & ((1 << TURN_SHIFT) - 1)).1
+            }
+            _ => accept,
+        };
+        uniform(self.seed, purpose::ACCEPT, id, token) < chance
     }
 
     /// In place of a confidence that was not recorded: that of some other

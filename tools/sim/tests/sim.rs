@@ -4,7 +4,7 @@
 //! (tests/reference.csv, made by a program that shares no line with ours),
 //! and the scheduler under load, overload, deadlines and drift.
 
-use drex::core::config::Fill;
+use drex::core::config::{Fill, Quality};
 use drex::core::estimate::acceptance::Cycle;
 use drex_sim::grid::{Options, cell, limit};
 use drex_sim::profiles::{CLASSES, Class};
@@ -31,6 +31,7 @@ fn setup(class: Class, n: u32, batch: u32, a: f64, p: f64) -> Setup {
         gap_ns: 0.0,
         start: None,
         filling: Filling::COPY,
+        quality: Quality::Given,
     }
 }
 
@@ -468,6 +469,7 @@ fn a_record_is_replayed() {
         gap_ns: r.gap_ns,
         start: None,
         filling: Filling::COPY,
+        quality: Quality::Given,
     };
     let off = go(&s, "off");
     assert_eq!((off.tokens, off.finished), (80, 4));

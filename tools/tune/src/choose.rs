@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
-use drex::core::config::{Fill, Policy};
+use drex::core::config::{Fill, Policy, Quality};
 use drex::core::estimate::profile::{Line, Profile, Segment, Window};
 use drex_harness::stats::median;
 use drex_sim::{
@@ -220,6 +220,7 @@ pub fn predict(
             gap_ns: 0.0,
             start: Some(profile.clone()),
             filling,
+            quality: Quality::Given,
         };
         let speed = |policy, name: &str| -> Result<f64> {
             let contender = Contender {

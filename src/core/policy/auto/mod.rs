@@ -14,6 +14,7 @@
 
 mod losses;
 pub mod rollout;
+mod scene;
 mod search;
 
 use self::losses::Losses;
@@ -24,7 +25,8 @@ use crate::core::config::Config;
 use crate::core::estimate::acceptance::Acceptance;
 use crate::core::estimate::cost::CostModel;
 use crate::core::estimate::exit_rate::ExitRates;
-use crate::core::policy::rule::Rule;
+use crate::core::estimate::reliability::Reliability;
+use crate::core::policy::rule::{MOST_DRAFTS, Rule, SURVIVAL};
 
 /// Tokens, in units of the requests alive, per probe of the ramps.
 const PROBE_RAMPS: u64 = 80;
@@ -52,6 +54,8 @@ pub struct Load {
     /// whose tokens are verified.
     pub keeping: f64,
     pub verifying: f64,
+    /// Share of the requests whose thresholds are learned; their tokens are verified.
+    pub learning: f64,
     /// Rows that are held, each as the share of its layers that it has passed.
     pub done: f64,
 }
@@ -62,6 +66,7 @@ pub struct Known<'a> {
     pub cost: &'a CostModel,
     pub exit_rates: &'a ExitRates,
     pub acceptance: &'a Acceptance,
+    pub reliability: &'a Reliability,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -77,6 +82,8 @@ enum Stage {
     Single,
     /// The best set so far, with one more ramp or one less.
     Grow,
+    /// The best set, at every least survival of drafts.
+    Survival,
     /// The best set, at every theta and phi.
     Fine,
     /// The best few and the present rule, for longer.
@@ -143,6 +150,8 @@ impl Auto {
             ramps: all,
             hold: 0.5,
             ready: 0.0,
+            survival: SURVIVAL,
+            drafts: MOST_DRAFTS,
         };
         Auto {
             batch: config.batch() as u32,
@@ -218,6 +227,8 @@ impl Auto {
             ramps: self.allowed,
             hold: self.other.hold,
             ready: self.other.ready,
+            survival: self.other.survival,
+            drafts: self.other.drafts,
         }
     }
 

@@ -7,13 +7,20 @@
 use crate::core::MAX_RAMPS;
 use crate::core::estimate::carrier::{Riders, Ways};
 use crate::core::estimate::exit_rate::HABITS;
+use crate::core::policy::rule::MOST_DRAFTS;
 use crate::core::policy::rule::choose;
+
+/// Kinds of rows. First the habits of requests whose thresholds are given; then the
+/// rows of those whose thresholds are learned, by how many drafts are before them.
+pub const KINDS: usize = HABITS + LEVELS;
+/// From no draft to the most.
+pub const LEVELS: usize = MOST_DRAFTS as usize + 1;
 
 /// The numbers that a rollout runs on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scene {
-    /// Requests in decode, of each habit.
-    pub requests: [u32; HABITS],
+    /// Requests in decode, of each kind at the start.
+    pub requests: [u32; KINDS],
     /// B
     pub batch: u32,
     /// B behind the first window, where pending rows come along.
@@ -39,14 +46,18 @@ pub struct Scene {
     /// Cost of an exit there to such a pass, see [`Riders::exit_ns`].
     pub exit_ns: [f64; MAX_RAMPS],
     /// Chance to exit at the end of each window but the last, in 1/1024, for
-    /// each habit.
-    pub exits: [[u32; HABITS]; MAX_RAMPS],
+    /// each kind.
+    pub exits: [[u32; KINDS]; MAX_RAMPS],
     /// Cost of an exit there later on, as a pending row of the windows
     /// behind it: each is taken along once, whenever that is.
     pub pending_ns: [f64; MAX_RAMPS],
     /// Tokens that come out, as a share of those that exit or pass the last
-    /// layer, see [`crate::core::estimate::acceptance::Cycle`].
+    /// layer, of requests whose thresholds are given; see
+    /// [`crate::core::estimate::acceptance::Cycle`].
     pub worth: f64,
+    /// Tokens that come out when a row with so many drafts before it has passed the
+    /// last layer, of requests whose thresholds are learned.
+    pub out: [f64; LEVELS],
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -58,7 +69,7 @@ pub struct Outcome {
 impl Scene {
     /// Without requests, windows or prompts.
     pub const EMPTY: Scene = Scene {
-        requests: [0; HABITS],
+        requests: [0; KINDS],
         batch: 0,
         deep_batch: 0,
         prompt_ns: 0.0,
@@ -71,14 +82,25 @@ impl Scene {
         ns_per_row: [0.0; MAX_RAMPS + 1],
         ways: [Ways::NONE; MAX_RAMPS],
         exit_ns: [0.0; MAX_RAMPS],
-        exits: [[0; HABITS]; MAX_RAMPS],
+        exits: [[0; KINDS]; MAX_RAMPS],
         pending_ns: [0.0; MAX_RAMPS],
         worth: 1.0,
+        out: [1.0; LEVELS],
     };
 
-    /// Whether a pass over `prompts` prompt rows and `rows` of each habit is cut
+    /// The kind of a request's next row, and the tokens that come out, where its row
+    /// of kind `kind` exits, or has passed the last layer.
+    fn after(&self, kind: usize, last: bool) -> (usize, f64) {
+        match kind.checked_sub(HABITS) {
+            None => (kind, self.worth),
+            Some(drafts) if last => (HABITS, self.out[drafts]),
+            Some(drafts) => (HABITS + (drafts + 1).min(LEVELS - 1), 0.0),
+        }
+    }
+
+    /// Whether a pass over `prompts` prompt rows and `rows` of each kind is cut
     /// after window `k`, where `held` rows are held.
-    fn cut(&self, k: usize, prompts: f64, rows: [u32; HABITS], held: u32, flush: u32) -> bool {
+    fn cut(&self, k: usize, prompts: f64, rows: [u32; KINDS], held: u32, flush: u32) -> bool {
         let n = rows.iter().sum::<u32>();
         if n == 0 && held == 0 {
             return false;
@@ -180,18 +202,18 @@ pub struct Game {
 pub struct Rollout {
     game: Game,
     rng: Rng,
-    /// Rows that wait for window k, of each habit, and of all.
-    rows: [[u32; HABITS]; MAX_RAMPS + 1],
+    /// Rows that wait for window k, of each kind, and of all.
+    rows: [[u32; KINDS]; MAX_RAMPS + 1],
     held: [u32; MAX_RAMPS + 1],
     waiting: u32,
     all_held: u32,
     /// Tokens and time so far, and when they began to count.
-    now: (u64, f64),
-    start: (u64, f64),
+    now: (f64, f64),
+    start: (f64, f64),
     started: bool,
     /// At the first and the latest flush that count.
-    first: Option<(u64, f64)>,
-    latest: (u64, f64),
+    first: Option<(f64, f64)>,
+    latest: (f64, f64),
     windows: u32,
     /// Prompt rows that wait, and those on their way with the window that they
     /// are in front of.
@@ -205,28 +227,29 @@ impl Rollout {
         let mut r = Rollout {
             game,
             rng: Rng(game.seed),
-            rows: [[0; HABITS]; MAX_RAMPS + 1],
+            rows: [[0; KINDS]; MAX_RAMPS + 1],
             held: [0; MAX_RAMPS + 1],
-            waiting: scene.requests[0] + scene.requests[1],
+            waiting: scene.requests.iter().sum(),
             all_held: 0,
-            now: (0, 0.0),
-            start: (0, 0.0),
+            now: (0.0, 0.0),
+            start: (0.0, 0.0),
             started: game.warm == 0,
             first: None,
-            latest: (0, 0.0),
+            latest: (0.0, 0.0),
             windows: 0,
             owed: 0.0,
             transit: None,
         };
         r.rows[0] = scene.requests;
-        if last > 0 && scene.exits[last - 1] != [0; HABITS] {
+        if last > 0 && scene.exits[last - 1] != [0; KINDS] {
             let held = (game.hold - game.hold.div_ceil(8)).min(r.waiting / 2);
-            let frequent = held.saturating_sub(r.rows[0][0]);
-            r.rows[last] = [held - frequent, frequent];
-            r.rows[0] = [
-                r.rows[0][0] - r.rows[last][0],
-                r.rows[0][1] - r.rows[last][1],
-            ];
+            let mut left = held;
+            for kind in 0..KINDS {
+                let n = left.min(r.rows[0][kind]);
+                r.rows[last][kind] = n;
+                r.rows[0][kind] -= n;
+                left -= n;
+            }
             (r.held[last], r.all_held) = (held, held);
             r.waiting -= held;
         }
@@ -234,7 +257,7 @@ impl Rollout {
     }
 
     pub fn done(&self) -> bool {
-        let goal = u64::from(self.game.warm) + u64::from(self.game.tokens);
+        let goal = f64::from(self.game.warm) + f64::from(self.game.tokens);
         self.now.0 >= goal || self.windows >= self.game.windows
     }
 
@@ -256,7 +279,7 @@ impl Rollout {
             windows,
             ..
         } = self.game;
-        if !self.started && (self.now.0 >= u64::from(warm) || self.windows >= windows / 4) {
+        if !self.started && (self.now.0 >= f64::from(warm) || self.windows >= windows / 4) {
             self.started = true;
             self.start = self.now;
         }
@@ -272,7 +295,7 @@ impl Rollout {
             }
         };
         let taken = self.take(scene, k);
-        let b = taken[0] + taken[1];
+        let b = taken.iter().sum::<u32>();
         // Where rows that go on with prompt rows are at the end.
         let end = if prompts > 0.0 {
             self.carry(scene, k, prompts, taken)
@@ -281,19 +304,23 @@ impl Rollout {
         };
         let clock = &mut self.now.1;
         *clock += scene.ns[k] + scene.ns_per_row[k] * f64::from(b) + scene.gap_ns;
-        let mut out = 0;
-        for (habit, &n) in taken.iter().enumerate() {
+        let (mut out, mut tokens) = (0, 0.0);
+        for (rows, n) in self.rows[k].iter_mut().zip(taken) {
+            *rows -= n;
+        }
+        for (kind, &n) in taken.iter().enumerate().filter(|t| *t.1 > 0) {
             let gone = if end == last {
                 n
             } else {
-                self.rng.binomial(n, scene.exits[k][habit])
+                self.rng.binomial(n, scene.exits[k][kind])
             };
-            self.rows[k][habit] -= n;
-            self.rows[0][habit] += gone;
+            let (next, each) = scene.after(kind, end == last);
+            self.rows[0][next] += gone;
             if end < last {
-                self.rows[k + 1][habit] += n - gone;
+                self.rows[k + 1][kind] += n - gone;
             }
             out += gone;
+            tokens += each * f64::from(gone);
         }
         if end < last {
             self.held[k + 1] += b - out;
@@ -301,42 +328,48 @@ impl Rollout {
             self.now.1 += scene.pending_ns[k] * f64::from(out);
         }
         self.waiting += out;
-        self.now.0 += u64::from(out);
-        self.owed += f64::from(out) * scene.prompt_rows;
+        self.now.0 += tokens;
+        self.owed += tokens * scene.prompt_rows;
         if k == last && self.started {
             self.latest = self.now;
             self.first = self.first.or(Some(self.now));
         }
     }
 
-    /// Rows of each habit for window `k`, in the order of their arrival: the habits
+    /// Rows of each kind for window `k`, in the order of their arrival: the kinds
     /// as they are mixed there.
-    fn take(&mut self, scene: &Scene, k: usize) -> [u32; HABITS] {
+    fn take(&mut self, scene: &Scene, k: usize) -> [u32; KINDS] {
         let (there, most) = match k {
             0 => (self.waiting, scene.batch),
             _ => (self.held[k], scene.deep_batch),
         };
         let b = there.min(most);
-        let frequent = if b == there || there == 0 {
-            self.rows[k][1]
-        } else {
-            let (rows, b, there) = (u64::from(self.rows[k][1]), u64::from(b), u64::from(there));
-            ((rows * b + there / 2) / there) as u32
-        };
+        let mut taken = self.rows[k];
+        if b < there {
+            let (b, there) = (u64::from(b), u64::from(there));
+            // Of the kinds from this one on: how many there are, and are taken.
+            let (mut rows, mut before) = (0, 0);
+            for n in taken.iter_mut().rev() {
+                rows += u64::from(*n);
+                let upto = (rows * b + there / 2) / there;
+                *n = (upto - before) as u32;
+                before = upto;
+            }
+        }
         if k == 0 {
             self.waiting -= b;
         } else {
             self.held[k] -= b;
             self.all_held -= b;
         }
-        [b - frequent, frequent]
+        taken
     }
 
     /// Adds the time that prompt rows take beside the rows of window `k`, and
     /// returns the window after which the rows are.
-    fn carry(&mut self, scene: &Scene, k: usize, prompts: f64, taken: [u32; HABITS]) -> usize {
+    fn carry(&mut self, scene: &Scene, k: usize, prompts: f64, taken: [u32; KINDS]) -> usize {
         let last = scene.windows - 1;
-        let rows = f64::from(taken[0] + taken[1]);
+        let rows = f64::from(taken.iter().sum::<u32>());
         let clock = &mut self.now.1;
         if k == last {
             // The last window is the rest of the one before.
@@ -362,7 +395,7 @@ impl Rollout {
             Some(first) if first.0 < self.latest.0 => (first, self.latest),
             _ => (self.start, self.now),
         };
-        let tokens = (to.0 - from.0) as f64 * scene.worth;
+        let tokens = to.0 - from.0;
         Outcome {
             tokens,
             ns: to.1 - from.1 + tokens * scene.prompt_ns,
@@ -408,13 +441,12 @@ mod tests {
     fn agrees_with_the_reference_simulation() {
         let (t0, t1) = (1.0, 0.002);
         let mut scene = Scene {
-            requests: [64, 0],
             batch: 64,
             deep_batch: 64,
             windows: 2,
-            exits: [[819, 0]; MAX_RAMPS],
             ..Scene::EMPTY
         };
+        (scene.requests[0], scene.exits[0][0]) = (64, 819);
         scene.ns[0] = 0.25 * t0 + 0.02 * t0;
         scene.ns_per_row[0] = 0.25 * t1;
         scene.ns[1] = 0.75 * t0;

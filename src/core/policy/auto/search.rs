@@ -2,13 +2,10 @@
 
 //! The search for a rule: candidates are played, the best few for longer.
 
-use super::rollout::{Game, Outcome, Rollout, Scene};
+use super::rollout::{Game, Outcome, Rollout};
 use super::{Auto, Candidate, Known, Stage};
 use crate::core::MAX_RAMPS;
-use crate::core::estimate::acceptance::{Acceptance, Cycle};
-use crate::core::estimate::carrier::Ways;
-use crate::core::estimate::exit_rate::HABITS;
-use crate::core::policy::rule::Rule;
+use crate::core::policy::rule::{MOST_DRAFTS, Rule};
 
 /// A probe that loses the share x of its time makes the next ones wait 1 + this · x
 /// times as long.
@@ -23,12 +20,19 @@ const MOVED_SHARE: f64 = 0.04;
 pub(super) const GRID: u32 = 20;
 /// phi, as shares of theta's scale. 0: held rows flush when none is ready.
 pub(super) const READY: [f32; 4] = [0.0, 0.0625, 0.125, 0.25];
+/// Least survivals of drafts that are tried, and longest chains of them.
+const SURVIVALS: [f32; 9] = [0.05, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96];
+const DRAFTS: [u32; 5] = [1, 2, 3, 5, MOST_DRAFTS];
+/// Of these, the ones that are tried with each set of ramps.
+const COARSE: [(f32, u32); 3] = [(0.05, 2), (0.5, MOST_DRAFTS), (0.8, MOST_DRAFTS)];
 /// Candidates that are played again for longer.
 pub(super) const FINALISTS: usize = 10;
 /// Windows of one rollout at most.
 const WINDOWS: u32 = 400;
 /// Cost of the beginning of a rollout, or of a step of the search, in windows.
 const STEP_WINDOWS: u32 = 4;
+/// What is added for each ramp where chances follow from a survival.
+const SURVIVAL_WINDOWS: u32 = 100;
 
 /// The numbers that a search ran on, to see when they have moved.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +40,7 @@ pub(super) struct Basis {
     requests: f64,
     chances: [f64; MAX_RAMPS],
     accepted: [f64; MAX_RAMPS],
+    outlines: [[f64; 3]; MAX_RAMPS],
     times: [f64; 3],
 }
 
@@ -44,9 +49,18 @@ impl Auto {
         let cost = known.cost;
         let mut chances = [0.0; MAX_RAMPS];
         let mut accepted = [0.0; MAX_RAMPS];
+        let mut outlines = [[0.0; 3]; MAX_RAMPS];
+        // What exits by learned thresholds follows from the rule, and is no reason
+        // to look for another.
+        let all_learn = self.load.learning >= 1.0;
         for r in 0..self.ramps {
-            chances[r] = known.exit_rates.chance(None, r).p;
-            accepted[r] = known.acceptance.chance(r);
+            if !all_learn {
+                chances[r] = known.exit_rates.chance(None, r).p;
+                accepted[r] = known.acceptance.chance(r);
+            }
+            if self.load.learning > 0.0 {
+                outlines[r] = known.reliability.outline(r);
+            }
         }
         let p = cost.profile();
         let (n, b) = (
@@ -58,6 +72,7 @@ impl Auto {
             requests: f64::from(self.load.requests),
             chances,
             accepted,
+            outlines,
             times: [
                 time(0, n, b),
                 time(0, 1, b),
@@ -78,6 +93,7 @@ impl Auto {
             || old.times.iter().zip(&new.times).any(|(a, b)| share(*a, *b))
             || apart(&old.chances, &new.chances)
             || self.load.verifying > 0.0 && apart(&old.accepted, &new.accepted)
+            || apart(old.outlines.as_flattened(), new.outlines.as_flattened())
     }
 
     /// Starts a search; one that was under way starts anew.
@@ -101,8 +117,7 @@ impl Auto {
         }
         if self.allowed.count_ones() == 1 {
             self.best.rule.ramps = self.allowed;
-            self.stage = Stage::Fine;
-            self.fill_fine();
+            self.fine();
             return;
         }
         let allowed = self.allowed;
@@ -114,12 +129,41 @@ impl Auto {
     }
 
     fn coarse(&mut self, ramps: u32) {
-        for hold in [0.15, 0.3, 0.5, 0.75] {
-            self.push(Rule {
-                ramps,
-                hold,
-                ready: 0.0,
-            });
+        let learns = self.load.learning > 0.0;
+        for &(survival, drafts) in if learns { &COARSE[..] } else { &COARSE[..1] } {
+            for hold in [0.15, 0.3, 0.5, 0.75] {
+                self.push(Rule {
+                    ramps,
+                    hold,
+                    ready: 0.0,
+                    survival,
+                    drafts,
+                });
+            }
+        }
+    }
+
+    /// From the best set on: how sure drafts must be, where that is the rule's to
+    /// say, then theta and phi.
+    fn fine(&mut self) {
+        if self.load.learning == 0.0 || self.stage == Stage::Survival {
+            self.stage = Stage::Fine;
+            self.fill_fine();
+            return;
+        }
+        self.stage = Stage::Survival;
+        let most = self.max_pending;
+        for hold in [0.3, 0.75] {
+            for survival in SURVIVALS {
+                for drafts in DRAFTS.into_iter().filter(|&d| d <= most) {
+                    self.push(Rule {
+                        hold,
+                        survival,
+                        drafts,
+                        ..self.best.rule
+                    });
+                }
+            }
         }
     }
 
@@ -130,7 +174,12 @@ impl Auto {
     fn fill_fine(&mut self) {
         self.list.clear();
         self.next = 0;
-        let ramps = self.best.rule.ramps;
+        let Rule {
+            ramps,
+            survival,
+            drafts,
+            ..
+        } = self.best.rule;
         let scale = Rule::scale(self.load.requests as usize, self.batch as usize);
         let mut before = 0;
         for k in 1..=GRID {
@@ -139,6 +188,8 @@ impl Auto {
                 ramps,
                 hold,
                 ready: 0.0,
+                survival,
+                drafts,
             };
             let rows = rule.hold_rows(scale);
             if rows == before {
@@ -195,7 +246,11 @@ impl Auto {
         } else {
             self.rollout = Some(Rollout::new(&self.scene, self.game(rule, long)));
         }
-        STEP_WINDOWS + self.scene.windows as u32
+        let scene = STEP_WINDOWS + self.scene.windows as u32;
+        match self.load.learning > 0.0 {
+            true => scene + SURVIVAL_WINDOWS * rule.ramps.count_ones(),
+            false => scene,
+        }
     }
 
     fn advance(&mut self) {
@@ -217,20 +272,26 @@ impl Auto {
                     for r in (0..self.ramps).filter(|r| allowed >> r & 1 == 1) {
                         let ramps = self.best.rule.ramps ^ (1 << r);
                         if ramps != 0 {
-                            let hold = self.best.rule.hold;
-                            for hold in [hold * 0.6, hold] {
+                            let best = self.best.rule;
+                            for hold in [best.hold * 0.6, best.hold] {
                                 self.push(Rule {
                                     ramps,
                                     hold,
                                     ready: 0.0,
+                                    ..best
                                 });
                             }
                         }
                     }
                 } else {
-                    self.stage = Stage::Fine;
-                    self.fill_fine();
+                    self.fine();
                 }
+            }
+            Stage::Survival => {
+                if let Some(top) = best_of(&self.list) {
+                    self.best = top;
+                }
+                self.fine();
             }
             Stage::Fine => {
                 self.list.sort_unstable_by(|a, b| b.rate.total_cmp(&a.rate));
@@ -272,61 +333,9 @@ impl Auto {
         }
     }
 
-    /// The scene that a rule is played on.
-    fn scene(&self, rule: Rule, known: Known) -> Scene {
-        let Known {
-            cost, exit_rates, ..
-        } = known;
-        let profile = cost.profile();
-        let segments = profile.segments.len();
-        let requests = self.players();
-        let frequent = u64::from(self.load.frequent.min(self.load.requests)) * u64::from(requests)
-            / u64::from(self.load.requests.max(1));
-        let frequent = frequent as u32;
-        let mut scene = Scene {
-            requests: [requests - frequent, frequent],
-            batch: self.batch,
-            deep_batch: self.batch,
-            prompt_ns: self.load.prompt_ns,
-            prompt_rows: self.load.prompt_rows,
-            prompt_row_ns: profile.prompt_row(0, segments),
-            chunk: self.load.chunk,
-            gap_ns: self.load.gap_ns,
-            ..Scene::EMPTY
-        };
-        let mut looked_at = [0; MAX_RAMPS];
-        let mut begin = 0;
-        let mut after = None;
-        let cells = cost.cells_per_row();
-        for end in 1..=segments {
-            let ramp = end - 1;
-            if end < segments && rule.ramps >> ramp & 1 == 0 {
-                continue;
-            }
-            let k = scene.windows;
-            let at0 = profile.time(begin, end, 0.0, 0.0);
-            scene.ns[k] = at0;
-            scene.ns_per_row[k] = profile.time(begin, end, 1.0, cells) - at0;
-            if end < segments {
-                let c = exit_rates.chance(after, ramp);
-                let p = exit_rates.by_habit(after, ramp).unwrap_or([c.p; HABITS]);
-                scene.exits[k] = p.map(|p| ((p + c.error).min(1.0) * 1024.0).round() as u32);
-                looked_at[k] = ramp;
-                scene.ways[k] = Ways::new(cost, begin, ramp, self.load.gap_ns);
-            }
-            scene.windows += 1;
-            begin = end;
-            after = Some(ramp);
-        }
-        if rule.ramps != 0 && self.load.keeping > 0.0 {
-            self.keep(&mut scene, &looked_at, known.acceptance);
-        }
-        scene
-    }
-
     /// Requests that a rollout plays with: beyond a few batches, more change
     /// nothing but the time that it takes to see it.
-    fn players(&self) -> u32 {
+    pub(super) fn players(&self) -> u32 {
         self.load.requests.min(4 * self.batch)
     }
 
@@ -359,44 +368,6 @@ impl Auto {
             tokens: b,
             ns: s.ns[0] + s.ns_per_row[0] * b + s.gap_ns + b * prompts,
         }
-    }
-
-    /// Enters into the scene that exited rows stay pending: they go deep later on,
-    /// at most so many of a request, and a draft may turn out wrong.
-    fn keep(&self, scene: &mut Scene, ramps: &[usize; MAX_RAMPS], acceptance: &Acceptance) {
-        let (keeping, verifying) = (self.load.keeping, self.load.verifying);
-        let last = scene.windows - 1;
-        let mut behind = 0.0;
-        for k in (0..last).rev() {
-            behind += scene.ns_per_row[k + 1];
-            scene.pending_ns[k] = behind * keeping;
-            let whole = scene.ns[0] + scene.ns_per_row[0] + behind;
-            let b = f64::from(self.batch.min(self.load.requests).max(1));
-            let wrong = verifying * (1.0 - acceptance.chance(ramps[k]));
-            scene.exit_ns[k] = scene.pending_ns[k] + wrong * whole / b;
-        }
-        let all = f64::from(scene.requests[0] + scene.requests[1]);
-        let (mut rows, mut worth) = (0.0, 0.0);
-        for habit in 0..HABITS {
-            let share = f64::from(scene.requests[habit]) / all;
-            let mut stay = 1.0;
-            let mut exits = [0.0; MAX_RAMPS];
-            for k in 0..last {
-                let p = f64::from(scene.exits[k][habit]) / 1024.0;
-                exits[ramps[k]] = stay * p;
-                stay *= 1.0 - p;
-            }
-            let accept = acceptance.mean(&exits);
-            let cycle = Cycle::new(1.0 - stay, self.max_pending, accept);
-            rows += share * cycle.rows;
-            worth += share * cycle.worth;
-            for e in &mut scene.exits[..last] {
-                e[habit] = (f64::from(e[habit]) * (1.0 - keeping * cycle.full)).round() as u32;
-            }
-        }
-        scene.worth = 1.0 - verifying * (1.0 - worth);
-        let fit = f64::from(self.pass_rows) / (1.0 + keeping * rows);
-        scene.deep_batch = self.batch.min((fit as u32).max(1));
     }
 }
 
