@@ -23,6 +23,7 @@ mod scheduler;
 mod slots_taken_over;
 mod start_and_answer;
 mod test_programs;
+mod token_figures;
 mod transparency;
 mod tuner;
 mod waiting_requests;
@@ -140,6 +141,7 @@ pub fn all() -> Vec<Test> {
         start_and_answer::TESTS,
         bad_input::TESTS,
         request_options::TESTS,
+        token_figures::TESTS,
         clients_go_away::TESTS,
         waiting_requests::TESTS,
         modes::TESTS,

@@ -14,6 +14,7 @@
 #include <drex.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <fstream>
 #include <functional>
@@ -23,6 +24,9 @@
 #include <vector>
 
 class common_drex_exits;
+
+// the result's JSON, with drex_tokens where the request asked for them
+json server_drex_answer(server_task_result & result);
 
 // what /metrics tells, but for what is fixed
 struct server_drex_figures {
@@ -147,6 +151,9 @@ struct server_drex {
     // nothing is left of what was run ahead: the slot goes on at pos
     void rollback(int id_slot, llama_pos pos) {
         slots[id_slot].ahead.clear();
+        if (slots[id_slot].traces_tokens) {
+            trace_rollback(id_slot);
+        }
         llama_layer_range_rollback(ctx, id_slot, pos);
     }
 
@@ -162,6 +169,9 @@ struct server_drex {
     // the slot gets a token. true: a greedy slot's, which drex has seen already while it scored the row; false: sample it
     bool sampled(int id_slot, llama_token & token) {
         count_token(id_slot);
+        if (slots[id_slot].traces_tokens) {
+            trace_token(id_slot);
+        }
         token = std::exchange(slots[id_slot].top, LLAMA_TOKEN_NULL);
         return token != LLAMA_TOKEN_NULL;
     }
@@ -194,11 +204,23 @@ struct server_drex {
     // drex_* fields of the response's timings; sampled: the slot's newest token
     json timings(int id_slot, llama_token sampled) const;
 
+    // drex_tokens of a response: of the tokens since the last one, null if the request does not ask
+    json tokens(int id_slot, llama_token sampled);
+
     json                to_json(int id_slot)      const; // for /slots
     std::string         metrics(size_t n_waiting) const; // for /metrics; n_waiting: requests that wait for a slot
     server_drex_figures figures()                 const;
 
 private:
+    // how a token came about
+    struct token_trace {
+        uint32_t    ramp       = DREX_NO_RAMP;     // where it left
+        float       confidence = NAN;              // there, or at the last ramp that it passed
+        bool        verified   = true;             // by the full model
+        llama_token replaced   = LLAMA_TOKEN_NULL; // a draft in whose place the full model chose it
+        uint64_t    held_ns    = 0;
+    };
+
     struct slot {
         bool     added = false;
         bool     busy  = false;
@@ -225,6 +247,12 @@ private:
         int      n_drafts   = 0;
         uint64_t n_accepted = 0;
         uint64_t n_verified = 0;
+
+        bool                     traces_tokens = false; // the request asks for drex_tokens
+        token_trace              trace;                 // of the row that is under way
+        std::vector<token_trace> drafts;                // that are not verified
+        std::vector<token_trace> traces;                // of tokens that no response had yet
+        uint64_t                 held_ns = 0;           // what the traces account for
 
         bool verifies() const { return fill == DREX_FILL_VERIFY; }
         bool projects() const { return fill == DREX_FILL_PROPAGATE; }
@@ -309,6 +337,11 @@ private:
     void add_request(int id_slot, const server_task & task, bool same_lora);
     int  drop(int id_slot);
     void count_token(int id_slot);
+    uint64_t newly_held(int id_slot);
+    void trace_ramp(size_t i);
+    void trace_token(int id_slot);
+    void trace_draft(int id_slot, llama_token draft, bool same);
+    void trace_rollback(int id_slot);
     void look_aside();
     void bind_device(drex_config & config, const common_params & params);
     void say(const common_params & params) const;
