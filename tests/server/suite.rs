@@ -17,6 +17,7 @@ mod first_ramp;
 mod gpu_dry_run;
 mod lora_adapters;
 mod modes;
+mod page;
 mod profile_and_record;
 mod request_options;
 mod scheduler;
@@ -44,7 +45,7 @@ use drex_build::{
     process, serve,
 };
 use drex_harness::{
-    client,
+    browser, client,
     generate::{exits, generate},
     gguf,
     load::{self, Generation},
@@ -89,6 +90,9 @@ fn tests(options: &Options, run: &mut Run) {
         .any(|test| test.exact && options.choice.wants(test.name));
     let tests: Vec<_> = all.iter().map(|test| (test.name, test.run)).collect();
     let build = || Suite::build(options, exact);
+    if browser::program().is_none() && run.wants(page::IN_BROWSER) {
+        println!("no Chromium: {} was not looked at", page::IN_BROWSER);
+    }
     run.tests("build llama.cpp", build, &tests);
 }
 
@@ -142,6 +146,7 @@ pub fn all() -> Vec<Test> {
         bad_input::TESTS,
         request_options::TESTS,
         token_figures::TESTS,
+        page::TESTS,
         clients_go_away::TESTS,
         waiting_requests::TESTS,
         modes::TESTS,

@@ -1,4 +1,4 @@
-// Figures of early exit: timings of a response, /slots, /metrics.
+// Figures of early exit: timings of a response, /slots, /metrics, /drex/stats.
 
 #include "server-drex.h"
 
@@ -323,4 +323,62 @@ std::string server_drex::metrics(size_t n_waiting) const {
     single("graphs_bytes",         "gauge",   "Compute buffers and metadata of kept graphs",    f.graphs.bytes);
 
     return out.str();
+}
+
+json server_drex::stats(size_t n_waiting) const {
+    const server_drex_figures f = figures();
+    const drex_stats & s = f.stats;
+    const size_t n_ramps = ramp_layers.size();
+
+    json res = {
+        {"version",           drex_version()},
+        {"policy",            options.policy},
+        {"metric",            options.metric},
+        {"fill",              options.fill},
+        {"layers",            n_layer},
+        {"exit_layers",       ramp_layers},
+        {"thresholds",        options.thresholds},
+        {"tokens",            f.load.n_tokens},
+        {"prompt_tokens",     f.load.n_prompt_tokens},
+        {"exits",             std::vector<uint64_t>(s.exits, s.exits + n_ramps)},
+        {"exit_share",        json::array()},
+        {"held_rows",         std::vector<uint64_t>(s.held_rows_at, s.held_rows_at + n_ramps)},
+        {"pending_rows",      s.pending_rows},
+        {"drafts",            s.drafts},
+        {"drafts_accepted",   s.drafts_accepted},
+        {"dropped_rows",      s.rows_dropped},
+        {"requests_running",  s.requests},
+        {"requests_waiting",  n_waiting},
+        {"steps",             s.steps},
+        {"step_rows",         s.step_rows},
+        {"graphs",            f.graphs.n_kept},
+        {"graphs_bytes",      f.graphs.bytes},
+        {"rule",              nullptr},
+        {"predicted_tokens_per_second", nullptr},
+    };
+    if (res["thresholds"].size() == 1) {
+        res["thresholds"] = std::vector<float>(n_ramps, options.thresholds[0]);
+    }
+    for (size_t r = 0; r < n_ramps; ++r) {
+        res["exit_share"].push_back(std::isfinite(s.exit_share[r]) ? json(s.exit_share[r]) : json());
+    }
+    if (s.searches > 0) {
+        json looks_at = json::array();
+        for (size_t r = 0; r < n_ramps; ++r) {
+            if ((s.rule_ramps >> r) & 1) {
+                looks_at.push_back(ramp_layers[r]);
+            }
+        }
+        res["rule"] = {
+            {"exit_layers", looks_at},
+            {"hold_rows",   s.rule_hold_rows},
+            {"ready_rows",  s.rule_ready_rows},
+            {"searches",    s.searches},
+        };
+        res["predicted_tokens_per_second"] = {
+            {"chosen", s.predicted_tokens_per_s},
+            {"off",    s.predicted_off_tokens_per_s},
+        };
+    }
+    return res;
 }

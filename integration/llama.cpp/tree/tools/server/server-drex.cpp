@@ -100,7 +100,7 @@ uint32_t server_drex::n_outputs_max(const common_params & params) {
 }
 
 server_drex::server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume, const server_drex_figures & past) :
-    ctx(ctx), past(past) {
+    ctx(ctx), options(params.drex), past(past) {
     const auto & p     = params.drex;
     const auto * model = llama_get_model(ctx);
 

@@ -25,6 +25,9 @@
 
 class common_drex_exits;
 
+// the page at /drex
+extern const char * const server_drex_page;
+
 // the result's JSON, with drex_tokens where the request asked for them
 json server_drex_answer(server_task_result & result);
 
@@ -209,6 +212,7 @@ struct server_drex {
 
     json                to_json(int id_slot)      const; // for /slots
     std::string         metrics(size_t n_waiting) const; // for /metrics; n_waiting: requests that wait for a slot
+    json                stats  (size_t n_waiting) const; // for /drex/stats
     server_drex_figures figures()                 const;
 
 private:
@@ -262,6 +266,7 @@ private:
     drex_engine   * engine = nullptr;
     void          * stream = nullptr; // of the device, on the host there is none
 
+    common_params_drex options;           // as they were given
     drex_fill_mode fill = DREX_FILL_COPY; // the server's default
 
     int32_t n_layer = 0;
