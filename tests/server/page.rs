@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What people see of early exit: the page at `/drex`, and the figures at `/drex/stats`.
+//! What people see of early exit: the page at `/drex`, the figures at `/drex/stats`, and a line in the log each minute.
 
 use std::{
     io::{Read, Write},
     net::TcpStream,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -27,6 +27,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
             there,
         ),
         Test::new("/drex/stats counts as /metrics and the answers do", counts),
+        Test::new("the log says each minute what early exit brings", log),
     ];
     if program().is_some() {
         all.push(Test::new(IN_BROWSER, clicks));
@@ -200,6 +201,49 @@ fn counts(suite: &Suite) -> Result<()> {
             metrics.get(metric)
         );
     }
+    Ok(())
+}
+
+/// Busy for a minute and a little more.
+fn log(suite: &Suite) -> Result<()> {
+    let server = suite.start(&suite.patched, 2, &["--drex-policy", "auto"])?;
+    let said = || -> Vec<String> {
+        let log = server.log();
+        let lines = log.lines().filter(|l| l.contains("tokens/s in"));
+        lines.map(str::to_owned).collect()
+    };
+    let start = Instant::now();
+    let mut tokens = 0;
+    while start.elapsed() < Duration::from_secs(64) {
+        let requests: Vec<_> = (0..4).map(|i| greedy(&prompt(i), 200)).collect();
+        for done in generate(server.client, &requests, 2)? {
+            tokens += done.tokens.len();
+        }
+        ensure!(
+            said().is_empty() || start.elapsed() > Duration::from_secs(59),
+            "it does not wait for the minute to end"
+        );
+    }
+    let took = start.elapsed().as_secs_f64();
+    let lines = said();
+    let [line] = &lines[..] else {
+        anyhow::bail!("{lines:?}")
+    };
+    let words: Vec<_> = line.split_whitespace().collect();
+    let before = |word: &str| -> Result<f64> {
+        let at = words.iter().position(|w| *w == word);
+        let number = words[at.context("another line")? - 1];
+        number.parse().with_context(|| line.clone())
+    };
+    let rate = before("tokens/s")?;
+    ensure!(
+        (rate / (tokens as f64 / took) - 1.0).abs() < 0.2,
+        "{line}: the clients got {tokens} tokens in {took:.1} s"
+    );
+    ensure!(
+        line.contains("% after layer 8") && line.contains("times the speed of no early exit"),
+        "{line}"
+    );
     Ok(())
 }
 

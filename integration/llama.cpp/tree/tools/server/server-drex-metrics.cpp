@@ -1,4 +1,4 @@
-// Figures of early exit: timings of a response, /slots, /metrics, /drex/stats.
+// Figures of early exit: timings of a response, /slots, /metrics, /drex/stats, and the line in the log.
 
 #include "server-drex.h"
 
@@ -381,4 +381,50 @@ json server_drex::stats(size_t n_waiting) const {
         };
     }
     return res;
+}
+
+static const int64_t pace_ns = 60*1000*1000*1000ll; // between two lines
+static const int64_t idle_ns =  1*1000*1000*1000ll; // a longer time without a window counts as this
+
+// Each minute with windows, at the end of one of them.
+void server_drex::say_pace(int64_t now) {
+    pace.busy_ns += pace.t_window > 0 ? std::min(now - pace.t_window, idle_ns) : 0;
+    pace.t_window = now;
+    if (pace.t_said == 0) {
+        pace.t_said = now;
+    }
+    if (now - pace.t_said < pace_ns) {
+        return;
+    }
+
+    drex_stats s = DREX_STATS_INITIALIZER;
+    warn(drex_stats_get(engine, &s));
+
+    const uint64_t n_tokens = load.n_tokens - pace.n_tokens;
+    const double   seconds  = pace.busy_ns/1e9;
+
+    // a row gives a token or is dropped, and some leave before
+    const double n_rows = std::max<double>(1, n_tokens + s.rows_dropped - pace.stats.rows_dropped);
+
+    std::string exits;
+    for (size_t r = 0; r < ramp_layers.size(); ++r) {
+        const double share = std::min(1.0, (s.exits[r] - pace.stats.exits[r])/n_rows);
+        exits += string_format("%s%.0f%% after layer %u", r > 0 ? ", " : "", 100.0*share, ramp_layers[r]);
+    }
+
+    std::string gain = "policy " + options.policy + " predicts nothing";
+    if (options.policy == "auto") {
+        gain = "auto is still measuring";
+        if (s.searches > 0 && s.predicted_off_tokens_per_s > 0) {
+            gain = string_format("auto predicts %.2f times the speed of no early exit (%.0f against %.0f tokens/s)",
+                    s.predicted_tokens_per_s/s.predicted_off_tokens_per_s, s.predicted_tokens_per_s, s.predicted_off_tokens_per_s);
+        }
+    }
+    SRV_INF("early exit: %.1f tokens/s in %.0f s of work, rows that left: %s; %s\n", n_tokens/std::max(seconds, 1e-9), seconds,
+            exits.c_str(), gain.c_str());
+
+    pace.t_said   = now;
+    pace.busy_ns  = 0;
+    pace.n_tokens = load.n_tokens;
+    pace.stats    = s;
 }

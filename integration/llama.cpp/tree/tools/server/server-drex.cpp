@@ -877,6 +877,7 @@ void server_drex::finish(uint64_t n_kv) {
     check(drex_complete(engine, &done));
     end_step();
     keep_profile();
+    say_pace(done.now_ns);
 }
 
 // only rows whose sampler needs them leave the device; the sampler waits for them

@@ -326,6 +326,15 @@ private:
     server_drex_load    load;
     server_drex_figures past;
 
+    // of the line in the log that comes each minute
+    struct {
+        int64_t    t_said   = 0; // ns
+        int64_t    t_window = 0; // the newest one's end
+        int64_t    busy_ns  = 0; // since the last line
+        uint64_t   n_tokens = 0; // at the last line
+        drex_stats stats    = DREX_STATS_INITIALIZER;
+    } pace;
+
     // written on the thread that calls run() while no other is in here
     struct {
         bool                           valid = false;
@@ -348,6 +357,7 @@ private:
     void trace_draft(int id_slot, llama_token draft, bool same);
     void trace_rollback(int id_slot);
     void look_aside();
+    void say_pace(int64_t now);
     void bind_device(drex_config & config, const common_params & params);
     void say(const common_params & params) const;
     void bind_kv();
