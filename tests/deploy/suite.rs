@@ -2,7 +2,7 @@
 //! `cargo xtask test --deploy`: what packaging/deploy has, as far as it can be checked without a cluster and a daemon.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -15,7 +15,10 @@ use drex_build::{
     process,
     python::{Package, package},
 };
-use drex_harness::suite;
+use drex_harness::{
+    families::{Families, Host, promised},
+    suite,
+};
 use drex_triton_server::setup;
 use serde_json::Value;
 
@@ -29,7 +32,7 @@ fn main() -> ExitCode {
 
 type Test = (&'static str, fn() -> Result<()>);
 
-const TESTS: [Test; 3] = [
+const TESTS: [Test; 4] = [
     (
         "the Kubernetes manifests follow their schemas, and drain",
         manifests,
@@ -38,6 +41,10 @@ const TESTS: [Test; 3] = [
     (
         "the Dockerfiles fetch packages and nothing else",
         dockerfiles,
+    ),
+    (
+        "the dashboard shows metrics that both servers have",
+        dashboard,
     ),
 ];
 
@@ -244,5 +251,174 @@ fn dockerfiles() -> Result<()> {
             "{pinned} is not in triton.Dockerfile"
         );
     }
+    Ok(())
+}
+
+/// Words of PromQL that name something: metrics, labels, functions.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|word| !word.is_empty())
+}
+
+/// The words in each pair of brackets after a text, such as those of `by (le, layer)`.
+fn bracketed<'a>(query: &'a str, before: &str, close: char) -> Vec<&'a str> {
+    let parts = query.split(before).skip(1);
+    parts
+        .flat_map(|part| words(part.split(close).next().unwrap_or_default()))
+        .collect()
+}
+
+/// What is wrong with a query, for a host with these families.
+fn faults(query: &str, families: &Families) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut labels = BTreeSet::from(["job".to_owned()]);
+    let mut used = 0;
+    for name in words(query).filter(|word| word.starts_with("drex_")) {
+        used += 1;
+        // A histogram's samples have names of their own.
+        let family = families.get(name).or_else(|| {
+            let base = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|end| name.strip_suffix(end))?;
+            families
+                .get(base)
+                .filter(|family| family.kind == "histogram")
+        });
+        let Some(family) = family else {
+            wrong.push(format!("there is no {name}"));
+            continue;
+        };
+        labels.extend(family.labels.iter().flatten().cloned());
+        if name.ends_with("_bucket") {
+            labels.insert("le".into());
+        }
+        let rated = query.contains(&format!("rate({name}{{"));
+        if rated == (family.kind == "gauge") {
+            wrong.push(format!("{name} is a {}", family.kind));
+        }
+        if !query.contains(&format!("{name}{{job=~\"$job\"")) {
+            wrong.push(format!("{name} is not that of the chosen jobs"));
+        }
+    }
+    for label in bracketed(query, "by (", ')') {
+        if !labels.contains(label) {
+            wrong.push(format!("no metric in it has the label {label}"));
+        }
+    }
+    if used == 0 {
+        wrong.push("it has no metric".into());
+    }
+    if query.matches('(').count() != query.matches(')').count() {
+        wrong.push("a bracket is not closed".into());
+    }
+    wrong
+}
+
+fn dashboard() -> Result<()> {
+    let path = folder().join("grafana/drex.json");
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let dashboard: Value = serde_json::from_str(&text)?;
+    for field in ["title", "uid", "description", "timezone", "refresh"] {
+        ensure!(
+            dashboard[field].is_string(),
+            "{field}: {}",
+            dashboard[field]
+        );
+    }
+    ensure!(
+        dashboard["schemaVersion"].as_u64() >= Some(36),
+        "{}",
+        dashboard["schemaVersion"]
+    );
+    ensure!(
+        dashboard["time"]["from"].is_string() && dashboard["time"]["to"].is_string(),
+        "no time"
+    );
+    // The data source is asked for, not written down.
+    let variables = dashboard["templating"]["list"]
+        .as_array()
+        .context("no variables")?;
+    let names: Vec<_> = variables
+        .iter()
+        .filter_map(|v| v["name"].as_str())
+        .collect();
+    ensure!(names == ["datasource", "job"], "{names:?}");
+    let hosts = [promised(Host::LlamaServer)?, promised(Host::Triton)?];
+    let job = variables[1]["query"]["query"].as_str().unwrap_or_default();
+    ensure!(job.contains("label_values(drex_build_info, job)"), "{job}");
+
+    let panels = dashboard["panels"].as_array().context("no panels")?;
+    let mut ids = HashSet::new();
+    let mut taken: Vec<[u64; 4]> = Vec::new();
+    let mut used = BTreeSet::new();
+    for panel in panels {
+        let title = panel["title"].as_str().context("a panel without a title")?;
+        ensure!(
+            panel["id"].as_u64().is_some_and(|id| ids.insert(id)),
+            "{title}: id {}",
+            panel["id"]
+        );
+        let at = |name: &str| {
+            panel["gridPos"][name]
+                .as_u64()
+                .with_context(|| format!("{title}: no {name}"))
+        };
+        let place = [at("x")?, at("y")?, at("w")?, at("h")?];
+        let [x, y, w, h] = place;
+        ensure!(w > 0 && h > 0 && x + w <= 24, "{title}: {place:?}");
+        let over = taken
+            .iter()
+            .find(|[a, b, c, d]| x < a + c && *a < x + w && y < b + d && *b < y + h);
+        ensure!(over.is_none(), "{title}: {place:?} lies over {over:?}");
+        taken.push(place);
+        if panel["type"] == "row" {
+            continue;
+        }
+        ensure!(
+            ["stat", "timeseries"]
+                .map(Value::from)
+                .contains(&panel["type"]),
+            "{title}: {}",
+            panel["type"]
+        );
+        let targets = panel["targets"].as_array().context("no targets")?;
+        ensure!(!targets.is_empty(), "{title} shows nothing");
+        let mut letters = HashSet::new();
+        for target in targets {
+            ensure!(
+                target["datasource"]["uid"] == "${datasource}",
+                "{title}: {target}"
+            );
+            ensure!(
+                target["refId"].as_str().is_some_and(|r| letters.insert(r)),
+                "{title}: {target}"
+            );
+            let query = target["expr"].as_str().context("no query")?;
+            for families in &hosts {
+                let wrong = faults(query, families);
+                ensure!(wrong.is_empty(), "{title}: {query}: {}", wrong.join("; "));
+            }
+            used.extend(
+                words(query)
+                    .filter(|w| w.starts_with("drex_"))
+                    .map(str::to_owned),
+            );
+        }
+    }
+    // The check sees what is wrong.
+    for query in [
+        "sum(drex_held_row{job=~\"$job\"})",
+        "sum(drex_held_rows_bucket{job=~\"$job\"})",
+        "sum(drex_ready_rows{job=~\"$job\"})",
+        "sum(drex_tokens_total{job=~\"$job\"})",
+        "sum(rate(drex_held_rows{job=~\"$job\"}[1m]))",
+        "sum by (reason) (drex_held_rows{job=~\"$job\"})",
+        "sum(drex_held_rows)",
+        "sum(up{job=~\"$job\"})",
+        "sum(drex_held_rows{job=~\"$job\"}",
+    ] {
+        ensure!(!faults(query, &hosts[0]).is_empty(), "{query} is taken");
+    }
+    println!("        {} panels, {} metrics", panels.len(), used.len());
     Ok(())
 }

@@ -73,6 +73,24 @@ fn tokens(suite: &Suite) -> Result<()> {
             policy != "hold" || drafts > 50.0,
             "{policy}: {drafts} drafts"
         );
+        // The engine's own names: its drafts are all that were put to the full model, those behind a wrong one included.
+        let of_engine = |name: &str| at(&format!("spec_decode_num_{name}_total"));
+        let places = m.by_label("spec_decode_num_accepted_tokens_per_pos_total", "position");
+        ensure!(
+            of_engine("accepted_tokens")? == accepted
+                && places.iter().map(|p| p.1).sum::<f64>() == accepted,
+            "{policy}: {accepted} drafts are accepted, the engine's metrics say {} and {places:?}",
+            of_engine("accepted_tokens")?
+        );
+        let (put, times) = (of_engine("draft_tokens")?, of_engine("drafts")?);
+        ensure!(
+            drafts <= put && put <= drafts + at("drex_dropped_rows_total")? && times <= put,
+            "{policy}: {put} drafts were put to the full model, {times} times; {drafts} were judged"
+        );
+        ensure!(
+            (times > 0.0) == (drafts > 0.0) && places.iter().all(|p| p.1 <= times),
+            "{policy}: {times} times, {places:?}"
+        );
     }
     Ok(())
 }

@@ -17,12 +17,14 @@ mod first_ramp;
 mod gpu_dry_run;
 mod lora_adapters;
 mod modes;
+mod page;
 mod profile_and_record;
 mod request_options;
 mod scheduler;
 mod slots_taken_over;
 mod start_and_answer;
 mod test_programs;
+mod token_figures;
 mod transparency;
 mod tuner;
 mod waiting_requests;
@@ -43,7 +45,7 @@ use drex_build::{
     process, serve,
 };
 use drex_harness::{
-    client,
+    browser, client,
     generate::{exits, generate},
     gguf,
     load::{self, Generation},
@@ -88,6 +90,9 @@ fn tests(options: &Options, run: &mut Run) {
         .any(|test| test.exact && options.choice.wants(test.name));
     let tests: Vec<_> = all.iter().map(|test| (test.name, test.run)).collect();
     let build = || Suite::build(options, exact);
+    if browser::program().is_none() && run.wants(page::IN_BROWSER) {
+        println!("no Chromium: {} was not looked at", page::IN_BROWSER);
+    }
     run.tests("build llama.cpp", build, &tests);
 }
 
@@ -140,6 +145,8 @@ pub fn all() -> Vec<Test> {
         start_and_answer::TESTS,
         bad_input::TESTS,
         request_options::TESTS,
+        token_figures::TESTS,
+        page::TESTS,
         clients_go_away::TESTS,
         waiting_requests::TESTS,
         modes::TESTS,

@@ -66,8 +66,8 @@ pub struct Options {
     /// Only the files for containers and clusters in packaging/deploy
     #[arg(long, group = "part")]
     deploy: bool,
-    /// Only the pages: the book builds, no link is dead, code and commands on them run as printed, and they fit into three
-    /// widths of a browser, light and dark
+    /// Only the pages: the book builds, no link is dead, code and commands on them run as printed, they fit into three widths
+    /// of a browser, light and dark, and the page of llama-server answers to clicks
     #[arg(long, group = "part")]
     docs: bool,
     /// Only the backend in Triton Inference Server, or those tests of it whose names contain a text
@@ -263,10 +263,16 @@ pub fn run(options: &Options) -> Result<bool> {
         suite(&mut count, "models", &args);
     }
     if all || options.of_server() {
-        let mut args = source;
+        let mut args = source.clone();
         args.extend(options.quick.then(|| "--quick".into()));
         args.extend((options.exact || options.lossless).then(|| "--long".into()));
         args.extend(options.of_server_tests());
+        suite(&mut count, "server", &args);
+    }
+    if options.docs {
+        // The browser is there now.
+        let mut args = source;
+        args.push("in a browser".into());
         suite(&mut count, "server", &args);
     }
     for line in &count.failures {

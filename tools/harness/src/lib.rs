@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Servers as children, an HTTP client, load of many kinds, and a fair comparison of servers under it.
 
+pub mod browser;
 pub mod client;
 pub mod exits;
 pub mod families;

@@ -3,7 +3,6 @@
 //! `cargo xtask docs`: the book in `docs/`, with the reference made from the header, and no dead link.
 
 mod blocks;
-mod browser;
 mod links;
 mod markdown;
 pub mod pages;

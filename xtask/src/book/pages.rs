@@ -15,9 +15,8 @@ use drex_build::{
     cargo::{cargo, target_dir},
     process,
 };
+use drex_harness::browser::{self, Browser, View};
 use serde_json::Value;
-
-use super::browser::{self, Browser, View};
 
 /// A phone, a tablet, a desk.
 const WIDTHS: [u32; 3] = [390, 768, 1280];
@@ -73,7 +72,7 @@ pub fn look(book: &Path, pictures: bool) -> Result<Option<Looked>> {
                 looked.views += 1;
                 let scheme = if dark { "dark" } else { "light" };
                 let name = short(page, &[book, &made, &repo.join("docs")]);
-                browser.open(page, View { width, dark })?;
+                browser.open(&format!("file://{}", page.display()), View { width, dark })?;
                 let fit: Value = serde_json::from_str(&browser.evaluate(include_str!("look.js"))?)?;
                 ensure!(
                     fit["width"] == width,

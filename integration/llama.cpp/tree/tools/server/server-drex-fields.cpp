@@ -29,6 +29,13 @@ int32_t integer(const json & value) {
     return int32_t(res);
 }
 
+bool boolean(const json & value) {
+    if (!value.is_boolean()) {
+        throw std::invalid_argument("expected true or false, got " + value.dump());
+    }
+    return value.get<bool>();
+}
+
 std::string name(const json & value, const std::vector<std::string> & names) {
     const std::string res = value.is_string() ? value.get<std::string>() : "";
     if (std::find(names.begin(), names.end(), res) == names.end()) {
@@ -55,6 +62,8 @@ const drex_field drex_fields[] = {
         [](task_params & params, const json & value) { params.drex.request_deadline_ms = number(value, 1e9); } },
     { "drex_priority", "Requests of higher priority are taken first when more rows wait than fit",
         [](task_params & params, const json & value) { params.drex.priority = integer(value); } },
+    { "drex_tokens", "Answers say of each token where it left, how confident the exit was and how long the row was held",
+        [](task_params & params, const json & value) { params.drex.tokens = boolean(value); } },
 };
 
 // letters that must change to make one text the other (Levenshtein)

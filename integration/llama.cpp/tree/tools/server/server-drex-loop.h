@@ -316,6 +316,12 @@ void verify_drex() {
             continue;
         }
 
+        // The engine's own counters of drafts. A request's last token releases the slot before its draft is counted, so these go
+        // to the server's sums at once.
+        const size_t n_drafts = std::count_if(rows.begin() + i, rows.begin() + end, [](const server_drex::row & r) { return r.draft; });
+        metrics.n_draft_tokens      += n_drafts;
+        metrics.n_draft_verif_steps += n_drafts > 0;
+
         // the drafts after each row, the last one is what would run next
         llama_tokens drafts(drex->ahead(slot.id).begin() + 1, drex->ahead(slot.id).end());
         drafts.push_back(slot.sampled);
@@ -332,6 +338,13 @@ void verify_drex() {
             }
             const bool same = slot.sampled == drafts[k];
             drex->agrees(i + k, same, !more);
+            if (same) {
+                metrics.n_draft_accepted++;
+                if (metrics.n_accepted_per_pos.size() <= k) {
+                    metrics.n_accepted_per_pos.resize(k + 1);
+                }
+                metrics.n_accepted_per_pos[k]++;
+            }
             if (!more) {
                 break;
             }

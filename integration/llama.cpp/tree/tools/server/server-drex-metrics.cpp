@@ -1,4 +1,4 @@
-// Figures of early exit: timings of a response, /slots, /metrics.
+// Figures of early exit: timings of a response, /slots, /metrics, /drex/stats, and the line in the log.
 
 #include "server-drex.h"
 
@@ -323,4 +323,108 @@ std::string server_drex::metrics(size_t n_waiting) const {
     single("graphs_bytes",         "gauge",   "Compute buffers and metadata of kept graphs",    f.graphs.bytes);
 
     return out.str();
+}
+
+json server_drex::stats(size_t n_waiting) const {
+    const server_drex_figures f = figures();
+    const drex_stats & s = f.stats;
+    const size_t n_ramps = ramp_layers.size();
+
+    json res = {
+        {"version",           drex_version()},
+        {"policy",            options.policy},
+        {"metric",            options.metric},
+        {"fill",              options.fill},
+        {"layers",            n_layer},
+        {"exit_layers",       ramp_layers},
+        {"thresholds",        options.thresholds},
+        {"tokens",            f.load.n_tokens},
+        {"prompt_tokens",     f.load.n_prompt_tokens},
+        {"exits",             std::vector<uint64_t>(s.exits, s.exits + n_ramps)},
+        {"exit_share",        json::array()},
+        {"held_rows",         std::vector<uint64_t>(s.held_rows_at, s.held_rows_at + n_ramps)},
+        {"pending_rows",      s.pending_rows},
+        {"drafts",            s.drafts},
+        {"drafts_accepted",   s.drafts_accepted},
+        {"dropped_rows",      s.rows_dropped},
+        {"requests_running",  s.requests},
+        {"requests_waiting",  n_waiting},
+        {"steps",             s.steps},
+        {"step_rows",         s.step_rows},
+        {"graphs",            f.graphs.n_kept},
+        {"graphs_bytes",      f.graphs.bytes},
+        {"rule",              nullptr},
+        {"predicted_tokens_per_second", nullptr},
+    };
+    if (res["thresholds"].size() == 1) {
+        res["thresholds"] = std::vector<float>(n_ramps, options.thresholds[0]);
+    }
+    for (size_t r = 0; r < n_ramps; ++r) {
+        res["exit_share"].push_back(std::isfinite(s.exit_share[r]) ? json(s.exit_share[r]) : json());
+    }
+    if (s.searches > 0) {
+        json looks_at = json::array();
+        for (size_t r = 0; r < n_ramps; ++r) {
+            if ((s.rule_ramps >> r) & 1) {
+                looks_at.push_back(ramp_layers[r]);
+            }
+        }
+        res["rule"] = {
+            {"exit_layers", looks_at},
+            {"hold_rows",   s.rule_hold_rows},
+            {"ready_rows",  s.rule_ready_rows},
+            {"searches",    s.searches},
+        };
+        res["predicted_tokens_per_second"] = {
+            {"chosen", s.predicted_tokens_per_s},
+            {"off",    s.predicted_off_tokens_per_s},
+        };
+    }
+    return res;
+}
+
+static const int64_t pace_ns = 60*1000*1000*1000ll; // between two lines
+static const int64_t idle_ns =  1*1000*1000*1000ll; // a longer time without a window counts as this
+
+// Each minute with windows, at the end of one of them.
+void server_drex::say_pace(int64_t now) {
+    pace.busy_ns += pace.t_window > 0 ? std::min(now - pace.t_window, idle_ns) : 0;
+    pace.t_window = now;
+    if (pace.t_said == 0) {
+        pace.t_said = now;
+    }
+    if (now - pace.t_said < pace_ns) {
+        return;
+    }
+
+    drex_stats s = DREX_STATS_INITIALIZER;
+    warn(drex_stats_get(engine, &s));
+
+    const uint64_t n_tokens = load.n_tokens - pace.n_tokens;
+    const double   seconds  = pace.busy_ns/1e9;
+
+    // a row gives a token or is dropped, and some leave before
+    const double n_rows = std::max<double>(1, n_tokens + s.rows_dropped - pace.stats.rows_dropped);
+
+    std::string exits;
+    for (size_t r = 0; r < ramp_layers.size(); ++r) {
+        const double share = std::min(1.0, (s.exits[r] - pace.stats.exits[r])/n_rows);
+        exits += string_format("%s%.0f%% after layer %u", r > 0 ? ", " : "", 100.0*share, ramp_layers[r]);
+    }
+
+    std::string gain = "policy " + options.policy + " predicts nothing";
+    if (options.policy == "auto") {
+        gain = "auto is still measuring";
+        if (s.searches > 0 && s.predicted_off_tokens_per_s > 0) {
+            gain = string_format("auto predicts %.2f times the speed of no early exit (%.0f against %.0f tokens/s)",
+                    s.predicted_tokens_per_s/s.predicted_off_tokens_per_s, s.predicted_tokens_per_s, s.predicted_off_tokens_per_s);
+        }
+    }
+    SRV_INF("early exit: %.1f tokens/s in %.0f s of work, rows that left: %s; %s\n", n_tokens/std::max(seconds, 1e-9), seconds,
+            exits.c_str(), gain.c_str());
+
+    pace.t_said   = now;
+    pace.busy_ns  = 0;
+    pace.n_tokens = load.n_tokens;
+    pace.stats    = s;
 }

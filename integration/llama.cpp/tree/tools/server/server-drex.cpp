@@ -100,7 +100,7 @@ uint32_t server_drex::n_outputs_max(const common_params & params) {
 }
 
 server_drex::server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume, const server_drex_figures & past) :
-    ctx(ctx), past(past) {
+    ctx(ctx), options(params.drex), past(past) {
     const auto & p     = params.drex;
     const auto * model = llama_get_model(ctx);
 
@@ -481,6 +481,11 @@ void server_drex::add_request(int id_slot, const server_task & task, bool same_l
         throw std::invalid_argument("Field 'lora': with early exit, a request has the adapters and scales of the server (/lora-adapters)");
     }
 
+    if (p.drex.tokens && p.res_type != TASK_RESPONSE_TYPE_NONE && p.res_type != TASK_RESPONSE_TYPE_OAI_CMPL &&
+            p.res_type != TASK_RESPONSE_TYPE_OAI_CHAT) {
+        throw std::invalid_argument("Field 'drex_tokens': answers of /completion, /v1/completions and /v1/chat/completions have them");
+    }
+
     if (slots[id_slot].leaving) {
         abandon(); // an exception has cut the last step short
     }
@@ -534,6 +539,7 @@ void server_drex::add_request(int id_slot, const server_task & task, bool same_l
     slots[id_slot].strict  = strict;
     slots[id_slot].grammar = !s.grammar.empty();
     slots[id_slot].raw     = s.n_probs > 0;
+    slots[id_slot].traces_tokens = p.drex.tokens;
     slots[id_slot].bans    = std::move(bans);
 
     // its sampler would choose the best token: with these settings nothing before the temperature can remove it
@@ -836,6 +842,9 @@ void server_drex::finish(uint64_t n_kv) {
         if (done) {
             slot.busy = false;
         }
+        if (slot.traces_tokens && !last) {
+            trace_ramp(i);
+        }
         if (slot.projects() && done && !last) {
             to_project.push_back({ r.id_slot, positions[i], int32_t(plan_rows[i].slot) });
             project_layer = step.layer_end;
@@ -868,6 +877,7 @@ void server_drex::finish(uint64_t n_kv) {
     check(drex_complete(engine, &done));
     end_step();
     keep_profile();
+    say_pace(done.now_ns);
 }
 
 // only rows whose sampler needs them leave the device; the sampler waits for them
@@ -965,6 +975,9 @@ void server_drex::agrees(size_t i, bool yes, bool last) {
     auto & slot = slots[step_rows[i].id_slot];
 
     agreed[i] = yes ? (last ? 2 : 1) : 0;
+    if (slot.traces_tokens) {
+        trace_draft(step_rows[i].id_slot, slot.judged, yes);
+    }
     slot.n_verified++;
     slot.n_accepted += yes;
     slot.judged = LLAMA_TOKEN_NULL;

@@ -14,6 +14,7 @@
 #include <drex.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <fstream>
 #include <functional>
@@ -23,6 +24,12 @@
 #include <vector>
 
 class common_drex_exits;
+
+// the page at /drex
+extern const char * const server_drex_page;
+
+// the result's JSON, with drex_tokens where the request asked for them
+json server_drex_answer(server_task_result & result);
 
 // what /metrics tells, but for what is fixed
 struct server_drex_figures {
@@ -147,6 +154,9 @@ struct server_drex {
     // nothing is left of what was run ahead: the slot goes on at pos
     void rollback(int id_slot, llama_pos pos) {
         slots[id_slot].ahead.clear();
+        if (slots[id_slot].traces_tokens) {
+            trace_rollback(id_slot);
+        }
         llama_layer_range_rollback(ctx, id_slot, pos);
     }
 
@@ -162,6 +172,9 @@ struct server_drex {
     // the slot gets a token. true: a greedy slot's, which drex has seen already while it scored the row; false: sample it
     bool sampled(int id_slot, llama_token & token) {
         count_token(id_slot);
+        if (slots[id_slot].traces_tokens) {
+            trace_token(id_slot);
+        }
         token = std::exchange(slots[id_slot].top, LLAMA_TOKEN_NULL);
         return token != LLAMA_TOKEN_NULL;
     }
@@ -194,11 +207,24 @@ struct server_drex {
     // drex_* fields of the response's timings; sampled: the slot's newest token
     json timings(int id_slot, llama_token sampled) const;
 
+    // drex_tokens of a response: of the tokens since the last one, null if the request does not ask
+    json tokens(int id_slot, llama_token sampled);
+
     json                to_json(int id_slot)      const; // for /slots
     std::string         metrics(size_t n_waiting) const; // for /metrics; n_waiting: requests that wait for a slot
+    json                stats  (size_t n_waiting) const; // for /drex/stats
     server_drex_figures figures()                 const;
 
 private:
+    // how a token came about
+    struct token_trace {
+        uint32_t    ramp       = DREX_NO_RAMP;     // where it left
+        float       confidence = NAN;              // there, or at the last ramp that it passed
+        bool        verified   = true;             // by the full model
+        llama_token replaced   = LLAMA_TOKEN_NULL; // a draft in whose place the full model chose it
+        uint64_t    held_ns    = 0;
+    };
+
     struct slot {
         bool     added = false;
         bool     busy  = false;
@@ -226,6 +252,12 @@ private:
         uint64_t n_accepted = 0;
         uint64_t n_verified = 0;
 
+        bool                     traces_tokens = false; // the request asks for drex_tokens
+        token_trace              trace;                 // of the row that is under way
+        std::vector<token_trace> drafts;                // that are not verified
+        std::vector<token_trace> traces;                // of tokens that no response had yet
+        uint64_t                 held_ns = 0;           // what the traces account for
+
         bool verifies() const { return fill == DREX_FILL_VERIFY; }
         bool projects() const { return fill == DREX_FILL_PROPAGATE; }
     };
@@ -234,6 +266,7 @@ private:
     drex_engine   * engine = nullptr;
     void          * stream = nullptr; // of the device, on the host there is none
 
+    common_params_drex options;           // as they were given
     drex_fill_mode fill = DREX_FILL_COPY; // the server's default
 
     int32_t n_layer = 0;
@@ -293,6 +326,15 @@ private:
     server_drex_load    load;
     server_drex_figures past;
 
+    // of the line in the log that comes each minute
+    struct {
+        int64_t    t_said   = 0; // ns
+        int64_t    t_window = 0; // the newest one's end
+        int64_t    busy_ns  = 0; // since the last line
+        uint64_t   n_tokens = 0; // at the last line
+        drex_stats stats    = DREX_STATS_INITIALIZER;
+    } pace;
+
     // written on the thread that calls run() while no other is in here
     struct {
         bool                           valid = false;
@@ -309,7 +351,13 @@ private:
     void add_request(int id_slot, const server_task & task, bool same_lora);
     int  drop(int id_slot);
     void count_token(int id_slot);
+    uint64_t newly_held(int id_slot);
+    void trace_ramp(size_t i);
+    void trace_token(int id_slot);
+    void trace_draft(int id_slot, llama_token draft, bool same);
+    void trace_rollback(int id_slot);
     void look_aside();
+    void say_pace(int64_t now);
     void bind_device(drex_config & config, const common_params & params);
     void say(const common_params & params) const;
     void bind_kv();

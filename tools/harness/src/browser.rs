@@ -6,6 +6,8 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -88,8 +90,8 @@ impl Browser {
         Ok(browser)
     }
 
-    /// Loads a file as it would look there.
-    pub fn open(&mut self, file: &Path, view: View) -> Result<()> {
+    /// Loads a page as it would look there.
+    pub fn open(&mut self, url: &str, view: View) -> Result<()> {
         let size =
             json!({"width": view.width, "height": 900, "deviceScaleFactor": 1, "mobile": false});
         self.call("Emulation.setDeviceMetricsOverride", size)?;
@@ -97,7 +99,6 @@ impl Browser {
         let media = json!({"features": [{"name": "prefers-color-scheme", "value": scheme}]});
         self.call("Emulation.setEmulatedMedia", media)?;
         self.events.clear();
-        let url = format!("file://{}", file.display());
         let went = self.call("Page.navigate", json!({"url": url}))?;
         ensure!(went["errorText"].is_null(), "{url}: {went}");
         while !self.events.iter().any(|e| e == "Page.loadEventFired") {
@@ -112,6 +113,56 @@ impl Browser {
         let said = self.call("Runtime.evaluate", json!({"expression": expression}))?;
         let value = said["result"]["value"].as_str();
         Ok(value.with_context(|| said.to_string())?.to_owned())
+    }
+
+    /// Waits until an expression is true.
+    pub fn wait(&mut self, expression: &str, limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        while self.evaluate(&format!("String({expression})"))? != "true" {
+            ensure!(start.elapsed() < limit, "never true: {expression}");
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// Clicks into the middle of the element that a selector finds, wherever on the page it is.
+    pub fn click(&mut self, selector: &str) -> Result<()> {
+        let found = self.evaluate(&format!(
+            "(() => {{ const e = document.querySelector({}); if (!e) return '';
+               e.scrollIntoView({{ block: 'center' }}); const r = e.getBoundingClientRect();
+               return JSON.stringify([r.x + r.width / 2, r.y + r.height / 2]); }})()",
+            json!(selector)
+        ))?;
+        ensure!(!found.is_empty(), "there is no {selector}");
+        let at: [f64; 2] = serde_json::from_str(&found)?;
+        for what in ["mousePressed", "mouseReleased"] {
+            let event =
+                json!({"type": what, "x": at[0], "y": at[1], "button": "left", "clickCount": 1});
+            self.call("Input.dispatchMouseEvent", event)?;
+        }
+        Ok(())
+    }
+
+    /// Writes into the element that has the focus, in place of what is there.
+    pub fn write(&mut self, text: &str) -> Result<()> {
+        self.evaluate("(document.activeElement.select(), '')")?;
+        self.call("Input.insertText", json!({"text": text}))?;
+        Ok(())
+    }
+
+    /// Presses a key that has a name, such as `ArrowRight`.
+    pub fn press(&mut self, key: &str) -> Result<()> {
+        for what in ["rawKeyDown", "keyUp"] {
+            let code = match key {
+                "Tab" => 9,
+                "Enter" => 13,
+                _ => 0,
+            };
+            let event =
+                json!({"type": what, "key": key, "code": key, "windowsVirtualKeyCode": code});
+            self.call("Input.dispatchKeyEvent", event)?;
+        }
+        Ok(())
     }
 
     /// A PNG in base64 of the page from its top, so high.
