@@ -19,6 +19,7 @@ mod lora_adapters;
 mod modes;
 mod page;
 mod profile_and_record;
+mod quality;
 mod request_options;
 mod scheduler;
 mod slots_taken_over;
@@ -151,6 +152,7 @@ pub fn all() -> Vec<Test> {
         waiting_requests::TESTS,
         modes::TESTS,
         profile_and_record::TESTS,
+        quality::TESTS,
         counts::TESTS,
         banned_tokens_and_grammars::TESTS,
         lora_adapters::TESTS,

@@ -62,7 +62,7 @@ enum Cmd {
     },
     /// Run the patched llama-server in the foreground
     ///
-    /// Without -m/--model the bundled early-exit model is served; without --drex-policy the policy is `auto`.
+    /// Without -m/--model the bundled early-exit model is served; without --drex or --drex-policy it is `--drex on`.
     #[command(after_help = serve::EXAMPLE)]
     Serve {
         #[command(flatten)]

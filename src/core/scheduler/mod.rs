@@ -167,6 +167,11 @@ impl Scheduler {
         config.validate()?;
         let requests = config.max_requests as usize;
         let pass = config.pass_rows();
+        // Of requests with fill VERIFY, for which there must be room.
+        let guesses = match config.pending() {
+            0 => 0,
+            _ => requests * config.n_ramps(),
+        };
         Ok(Scheduler {
             requests: Requests::new(requests)?,
             buffer: Buffer::new(config.n_slots as usize, requests, config.n_ramps())?,
@@ -185,7 +190,7 @@ impl Scheduler {
             learning: 0,
             acceptance: Acceptance::default(),
             reliability: Reliability::new(config.n_ramps()),
-            guesses: memory::filled(Guess::default(), requests * config.n_ramps())?,
+            guesses: memory::filled(Guess::default(), guesses)?,
             may_exit: [0; MAX_RAMPS],
             step: None,
             rows: memory::room(pass)?,

@@ -66,12 +66,14 @@ pub fn completed(
         return Ok(args);
     }
     let names_model = has(&|a| MODELS.contains(&a)) || VARIABLES.iter().any(|name| in_env(name));
-    let names_policy = has(&|a| a == "--drex-policy") || in_env("LLAMA_ARG_DREX_POLICY");
+    let named = ["--drex", "--drex-policy"];
+    let named_by = ["LLAMA_ARG_DREX", "LLAMA_ARG_DREX_POLICY"];
+    let names_policy = has(&|a| named.contains(&a)) || named_by.iter().any(|name| in_env(name));
     if !names_model {
         args.extend(["-m".into(), bundled()?.into()]);
     }
     if !names_policy {
-        args.extend(["--drex-policy".into(), "auto".into()]);
+        args.extend(["--drex".into(), "on".into()]);
     }
     Ok(args)
 }
@@ -89,14 +91,16 @@ mod tests {
 
     #[test]
     fn a_model_and_a_policy_unless_they_are_named() {
-        assert_eq!(of("", ""), "-m bundled.gguf --drex-policy auto");
+        assert_eq!(of("", ""), "-m bundled.gguf --drex on");
         assert_eq!(of("", "LLAMA_ARG_DREX_POLICY"), "-m bundled.gguf");
-        assert_eq!(of("", "LLAMA_ARG_MODEL"), "--drex-policy auto");
-        assert_eq!(of("-dr x", ""), "-dr x --drex-policy auto");
+        assert_eq!(of("", "LLAMA_ARG_DREX"), "-m bundled.gguf");
+        assert_eq!(of("--drex off", ""), "--drex off -m bundled.gguf");
+        assert_eq!(of("", "LLAMA_ARG_MODEL"), "--drex on");
+        assert_eq!(of("-dr x", ""), "-dr x --drex on");
         assert_eq!(of("--version", ""), "--version");
         assert_eq!(
             of("-hf=a/b --drex-threshold 0.8", ""),
-            "-hf=a/b --drex-threshold 0.8 --drex-policy auto"
+            "-hf=a/b --drex-threshold 0.8 --drex on"
         );
         assert_eq!(
             of("--model=x --drex-policy=off", ""),

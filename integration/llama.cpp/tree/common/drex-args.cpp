@@ -65,6 +65,22 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     };
 
     add(common_arg(
+        {"--drex"}, "{on,off}",
+        "early exit with dynamic rebatching that leaves the output as it is: --drex-policy auto and --drex-quality lossless,\n"
+        "unless the options below name something else (default: off)",
+        [](common_params & params, const std::string & value) {
+            params.drex.on = parse_name(value, { "on", "off" }) == "on";
+        }
+    ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX"));
+    add(common_arg(
+        {"--drex-quality"}, "{lossless}",
+        "how far the output may differ from the full model's (default: as far as threshold and fill let it)\n"
+        "  lossless: not at all; which tokens are worth a draft is learned, --drex-threshold pins it",
+        [](common_params & params, const std::string & value) {
+            params.drex.quality = parse_name(value, { "lossless" });
+        }
+    ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_QUALITY"));
+    add(common_arg(
         {"--drex-policy"}, "{off,auto,hold,latency,art,lazy,eager,median,mean}",
         string_format("early exit with dynamic rebatching: what to do with the rows of a batch that are not confident (default: %s)\n"
             "  auto:    hold, with the thresholds that are predicted to be fastest for the present load, or no early exit\n"
@@ -96,7 +112,7 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_EXIT_LAYERS"));
     add(common_arg(
         {"--drex-threshold"}, "F[,F...]",
-        string_format("confidence at which a row exits, one value or one for each exit layer; above 1: never (default: %.2f)", drex.thresholds[0]),
+        string_format("confidence at which a row exits, one value or one for each exit layer; above 1: never (default: %.2f)", drex.all_thresholds()[0]),
         [](common_params & params, const std::string & value) {
             params.drex.thresholds.clear();
             for (const auto & text : parse_list(value)) {
@@ -113,11 +129,11 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_METRIC"));
     add(common_arg(
         {"--drex-fill"}, "{copy,propagate,postfill,verify}",
-        string_format("how the K/V of skipped layers is filled (default: %s)\n"
+        string_format("how the K/V of skipped layers is filled (default: %s, with --drex-quality lossless verify)\n"
             "  copy:      copied from the exit layer\n"
             "  propagate: projected from the hidden state at the exit\n"
             "  postfill:  computed later, exactly\n"
-            "  verify:    computed later, and the full model checks the token: the output is the full model's", drex.fill.c_str()),
+            "  verify:    computed later, and the full model checks the token: the output is the full model's", drex.fill_name().c_str()),
         [](common_params & params, const std::string & value) {
             params.drex.fill = parse_name(value, { "copy", "propagate", "postfill", "verify" });
         }

@@ -7,13 +7,15 @@
 
 // early exit with dynamic rebatching (llama-server), see docs of drex
 struct common_params_drex {
-    std::string policy = "off";
-    std::string metric = "gap";
-    std::string fill   = "copy";
+    bool        on      = false; // policy auto and quality lossless, as far as nothing else is named
+    std::string policy  = "off";
+    std::string quality;         // "lossless", or empty: as thresholds and fill say
+    std::string metric  = "gap";
+    std::string fill;            // empty: verify with quality lossless, else copy
 
     std::string           exits;                // file of exits that were fitted to the model, empty: none
     std::vector<uint32_t> exit_layers;          // empty: from that file, else from the model's metadata
-    std::vector<float>    thresholds = { 0.7f }; // one, or one for each exit layer
+    std::vector<float>    thresholds;           // one, or one for each exit layer, empty: learned with quality lossless, else 0.7
 
     int32_t n_slots    = 0;   // rows of the hidden arena, 0 = n_parallel*(1 + max_pending)
     int32_t max_pending = 8;  // exited tokens of a request whose skipped layers are still to be computed
@@ -32,5 +34,22 @@ struct common_params_drex {
 
     float art_ratio = NAN;    // policy art: pins c/t_d, NaN = measured
 
-    bool enabled() const { return policy != "off"; }
+    bool enabled() const { return on || policy != "off"; }
+
+    // what is on, in the terms of the other options
+    void settle() {
+        if (on && policy == "off") {
+            policy = "auto";
+        }
+        if (on && quality.empty() && fill.empty()) {
+            quality = "lossless";
+        }
+        on = false;
+    }
+
+    // thresholds that are named are kept to
+    bool learns() const { return quality == "lossless" && thresholds.empty(); }
+
+    std::string        fill_name()   const { return !fill.empty() ? fill : quality == "lossless" ? "verify" : "copy"; }
+    std::vector<float> all_thresholds() const { return thresholds.empty() ? std::vector<float> { 0.7f } : thresholds; }
 };

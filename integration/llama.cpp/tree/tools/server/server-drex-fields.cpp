@@ -55,6 +55,8 @@ const drex_field drex_fields[] = {
         [](task_params & params, const json & value) { params.drex.metric = name(value, { "gap", "maxprob", "entropy" }); } },
     { "drex_fill", "How the K/V of skipped layers of this request is filled: copy, propagate, postfill or verify",
         [](task_params & params, const json & value) { params.drex.fill = name(value, { "copy", "propagate", "postfill", "verify" }); } },
+    { "drex_quality", "How far this request's output may differ from the full model's: lossless, not at all",
+        [](task_params & params, const json & value) { params.drex.quality = name(value, { "lossless" }); } },
     { "drex_deadline_ms", "Time between two tokens of this request that flushes keep where they can (0 = the server's default)",
         [](task_params & params, const json & value) { params.drex.deadline_ms = number(value, 1e9); } },
     { "drex_request_deadline_ms",

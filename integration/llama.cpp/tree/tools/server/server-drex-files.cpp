@@ -128,7 +128,7 @@ void server_drex::open_record(const common_params & params, bool is_resume) {
 
     record.open(p.record, is_resume ? std::ios::app : std::ios::out);
 
-    std::vector<float> thresholds(ramp_layers.size(), p.thresholds[0]);
+    std::vector<float> thresholds(ramp_layers.size(), p.all_thresholds()[0]);
     if (p.thresholds.size() > 1) {
         thresholds = p.thresholds;
     }

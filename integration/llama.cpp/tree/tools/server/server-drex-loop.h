@@ -334,6 +334,7 @@ void verify_drex() {
             post_decode(batch.size(), 0);
             const bool more = slot.state == SLOT_STATE_GENERATING;
             if (!rows[i + k].draft) {
+                drex->chose(i + k, slot.sampled);
                 break;
             }
             const bool same = slot.sampled == drafts[k];

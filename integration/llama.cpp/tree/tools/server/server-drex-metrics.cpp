@@ -301,6 +301,11 @@ std::string server_drex::metrics(size_t n_waiting) const {
     each("rule_hold_rows",  "gauge", "Policy auto: held rows at a ramp that are flushed",         searched, none, [&](size_t) { return s.rule_hold_rows; });
     each("rule_ready_rows", "gauge", "Policy auto: ready rows below which held rows are flushed", searched, none, [&](size_t) { return s.rule_ready_rows; });
 
+    each("rule_survival",   "gauge", "Quality lossless: chance to stand, with all drafts before it, from which a draft is made", searched, none,
+            [&](size_t) { return s.rule_survival; });
+    each("rule_drafts",     "gauge", "Quality lossless: most drafts of a request, 0: no bound but --drex-max-pending", searched, none,
+            [&](size_t) { return s.rule_drafts; });
+
     family("predicted_tokens_per_second", "gauge", "Policy auto: speed that the last search predicted");
     if (searched) {
         sample("{rule=\"chosen\"}", s.predicted_tokens_per_s);
@@ -334,10 +339,11 @@ json server_drex::stats(size_t n_waiting) const {
         {"version",           drex_version()},
         {"policy",            options.policy},
         {"metric",            options.metric},
-        {"fill",              options.fill},
+        {"fill",              options.fill_name()},
+        {"quality",           options.quality.empty() ? json() : json(options.quality)},
         {"layers",            n_layer},
         {"exit_layers",       ramp_layers},
-        {"thresholds",        options.thresholds},
+        {"thresholds",        options.learns() ? json() : json(options.all_thresholds())},
         {"tokens",            f.load.n_tokens},
         {"prompt_tokens",     f.load.n_prompt_tokens},
         {"exits",             std::vector<uint64_t>(s.exits, s.exits + n_ramps)},
@@ -356,8 +362,8 @@ json server_drex::stats(size_t n_waiting) const {
         {"rule",              nullptr},
         {"predicted_tokens_per_second", nullptr},
     };
-    if (res["thresholds"].size() == 1) {
-        res["thresholds"] = std::vector<float>(n_ramps, options.thresholds[0]);
+    if (!options.learns() && options.thresholds.size() < 2) {
+        res["thresholds"] = std::vector<float>(n_ramps, options.all_thresholds()[0]);
     }
     for (size_t r = 0; r < n_ramps; ++r) {
         res["exit_share"].push_back(std::isfinite(s.exit_share[r]) ? json(s.exit_share[r]) : json());
@@ -373,6 +379,8 @@ json server_drex::stats(size_t n_waiting) const {
             {"exit_layers", looks_at},
             {"hold_rows",   s.rule_hold_rows},
             {"ready_rows",  s.rule_ready_rows},
+            {"survival",    options.learns() ? json(s.rule_survival) : json()},
+            {"drafts",      options.learns() && s.rule_drafts > 0 ? json(s.rule_drafts) : json()},
             {"searches",    s.searches},
         };
         res["predicted_tokens_per_second"] = {

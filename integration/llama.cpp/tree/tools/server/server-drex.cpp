@@ -87,7 +87,7 @@ uint32_t server_drex::n_rows_max(const common_params & params) {
     }
     // Every row of a window can be an output, and outputs have logits on the host. Where requests leave no pending rows behind
     // unless they ask for it, there is room for the rows of one such request.
-    const bool    keeps     = p.fill == "postfill" || p.fill == "verify";
+    const bool    keeps     = p.fill_name() == "postfill" || p.fill_name() == "verify";
     const int32_t n_pending = std::max(p.max_pending, 0);
     const int32_t n_rows    = keeps ? params.n_parallel*(1 + n_pending) : params.n_parallel + n_pending;
 
@@ -112,7 +112,11 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     check(drex_policy_from_name(p.policy.c_str(), &config.policy));
     check(drex_metric_from_name(p.metric.c_str(), &config.metric));
 
-    config.fill = fill_from_name("--drex-fill", p.fill);
+    if (p.quality == "lossless" && p.fill_name() != "verify") {
+        throw std::runtime_error("--drex-quality lossless cannot be combined with --drex-fill " + p.fill + ", whose output is not the full model's");
+    }
+    config.fill    = fill_from_name("--drex-fill", p.fill_name());
+    config.quality = p.learns() ? 1.0 : 0.0;
 
     // options that do not work with early exit yet
     if (params.embedding) {
@@ -156,9 +160,10 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     if (head != "shared") {
         throw std::runtime_error("early_exit.head = " + head + " is not supported, expected shared (the model's own norm and head)");
     }
-    if (p.thresholds.empty() || (p.thresholds.size() != 1 && p.thresholds.size() != ramp_layers.size())) {
+    const auto thresholds = p.all_thresholds();
+    if (thresholds.size() != 1 && thresholds.size() != ramp_layers.size()) {
         throw std::runtime_error(string_format("--drex-threshold has %zu values, expected 1 or one for each of the %zu exit layers",
-                    p.thresholds.size(), ramp_layers.size()));
+                    thresholds.size(), ramp_layers.size()));
     }
 
     // every slot may have its own row in the arena, and exited ones beside it
@@ -172,8 +177,8 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     config.max_batch         = std::min(n_rows_max(params), llama_n_ubatch(ctx));
     config.max_pass_rows     = llama_n_ubatch(ctx);
     config.max_pending       = p.max_pending;
-    config.threshold         = p.thresholds[0];
-    config.ramp_thresholds   = p.thresholds.size() > 1 ? p.thresholds.data() : nullptr;
+    config.threshold         = thresholds[0];
+    config.ramp_thresholds   = thresholds.size() > 1 ? thresholds.data() : nullptr;
     config.flush_rows        = p.flush_rows;
     config.min_ready         = p.min_ready;
     config.max_hold_ns       = uint64_t(p.max_hold_ms*1e6);
@@ -212,6 +217,7 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
         arena_rows.reserve(config.max_pass_rows);
         verdicts .resize(config.max_batch);
         agreed   .resize(config.max_batch);
+        chosen   .resize(config.max_batch);
         positions.resize(config.max_batch);
         to_project.reserve(config.max_batch);
         batch_project = std::make_unique<common_batch>(ctx);
@@ -221,7 +227,7 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
         banned   .resize(config.max_batch, -std::numeric_limits<float>::infinity());
 
         request_deadline_ms = p.request_deadline_ms;
-        all_strict = *std::min_element(p.thresholds.begin(), p.thresholds.end()) > 1.0f;
+        all_strict = *std::min_element(thresholds.begin(), thresholds.end()) > 1.0f;
 
         open_files(params, is_resume);
 
@@ -248,12 +254,15 @@ void server_drex::say(const common_params & params) const {
     llama_layer_range_kv kv;
     const bool streams = llama_layer_range_get_kv(ctx, 0, &kv) && kv.n_stream > 1;
 
+    const std::string threshold = p.learns() ? "as learned" : list(p.all_thresholds());
+
     SRV_INF("early exit: policy %s, after layers %s of %d%s, threshold %s (%s), fill %s, %s\n", p.policy.c_str(), list(ramp_layers).c_str(),
-            n_layer, exits ? " through fitted exits" : "", list(p.thresholds).c_str(), p.metric.c_str(), p.fill.c_str(),
+            n_layer, exits ? " through fitted exits" : "", threshold.c_str(), p.metric.c_str(), p.fill_name().c_str(),
             streams ? "a KV cache with a stream for each slot" : "a unified KV cache");
 }
 
 void server_drex::settle_policy(common_params & params) {
+    params.drex.settle();
     if (!params.drex.enabled() || !params.drex.exit_layers.empty() || !params.drex.exits.empty() || !std::getenv("LLAMA_SERVER_ROUTER_PORT")) {
         return;
     }
@@ -269,7 +278,7 @@ void server_drex::say_off(const common_params & params) {
     const common_params_drex defaults;
     const auto & p = params.drex;
 
-    if (p.metric != defaults.metric || p.fill != defaults.fill || p.exit_layers != defaults.exit_layers || p.thresholds != defaults.thresholds ||
+    if (p.metric != defaults.metric || p.fill != defaults.fill || p.quality != defaults.quality || p.exit_layers != defaults.exit_layers || p.thresholds != defaults.thresholds ||
             !p.exits.empty() || !p.profile.empty() || !p.record.empty()) {
         SRV_WRN("%s", "early exit is off: options that begin with --drex- have no effect without --drex-policy\n");
     }
@@ -503,7 +512,13 @@ void server_drex::add_request(int id_slot, const server_task & task, bool same_l
     if (!p.drex.fill.empty()) {
         config.fill = fill_from_name("Field 'drex_fill'", p.drex.fill);
     }
-    const drex_fill_mode mode = p.drex.fill.empty() ? fill : config.fill;
+    if (p.drex.quality == "lossless") {
+        config.quality = 1.0;
+        if (!p.drex.fill.empty() && config.fill != DREX_FILL_VERIFY) {
+            throw std::invalid_argument("Field 'drex_quality': lossless cannot be combined with 'drex_fill' " + p.drex.fill);
+        }
+    }
+    const drex_fill_mode mode = config.quality > 0.0 ? DREX_FILL_VERIFY : p.drex.fill.empty() ? fill : config.fill;
     check_copy("Field 'drex_fill':", mode);
 
     if (!p.drex.metric.empty() && drex_metric_from_name(p.drex.metric.c_str(), &config.metric) != DREX_OK) {
@@ -870,6 +885,8 @@ void server_drex::finish(uint64_t n_kv) {
     done.duration_ns = t_ran - t_run;
     done.n_kv        = n_kv;
 
+    done.tokens      = is_last() && judges ? chosen.data() : nullptr;
+
     if (record.is_open()) {
         record_step(done.duration_ns, n_kv);
     }
@@ -962,6 +979,7 @@ std::vector<int> server_drex::culprits(int32_t ret, llama_batch_ext * batch) {
 void server_drex::end_step() {
     in_flight = false;
     verifying = false;
+    judges    = false;
 
     for (size_t i = 0; i < slots.size(); ++i) {
         if (slots[i].leaving) {

@@ -129,7 +129,9 @@ struct server_drex {
     // between run() and finish(): requests that end in between are removed after finish()
     void begin_verify() {
         verifying = true;
+        judges    = true;
         std::fill(agreed.begin(), agreed.end(), 0);
+        std::fill(chosen.begin(), chosen.end(), LLAMA_TOKEN_NULL);
     }
     void end_verify() { verifying = false; }
 
@@ -150,6 +152,9 @@ struct server_drex {
 
     // rows()[i] is a draft of the token that the full model chose there, or of another; it can be the request's last
     void agrees(size_t i, bool yes, bool last);
+
+    // rows()[i], which is no draft, got this token of the full model: ramps learn from it
+    void chose(size_t i, llama_token token) { chosen[i] = token; }
 
     // nothing is left of what was run ahead: the slot goes on at pos
     void rollback(int id_slot, llama_pos pos) {
@@ -306,6 +311,7 @@ private:
 
     std::unique_ptr<common_batch> batch_project;
     std::vector<uint8_t>       agreed;
+    std::vector<llama_token>   chosen;
     std::vector<drex_decision> decisions;
 
     std::vector<float> banned; // in place of the logits of banned tokens
@@ -319,6 +325,7 @@ private:
 
     bool    in_flight = false; // planned, neither finished nor abandoned
     bool    verifying = false;
+    bool    judges    = false; // agreed and chosen are of this step
     bool    enqueued  = false; // the scoring of the ramp's logits, on a device
     int64_t t_run     = 0; // when the window began
     int64_t t_ran     = 0; // when it ended
