@@ -110,7 +110,7 @@ fn refused_at_start(suite: &Suite) -> Result<()> {
 }
 
 /// Waits until the server says that it sleeps.
-fn until_asleep(client: Client) -> Result<()> {
+pub fn until_asleep(client: Client) -> Result<()> {
     let begun = Instant::now();
     while client.get("/props")?.ok()?.json()?["is_sleeping"] != true {
         ensure!(
