@@ -25,7 +25,6 @@ use crate::{
     Build, builds, start,
     streams::{self, Streams},
     tiny::{self, CASES, Case},
-    wanted,
 };
 
 struct Kit {
@@ -55,11 +54,8 @@ impl Kit {
 pub fn tests(source: &Source, few: bool, run: &mut Run) {
     let (mut cut, mut refused, mut rows, mut tokens) = (0, 0, 0, 0);
     let mut kit = None;
-    for (case, name) in wanted(run, &CASES, |case| format!("architecture {}", case.name)) {
-        if few && !case.short {
-            continue;
-        }
-        run.tell(&name, || {
+    for case in CASES.iter().filter(|case| case.short || !few) {
+        run.tell(&format!("architecture {}", case.name), || {
             if kit.is_none() {
                 kit = Some(Kit::build(source)?);
             }
@@ -81,9 +77,9 @@ pub fn tests(source: &Source, few: bool, run: &mut Run) {
             Ok(found.text(case))
         });
     }
-    println!(
+    run.say(&format!(
         "{cut} architectures cut, {refused} refused; {rows} rows of logits and {tokens} tokens compared"
-    );
+    ));
 }
 
 enum Found {
@@ -145,7 +141,7 @@ impl Cut {
 fn try_model(case: &Case, kit: &Kit) -> Result<Found> {
     let model = tiny::path(&kit.models, case);
     if let Some(why) = case.refused {
-        let said = match serve(case, &kit.patched, &model, 1, true) {
+        let said = match serve(case, &kit.patched, &model, 1, Some("verify")) {
             Ok(_) => bail!("the server starts"),
             Err(error) => format!("{error:#}"),
         };
@@ -184,32 +180,45 @@ fn try_model(case: &Case, kit: &Kit) -> Result<Found> {
         no_copy: case.no_copy.map(str::to_owned),
     };
     let unpatched = {
-        let server = serve(case, &kit.reference, &model, 1, false)?;
+        let server = serve(case, &kit.reference, &model, 1, None)?;
         generate(server.client, &streams::requests(""), 1)?
     };
     let fills = cut.fills();
     let slots = streams::slots(&fills);
-    let server = serve(case, &kit.patched, &model, slots, true)?;
-    cut.streams = streams::compare(&unpatched, &server, &fills, case.no_copy)?;
+    let server = serve(case, &kit.patched, &model, slots, Some("verify"))?;
+    cut.streams = streams::compare(&unpatched, &server, &fills, case.no_copy, streams::ACCEPTED)?;
+    drop(server);
+    if let Some(why) = case.no_copy {
+        let expected = format!(
+            "--drex-fill copy cannot be used with this model, {why}; the other fills are propagate, postfill and verify"
+        );
+        match serve(case, &kit.patched, &model, 1, Some("copy")) {
+            Ok(_) => bail!("the server starts with --drex-fill copy"),
+            Err(error) => {
+                let said = format!("{error:#}");
+                ensure!(said.contains(&expected), "no {expected:?} in: {said}");
+            }
+        }
+    }
     Ok(Found::Cut(cut))
 }
 
-/// A micro-batch is small, so that the cells of a sliding window are few and are used again.
+/// With a fill: a server with early exit. A micro-batch is small, so that the cells of a sliding window are few and are used
+/// again.
 fn serve(
     case: &Case,
     build: &Build,
     model: &Path,
     slots: usize,
-    exits: bool,
+    fill: Option<&str>,
 ) -> Result<drex_harness::server::Server> {
     let layers = format!("{},{}", case.ramps[0], case.ramps[1]);
     let batch = ["-b", "64", "-ub", "64", "-t", "2"];
     let policy = ["--drex-policy", "hold", "--drex-exit-layers", &layers];
-    let fill = ["--drex-threshold", "0.05", "--drex-fill", "verify"];
     let mut args = batch.to_vec();
-    if exits {
+    if let Some(fill) = fill {
         args.extend(policy);
-        args.extend(fill);
+        args.extend(["--drex-threshold", "0.05", "--drex-fill", fill]);
     }
     start(build, model, slots, &args)
 }

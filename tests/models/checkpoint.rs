@@ -82,9 +82,9 @@ fn converted(source: &Source) -> Result<String> {
     let fill = ["--drex-fill", "verify", "--drex-threshold", "0.05"];
     let slots = streams::slots(&fills);
     let server = start(&patched, &model, slots, &[&exits[..], &fill].concat())?;
-    let found = streams::compare(&unpatched, &server, &fills, None)?;
+    let found = streams::compare(&unpatched, &server, &fills, None, streams::ACCEPTED)?;
     Ok(format!(
-        "verify as unpatched ({} of {} drafts accepted), {} in company as alone, {} tokens",
+        "cut behind layers 2 and 5; verify as unpatched ({} of {} drafts accepted), {} in company as alone, {} tokens",
         found.accepted,
         found.drafts,
         fills.join(", "),

@@ -5,7 +5,10 @@
 //! Everything computes on this machine's CPU with the exact libggml-cpu, so that tokens must be those of the unpatched
 //! engine on the CPU alone, wherever the layers lie.
 
-use std::path::PathBuf;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    path::PathBuf,
+};
 
 use anyhow::{Context, Result, ensure};
 use drex_build::{
@@ -15,83 +18,90 @@ use drex_build::{
 };
 use drex_harness::{generate::generate, load::Generation, suite::Run};
 
-use crate::{Build, builds, remote::Remote, start, streams, tiny, wanted};
+use crate::{Build, builds, remote::Remote, start, streams, tiny};
 
 struct Case {
     name: &'static str,
     servers: usize,
     args: &'static [&'static str],
-    /// The tiny mixture of experts instead of the bundled model.
-    experts: bool,
-    /// K and V of all layers are in the host's memory.
-    copy: bool,
+    /// One of the tiny models instead of the bundled one.
+    tiny: Option<&'static str>,
+    /// Why fill `copy` is refused.
+    no_copy: Option<&'static str>,
 }
 
-const CASES: [Case; 8] = [
+const ELSEWHERE: &str = "needs the KV cache of all layers in the memory of the host";
+
+const CASES: [Case; 9] = [
     Case {
         name: "all layers on an RPC server",
         servers: 1,
         args: &["-ngl", "99"],
-        experts: false,
-        copy: false,
+        tiny: None,
+        no_copy: Some(ELSEWHERE),
     },
     Case {
         name: "layers split over two RPC servers",
         servers: 2,
         args: &["-ngl", "99", "--split-mode", "layer"],
-        experts: false,
-        copy: false,
+        tiny: None,
+        no_copy: Some(ELSEWHERE),
     },
     Case {
         name: "layers split over two RPC servers, a unified cache",
         servers: 2,
         args: &["-ngl", "99", "-ts", "3,1", "--kv-unified"],
-        experts: false,
-        copy: false,
+        tiny: None,
+        no_copy: Some(ELSEWHERE),
     },
     Case {
         name: "the last 6 layers and the head on an RPC server",
         servers: 1,
         args: &["-ngl", "7"],
-        experts: false,
-        copy: false,
+        tiny: None,
+        no_copy: Some(ELSEWHERE),
     },
     Case {
         name: "as --fit places them",
         servers: 2,
         args: &["--fit", "on"],
-        experts: false,
-        copy: false,
+        tiny: None,
+        no_copy: Some(ELSEWHERE),
     },
     Case {
         name: "the head on the host",
         servers: 1,
         args: &["-ngl", "99", "-ot", "output.weight=CPU"],
-        experts: false,
-        copy: false,
+        tiny: None,
+        no_copy: Some(ELSEWHERE),
     },
     Case {
         name: "the cache on the host",
         servers: 1,
         args: &["-ngl", "99", "--no-kv-offload"],
-        experts: false,
-        copy: true,
+        tiny: None,
+        no_copy: None,
     },
     Case {
         name: "experts on the host",
         servers: 1,
         args: &["-ngl", "99", "--cpu-moe"],
-        experts: true,
-        copy: false,
+        tiny: Some("qwen3moe"),
+        no_copy: Some(ELSEWHERE),
+    },
+    Case {
+        name: "sliding windows on two RPC servers and the host",
+        servers: 2,
+        args: &["-ngl", "6", "-b", "64", "-ub", "64"],
+        tiny: Some("gemma3"),
+        no_copy: Some(tiny::WINDOWS),
     },
 ];
 
-const NO_COPY: &str = "needs the KV cache of all layers in the memory of the host";
-
 struct Kit {
     patched: Build,
-    /// The bundled model and the mixture of experts, and what the unpatched engine on the CPU answers.
-    models: [(PathBuf, Vec<Generation>); 2],
+    /// Where models are, and what the unpatched engine on the CPU answers.
+    models: HashMap<Option<&'static str>, (PathBuf, Vec<Generation>)>,
     cache: Cache,
     _machine: Lock,
 }
@@ -100,15 +110,22 @@ impl Kit {
     fn build(source: &Source) -> Result<Kit> {
         let cache = Cache::open()?;
         let [reference, patched] = builds(&cache, source, Kind::PatchedRpc)?;
-        let experts = tiny::ensure(&cache)?.join("qwen3moe.gguf");
+        let folder = tiny::ensure(&cache)?;
         let machine = cache.lock_machine()?;
-        let answered = |model: PathBuf| -> Result<_> {
-            let server = start(&reference, &model, 1, &["-t", "1"])?;
-            let answers = generate(server.client, &streams::requests(""), 1)?;
-            Ok((model, answers))
-        };
+        let mut models = HashMap::new();
+        for case in &CASES {
+            if let Entry::Vacant(entry) = models.entry(case.tiny) {
+                let model = match case.tiny {
+                    Some(name) => tiny::path(&folder, tiny::find(name)?),
+                    None => cache::bundled_model()?,
+                };
+                let server = start(&reference, &model, 1, &["-t", "1", "-b", "64", "-ub", "64"])?;
+                let answers = generate(server.client, &streams::requests(""), 1)?;
+                entry.insert((model, answers));
+            }
+        }
         Ok(Kit {
-            models: [answered(cache::bundled_model()?)?, answered(experts)?],
+            models,
             patched,
             cache,
             _machine: machine,
@@ -119,8 +136,8 @@ impl Kit {
 pub fn tests(source: &Source, run: &mut Run) {
     let (mut passed, mut tokens) = (0, 0);
     let mut kit = None;
-    for (case, name) in wanted(run, &CASES, |case| format!("devices: {}", case.name)) {
-        run.tell(&name, || {
+    for case in &CASES {
+        run.tell(&format!("devices: {}", case.name), || {
             if kit.is_none() {
                 kit = Some(Kit::build(source)?);
             }
@@ -130,7 +147,9 @@ pub fn tests(source: &Source, run: &mut Run) {
             Ok(text)
         });
     }
-    println!("{passed} layouts of devices, {tokens} tokens compared");
+    run.say(&format!(
+        "{passed} layouts of devices, {tokens} tokens compared"
+    ));
 }
 
 fn try_case(case: &Case, kit: &Kit) -> Result<(String, usize)> {
@@ -141,15 +160,15 @@ fn try_case(case: &Case, kit: &Kit) -> Result<(String, usize)> {
     }
     let addrs: Vec<_> = remotes.iter().map(Remote::addr).collect();
     let addrs = addrs.join(",");
-    let (model, answers) = &kit.models[usize::from(case.experts)];
-    let (layers, threshold) = if case.experts {
-        ("2,5", "0.05")
-    } else {
-        ("4,8", "0.3")
+    let (model, answers) = &kit.models[&case.tiny];
+    let ([first, second], threshold) = match case.tiny {
+        Some(name) => (tiny::find(name)?.ramps, "0.05"),
+        None => ([4, 8], "0.3"),
     };
+    let layers = format!("{first},{second}");
     let serve = |slots: usize, policy: &str| {
         let devices = ["-t", "1", "--rpc", &addrs];
-        let exits = ["--drex-policy", policy, "--drex-exit-layers", layers];
+        let exits = ["--drex-policy", policy, "--drex-exit-layers", &layers];
         let fill = ["--drex-fill", "verify", "--drex-threshold", threshold];
         start(
             &kit.patched,
@@ -177,18 +196,20 @@ fn try_case(case: &Case, kit: &Kit) -> Result<(String, usize)> {
     ensure!(stock > 0.0, "nothing goes to the RPC servers");
 
     let all: [&str; 3] = ["copy", "propagate", "postfill"];
-    let fills = &all[usize::from(!case.copy)..];
+    let fills = &all[usize::from(case.no_copy.is_some())..];
     let server = serve(streams::slots(fills), "hold")?;
-    let no_copy = (!case.copy).then_some(NO_COPY);
-    let found = streams::compare(answers, &server, fills, no_copy)?;
+    let found = streams::compare(answers, &server, fills, case.no_copy, streams::ACCEPTED)?;
     let text = format!(
-        "verify as unpatched ({} of {} drafts accepted), {} in company as alone, {} tokens; {ours:.1} KiB a token to and fro, \
+        "exits after layers {layers}; verify as unpatched ({} of {} drafts accepted), {} in company as alone, {} tokens; {ours:.1} KiB a token to and fro, \
          {stock:.1} without early exit{}",
         found.accepted,
         found.drafts,
         fills.join(", "),
         found.tokens,
-        if case.copy { "" } else { "; copy refused" },
+        match case.no_copy {
+            Some(why) => format!("; copy refused: {why}"),
+            None => String::new(),
+        },
     );
     Ok((text, found.tokens))
 }

@@ -33,14 +33,15 @@ impl Remote {
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let behind = free.local_addr()?;
         drop(free);
+        let log = File::create(log)?;
         let mut command = Command::new(runtime.rpc_server());
         process::spin_briefly(&mut command)
             .envs(runtime.env().iter().copied())
             .args(["-H", "127.0.0.1", "-t", "1", "-p"])
             .arg(behind.port().to_string())
             .stdin(Stdio::null())
-            .stdout(File::create(log)?)
-            .stderr(Stdio::null());
+            .stdout(log.try_clone()?)
+            .stderr(log);
         let child = command.spawn().context("cannot run the RPC server")?;
         let front = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let mut remote = Remote {

@@ -7,6 +7,7 @@
 mod architectures;
 mod checkpoint;
 mod devices;
+mod own;
 mod remote;
 mod streams;
 mod tiny;
@@ -25,7 +26,7 @@ use drex_build::{
 };
 use drex_harness::{
     server::Server,
-    suite::{self, Choice, Run},
+    suite::{self, Choice},
 };
 
 #[derive(Parser)]
@@ -48,6 +49,9 @@ struct Options {
     /// A checkpoint as LayerSkip's are, made, converted and served; torch, which the converter needs, is 3 GB to fetch
     #[arg(long, group = "part")]
     checkpoint: bool,
+    /// A GGUF of one's own: verify against the unpatched server, the other fills alone and in company
+    #[arg(long, value_name = "FILE", group = "part")]
+    model: Option<PathBuf>,
     #[command(flatten)]
     source: Source,
 }
@@ -55,7 +59,9 @@ struct Options {
 fn main() -> ExitCode {
     let options = Options::parse();
     suite::main(&options.choice, |run| {
-        if options.devices {
+        if let Some(model) = &options.model {
+            own::tests(&options.source, model, run);
+        } else if options.devices {
             devices::tests(&options.source, run);
         } else if options.checkpoint {
             checkpoint::tests(&options.source, run);
@@ -91,12 +97,4 @@ pub fn start(build: &Build, model: &Path, slots: usize, args: &[&str]) -> Result
     let more = ["--cache-ram", "0", "--no-webui"];
     let all = common.iter().chain(&more).chain(EXACT_ARGS).chain(args);
     Server::start(&build.runtime, all)
-}
-
-/// Of the names that the tests print.
-fn wanted<'a, T>(run: &Run, all: &'a [T], name: impl Fn(&T) -> String) -> Vec<(&'a T, String)> {
-    all.iter()
-        .map(|case| (case, name(case)))
-        .filter(|(_, name)| run.wants(name))
-        .collect()
 }

@@ -76,12 +76,12 @@ impl Case {
     }
 }
 
-const WINDOWS: &str = "some layers have a sliding window and others have none";
+pub const WINDOWS: &str = "some layers have a sliding window and others have none";
 const POSITIONS: &str = "layers encode positions in different ways";
 const RECURRENT: &str =
     "it has recurrent layers, whose state cannot be taken back to an earlier token";
 
-pub const CASES: [Case; 20] = [
+pub static CASES: [Case; 20] = [
     Case::new("llama"),
     Case::new("qwen2"),
     Case::new("qwen2-q4_k").short(),
@@ -152,6 +152,11 @@ pub fn ensure(cache: &Cache) -> Result<PathBuf> {
     }
     temp.publish("tiny", &dir)?;
     Ok(dir)
+}
+
+pub fn find(name: &str) -> Result<&'static Case> {
+    let found = CASES.iter().find(|case| case.name == name);
+    found.with_context(|| format!("no tiny model {name}"))
 }
 
 pub fn path(dir: &Path, case: &Case) -> PathBuf {

@@ -20,7 +20,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
 };
 
 /// A LoRA of rank 2 for two matrices of each layer of the bundled model, whose numbers depend on nothing.
-fn write_adapter(path: &Path) -> Result<()> {
+pub fn write_adapter(path: &Path) -> Result<()> {
     const WIDTH: usize = 192;
     const RANK: usize = 2;
     let mut tensors: Vec<(String, [usize; 2])> = Vec::new();

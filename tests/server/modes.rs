@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What llama-server has beside serving one model from an empty cache: the router, and cells that are used again elsewhere.
+//! What llama-server has beside serving one model from an empty cache: the router, cells that are used again elsewhere, and
+//! sleep.
 
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{EXACT, Suite, Test, exact::builds};
+use super::{
+    EXACT, Suite, Test, exact::builds, generate, greedy, lora_adapters::write_adapter,
+    profile_and_record::until_asleep, prompt,
+};
 use crate::{cache::TempDir, client::Client, gguf, server::Server};
 
 pub const TESTS: fn() -> Vec<Test> = || {
@@ -19,6 +23,11 @@ pub const TESTS: fn() -> Vec<Test> = || {
         Test::new(
             "exact: lossless: chunks of the cache that move with --cache-reuse",
             cache_reuse,
+        )
+        .exact(),
+        Test::new(
+            "exact: lossless: a server that slept, with an adapter",
+            slept,
         )
         .exact(),
     ]
@@ -132,5 +141,36 @@ fn cache_reuse(suite: &Suite) -> Result<()> {
         "{tokens} tokens, {reused} of prompts reused, {drafts} drafts"
     );
     println!("        {tokens} tokens equal, {reused} of prompts reused, {drafts} drafts");
+    Ok(())
+}
+
+/// What is loaded again when a server wakes is what it was: model, adapter, engine and fill.
+fn slept(suite: &Suite) -> Result<()> {
+    let (reference, patched) = builds(suite)?;
+    let temp = TempDir::unlocked("slept")?;
+    let adapter = temp.path().join("adapter.gguf");
+    write_adapter(&adapter)?;
+    let adapter = adapter.to_string_lossy();
+    let all = [EXACT, &["--lora", &adapter]].concat();
+    let requests: Vec<_> = (0..4).map(|i| greedy(&prompt(i), 40)).collect();
+    let unpatched = generate(suite.start(reference, 1, &all)?.client, &requests, 1)?;
+    let exits = ["--drex-policy", "hold", "--drex-fill", "verify"];
+    let sleeps = ["--drex-threshold", "0.4", "--sleep-idle-seconds", "1"];
+    let server = suite.start(patched, 4, &[&all[..], &exits, &sleeps].concat())?;
+    for nap in 0..3 {
+        let got = generate(server.client, &requests, 4)?;
+        let mut drafts = 0;
+        for (i, (a, b)) in unpatched.iter().zip(&got).enumerate() {
+            ensure!(
+                a.tokens == b.tokens,
+                "after {nap} naps request {i} has {:?} instead of {:?}",
+                b.text,
+                a.text
+            );
+            drafts += b.last["timings"]["drex_drafts"].as_u64().unwrap_or(0);
+        }
+        ensure!(drafts > 20, "after {nap} naps there are {drafts} drafts");
+        until_asleep(server.client)?;
+    }
     Ok(())
 }

@@ -4,6 +4,7 @@
 
 use std::{
     io::{BufRead, BufReader},
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Instant,
 };
@@ -44,6 +45,9 @@ pub struct Options {
     /// backend first
     #[arg(long, group = "part")]
     devices: bool,
+    /// Only a GGUF of one's own: verify against the unpatched server, the other fills alone and in company
+    #[arg(long, value_name = "FILE", group = "part")]
+    model: Option<PathBuf>,
     /// Only the CUDA kernels and the CUDA device, on the CPU, and the comparison of their compiled artefacts
     #[arg(long, group = "part")]
     kernels: bool,
@@ -105,12 +109,15 @@ impl Options {
     }
 
     fn of_models(&self) -> bool {
-        self.architectures || self.checkpoint || self.devices
+        self.architectures || self.checkpoint || self.devices || self.model.is_some()
     }
 
     /// A part of the suite of models; nothing of the kind: few architectures.
-    fn of_models_tests(&self) -> &'static str {
-        if self.architectures {
+    fn of_models_tests(&self) -> Result<Vec<String>> {
+        if let Some(model) = &self.model {
+            return path_option("--model", model);
+        }
+        let part = if self.architectures {
             "--architectures"
         } else if self.checkpoint {
             "--checkpoint"
@@ -118,7 +125,8 @@ impl Options {
             "--devices"
         } else {
             "--few"
-        }
+        };
+        Ok(vec![part.into()])
     }
 
     /// What the names of the chosen tests of the server contain; nothing: all of them.
@@ -137,18 +145,23 @@ impl Options {
 
     /// For suites that build llama.cpp, and run in another folder.
     fn source(&self) -> Result<Vec<String>> {
-        let Some(dir) = &self.source.llama_src else {
-            return Ok(Vec::new());
-        };
-        let dir = dir
-            .canonicalize()
-            .with_context(|| format!("--llama-src {}", dir.display()))?;
-        Ok(vec!["--llama-src".into(), dir.display().to_string()])
+        match &self.source.llama_src {
+            Some(dir) => path_option("--llama-src", dir),
+            None => Ok(Vec::new()),
+        }
     }
 
     fn of_server(&self) -> bool {
         self.exact || self.lossless || self.gpu_dry_run || self.server || self.only.is_some()
     }
+}
+
+/// An option that names a path, for a suite that runs in another folder.
+fn path_option(option: &str, path: &Path) -> Result<Vec<String>> {
+    let path = path
+        .canonicalize()
+        .with_context(|| format!("{option} {}", path.display()))?;
+    Ok(vec![option.into(), path.display().to_string()])
 }
 
 /// How many lines of a failure's reason are said again at the end.
@@ -259,7 +272,7 @@ pub fn run(options: &Options) -> Result<bool> {
     }
     if long || options.of_models() {
         let mut args = source.clone();
-        args.push(options.of_models_tests().to_owned());
+        args.extend(options.of_models_tests()?);
         suite(&mut count, "models", &args);
     }
     if all || options.of_server() {

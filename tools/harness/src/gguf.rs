@@ -82,6 +82,7 @@ fn layer_of(name: &str) -> Option<u32> {
 pub struct About {
     pub text: String,
     pub exits: bool,
+    pub layers: u32,
 }
 
 /// Reads the metadata alone.
@@ -122,6 +123,7 @@ fn described(data: &[u8]) -> Result<About> {
     Ok(About {
         text: format!("{name}{colon}{description} ({architecture}, {layers} layers, {leaves})"),
         exits: !exits.is_empty(),
+        layers,
     })
 }
 

@@ -126,9 +126,11 @@ impl Run<'_> {
         }
     }
 
-    /// Whether a test with this name is to be run.
-    pub fn wants(&self, name: &str) -> bool {
-        self.choice.wants(name) && !self.choice.list
+    /// Says what several tests have found together, unless they were only named.
+    pub fn say(&self, found: &str) {
+        if !self.choice.list {
+            println!("{found}");
+        }
     }
 
     /// Adds tests that somebody else ran and counted.
