@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use drex::ffi::{DREX_METRIC_ENTROPY, DREX_METRIC_GAP, DREX_METRIC_MAXPROB};
+use drex::ffi::{DREX_FILL_VERIFY, DREX_METRIC_ENTROPY, DREX_METRIC_GAP, DREX_METRIC_MAXPROB};
 use serde_json::Value;
 
 use crate::triton::error::Failure;
@@ -41,6 +41,8 @@ pub struct Sampling {
     pub drex_metric: Option<u32>,
     /// None: the model's; one of `FILLS`
     pub drex_fill: Option<u32>,
+    /// The answer is the full model's, whatever the model's quality is.
+    pub drex_lossless: bool,
     /// Milliseconds between two tokens; 0: the model's
     pub drex_deadline_ms: f32,
     /// Milliseconds from the end of the prompt to the last token; 0: the model's
@@ -113,6 +115,7 @@ impl Default for Sampling {
             drex_threshold: None,
             drex_metric: None,
             drex_fill: None,
+            drex_lossless: false,
             drex_deadline_ms: 0.0,
             drex_request_deadline_ms: 0.0,
             drex_priority: 0,
@@ -187,6 +190,12 @@ impl Said {
                 out.min_tokens, out.max_tokens
             )));
         }
+        if out.drex_lossless && out.drex_fill.is_some_and(|f| f != DREX_FILL_VERIFY) {
+            let named = out.drex_fill.map_or("", |f| FILLS[f as usize]);
+            return Err(Failure::invalid(format!(
+                "drex_fill is {named}, must be verify with drex_quality lossless"
+            )));
+        }
         Ok(out)
     }
 }
@@ -250,6 +259,12 @@ impl Sampling {
             "drex_fill" => {
                 let fill = value.as_str().and_then(fill);
                 self.drex_fill = Some(fill.ok_or_else(|| wrong(name, value, FILLS_TEXT))?);
+            }
+            "drex_quality" => {
+                if value.as_str() != Some("lossless") {
+                    return Err(wrong(name, value, "lossless"));
+                }
+                self.drex_lossless = true;
             }
             "drex_deadline_ms" => self.drex_deadline_ms = number(name, value, 0.0, 1e9)?,
             "drex_request_deadline_ms" => {
@@ -501,6 +516,11 @@ mod tests {
             (
                 r#"{"drex_fill":"pour"}"#,
                 "copy, postfill, verify or propagate",
+            ),
+            (r#"{"drex_quality":0.99}"#, "must be lossless"),
+            (
+                r#"{"drex_quality":"lossless","drex_fill":"copy"}"#,
+                "drex_fill is copy, must be verify with drex_quality lossless",
             ),
             (r#"{"drex_metric":"size"}"#, "gap, maxprob or entropy"),
             (r#"{"tempreature":null}"#, "tempreature"),

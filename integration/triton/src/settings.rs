@@ -3,7 +3,9 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::sampling::{FILLS_TEXT, fill};
+use drex::ffi::DREX_FILL_VERIFY;
+
+use crate::sampling::{FILLS, FILLS_TEXT, fill};
 use crate::triton::error::Failure;
 
 /// As llama-server's: types that a K/V cache can have.
@@ -25,6 +27,8 @@ pub struct Settings {
     pub metric: String,
     /// `DREX_FILL_*`
     pub fill: u32,
+    /// Thresholds are learned: quality lossless, and no threshold is named.
+    pub learns: bool,
     /// A file of exits beside the model, in the version folder or by an absolute path.
     pub exits: Option<String>,
     /// Empty: those of `exits`, else from the model's metadata.
@@ -69,6 +73,7 @@ impl Default for Settings {
             policy: "auto".into(),
             metric: "gap".into(),
             fill: 0,
+            learns: false,
             exits: None,
             exit_layers: Vec::new(),
             threshold: vec![0.7],
@@ -99,6 +104,7 @@ impl Settings {
     pub fn parse(config: &Value) -> Result<Self, Failure> {
         let mut out = Self::default();
         let none = Map::new();
+        let mut lossless = false;
         let parameters = config["parameters"].as_object().unwrap_or(&none);
         for (name, value) in parameters {
             let text = value["string_value"].as_str().unwrap_or_default().trim();
@@ -109,6 +115,8 @@ impl Settings {
                 "fill" => {
                     out.fill = fill(text).ok_or_else(|| wrong(name, text, FILLS_TEXT))?;
                 }
+                "quality" if text != "lossless" => return Err(wrong(name, text, "lossless")),
+                "quality" => lossless = true,
                 "exits" if text.is_empty() => {
                     return Err(wrong(name, text, "the path of a file"));
                 }
@@ -146,13 +154,24 @@ impl Settings {
                 "art_ratio" => out.art_ratio = milliseconds(name, text)? as f32,
                 _ => {
                     return Err(Failure::invalid(format!(
-                        "parameters: unknown name {name}; known are model_file, policy, metric, fill, exits, \
+                        "parameters: unknown name {name}; known are model_file, policy, metric, fill, quality, exits, \
                          exit_layers, threshold, slots, context, batch, threads, kv_type, graphs, max_batch, max_pending, \
                          flush_rows, min_ready, max_hold_ms, deadline_ms, request_deadline_ms, art_ratio, gpu_layers, \
                          main_gpu, max_queue, profile"
                     )));
                 }
             }
+        }
+        if lossless {
+            let named = |name| parameters.contains_key(name);
+            if named("fill") && out.fill != DREX_FILL_VERIFY {
+                return Err(Failure::invalid(format!(
+                    "parameters: quality is lossless and fill is {}, must be verify",
+                    FILLS[out.fill as usize]
+                )));
+            }
+            out.fill = DREX_FILL_VERIFY;
+            out.learns = !named("threshold");
         }
         if out
             .slots
@@ -468,6 +487,17 @@ mod tests {
         assert_eq!(parse("threshold", "0.5,2").unwrap().threshold, [0.5, 2.0]);
         assert_eq!(parse("fill", "postfill").unwrap().fill, 1);
         assert_eq!(parse("fill", "verify").unwrap().fill, 2);
+        let lossless = parse("quality", "lossless").unwrap();
+        assert_eq!((lossless.fill, lossless.learns), (2, true));
+        let of = |a: &str, b: &str| {
+            Settings::parse(&json!({"parameters": {
+                "quality": {"string_value": "lossless"}, a: {"string_value": b}
+            }}))
+        };
+        assert!(!of("threshold", "0.5").unwrap().learns);
+        assert!(of("fill", "verify").unwrap().learns);
+        let error = of("fill", "copy").unwrap_err().text;
+        assert!(error.contains("fill is copy, must be verify"), "{error}");
         assert_eq!(parse("slots", "64").unwrap().slots, 64);
         assert_eq!(parse("gpu_layers", "all").unwrap().gpu_layers, ALL_LAYERS);
         assert_eq!(
@@ -507,6 +537,7 @@ mod tests {
             ("exit_layers", "4;8"),
             ("exits", ""),
             ("fill", "pour"),
+            ("quality", "0.99"),
             ("kv_type", "i32"),
             ("kv_type", "q8_1"),
             ("slots", "257"),

@@ -8,9 +8,10 @@ use drex::core::config::{Fill, Quality};
 use drex::core::estimate::acceptance::Cycle;
 use drex_sim::grid::{Options, cell, limit};
 use drex_sim::profiles::{CLASSES, Class};
+use drex_sim::quality;
 use drex_sim::record::Record;
 use drex_sim::run::{Contender, Filling, Report, Setup, run};
-use drex_sim::workload::{Arrivals, Confidence, Workload};
+use drex_sim::workload::{Arrivals, Confidence, Curve, Honesty, Workload};
 
 fn class(name: &str) -> Class {
     *CLASSES.iter().find(|c| c.name == name).unwrap()
@@ -271,6 +272,41 @@ fn auto_keeps_its_promise_with_pending_rows() {
             "{fill:?} {accept}: early exit was never turned off"
         );
         assert_eq!(on > 0, accept > 0.9, "{fill:?} {accept}: {on} cells exit");
+    }
+}
+
+/// Learned thresholds are near the best fixed ones, whatever a confidence is worth, and
+/// far from the usual one where that is wrong.
+#[test]
+fn learned_thresholds_keep_their_promise() {
+    let o = quality::Options {
+        tokens: 12_000,
+        seed: 1,
+        noise: 0.1,
+        drift: 0.0,
+        every: 1,
+    };
+    for (name, n, a, right, honesty, usual) in [
+        ("memory", 4, 0.25, 0.85, Honesty::Calibrated, 1.1),
+        ("memory", 16, 0.25, 0.6, Honesty::Lying, 0.97),
+        ("mixed", 4, 0.25, 0.85, Honesty::Flat, 1.1),
+        ("compute", 64, 0.5, 0.85, Honesty::Lying, 0.98),
+    ] {
+        let curve = Curve {
+            honesty,
+            right,
+            drift: (0.0, 0),
+        };
+        let c = quality::cell(class(name), n, a, curve, &o).unwrap();
+        let place = format!("{name} {n} {honesty:?}");
+        assert!(c.vs_off() >= 0.98, "{place}: {:.4} of off", c.vs_off());
+        assert!(
+            c.vs_fixed() >= 0.93,
+            "{place}: {:.4} of fixed",
+            c.vs_fixed()
+        );
+        assert!(c.vs_usual() >= usual, "{place}: {:.4} of 0.7", c.vs_usual());
+        assert_eq!(c.learned.involuntary_exits, 0);
     }
 }
 

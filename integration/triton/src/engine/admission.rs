@@ -93,7 +93,10 @@ impl<D: Decoder> Engine<D> {
             cancelled,
             reshaped: penalties || !bad.is_empty(),
             bad,
-            fill: sampling.drex_fill.unwrap_or(self.settings.fill),
+            fill: match sampling.drex_lossless {
+                true => DREX_FILL_VERIFY,
+                false => sampling.drex_fill.unwrap_or(self.settings.fill),
+            },
             sampler,
             text: Text::new(&sampling.stop, sampling.include_stop),
             sampling,
@@ -126,6 +129,7 @@ impl<D: Decoder> Engine<D> {
         let threshold = if slot.reshaped { 2.0 } else { f32::NAN };
         config.threshold = sampling.drex_threshold.unwrap_or(threshold);
         config.fill = sampling.drex_fill.unwrap_or(DREX_FILL_DEFAULT);
+        config.quality = f64::from(u8::from(sampling.drex_lossless));
         config.token_deadline_ns = nanoseconds(sampling.drex_deadline_ms.into());
         config.priority = sampling.drex_priority;
         let deadline = if sampling.drex_request_deadline_ms > 0.0 {

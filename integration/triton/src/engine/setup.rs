@@ -46,6 +46,7 @@ impl<D: Decoder> Engine<D> {
         config.max_batch = max_batch;
         config.max_pass_rows = settings.batch;
         config.fill = settings.fill;
+        config.quality = f64::from(u8::from(settings.learns));
         config.device = DREX_DEVICE_HOST;
         if device.cuda {
             config.device = DREX_DEVICE_CUDA;

@@ -12,14 +12,15 @@ use crate::triton::error::Failure;
 impl<D: Decoder> Engine<D> {
     /// Gives out what the full model says, row by row, up to the first draft that it does not confirm. Each token is
     /// chosen as if the one before it had just been decoded, so that sampled requests are lossless too. What ended is
-    /// put into `given`.
+    /// put into `given`. Returns the tokens of rows that are no drafts, -1 for others.
     pub(super) fn verify(
         &mut self,
         step: &Step,
         given: &mut Vec<(usize, Emitted)>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Vec<i32>, Failure> {
         let n = step.n_decode();
         let mut agrees = vec![0; n];
+        let mut chosen = vec![-1; n];
         let mut any = false;
         let mut first = 0;
         while first < n {
@@ -46,9 +47,13 @@ impl<D: Decoder> Engine<D> {
                 if last {
                     given.push((at, how));
                 }
-                let Some(slot) = self.slots[at].as_mut().filter(|_| draft) else {
+                let Some(slot) = &mut self.slots[at] else {
                     break;
                 };
+                if !draft {
+                    chosen[row] = slot.next;
+                    break;
+                }
                 let same = slot.next == drafts[row - begin];
                 agrees[row] = u8::from(same) * (1 + u8::from(last));
                 any = true;
@@ -79,6 +84,6 @@ impl<D: Decoder> Engine<D> {
                 ))?
             };
         }
-        Ok(())
+        Ok(chosen)
     }
 }

@@ -244,9 +244,10 @@ impl<D: Decoder> Engine<D> {
         self.window_ns += end - start;
         // Nothing is removed from drex before the step is complete: the last tokens are to be counted.
         let mut given = Vec::new();
-        if !ramp {
-            self.verify(step, &mut given)?;
-        }
+        let chosen = match ramp {
+            true => Vec::new(),
+            false => self.verify(step, &mut given)?,
+        };
         for i in 0..n {
             let at = step.slots[i];
             let Some(slot) = &mut self.slots[at] else {
@@ -287,7 +288,10 @@ impl<D: Decoder> Engine<D> {
             done.duration_ns = end - start;
         }
         done.n_kv = step.rows[..n].iter().map(|r| r.position as u64 + 1).sum();
-        // SAFETY: a step is planned, and its ramp was called.
+        if !ramp {
+            done.tokens = chosen.as_ptr();
+        }
+        // SAFETY: a step is planned, and its ramp was called; there is a token for each row.
         unsafe { check(drex_complete(self.drex, &done))? };
         for (at, how) in given {
             self.end(at, how);
