@@ -278,10 +278,16 @@ fn metrics_say_what_stats_say() {
             ("drex_searches_total", s.searches),
             ("drex_rule_hold_rows", s.rule_hold_rows.into()),
             ("drex_rule_ready_rows", s.rule_ready_rows.into()),
+            ("drex_rule_drafts", s.rule_drafts.into()),
             ("drex_held_seconds_count", s.wait_us_buckets.iter().sum()),
         ] {
             check(name, number as f64);
         }
+        // As the shortest text of an f32.
+        check(
+            "drex_rule_survival",
+            s.rule_survival.to_string().parse().unwrap(),
+        );
         check("drex_held_seconds_sum", s.wait_us_sum as f64 / 1e6);
         let [chosen, off] = ["chosen", "off"]
             .map(|rule| format!("drex_predicted_tokens_per_second{{rule=\"{rule}\"}}"));

@@ -205,10 +205,7 @@ pub unsafe extern "C" fn drex_stats_get(
             prompt_rows: c.prompt_rows,
             prompt_steps: c.prompt_steps,
             rule_survival: row_rule.survival,
-            rule_drafts: match row_rule.drafts {
-                u32::MAX => 0,
-                n => n,
-            },
+            rule_drafts: row_rule.most_drafts(),
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &stats) };

@@ -308,6 +308,20 @@ fn rule(t: &mut Text, e: &Scheduler) {
         "Policy auto: ready rows below which held rows are flushed.",
         row_rule.map(|m| m.ready_rows.into()),
     );
+    t.family(
+        "drex_rule_survival",
+        GAUGE,
+        "Quality lossless: chance to stand, with all before it, from which a draft is made.",
+    );
+    if let Some(m) = row_rule {
+        t.sample("drex_rule_survival", "", &m.survival.to_string());
+    }
+    t.one(
+        "drex_rule_drafts",
+        GAUGE,
+        "Quality lossless: most drafts of a request; 0: no bound but the most pending rows.",
+        row_rule.map(|m| m.most_drafts().into()),
+    );
     let known = follows && auto.searches() > 0;
     let (chosen, off) = auto.predicted();
     let rate = |per_ns: f64| known.then_some(per_ns * 1e9).filter(|r| r.is_finite());

@@ -116,6 +116,8 @@ fn record(suite: &Suite) -> Result<()> {
     for name in [
         "drex_rule_hold_rows",
         "drex_rule_ready_rows",
+        "drex_rule_survival",
+        "drex_rule_drafts",
         "drex_searches_total",
         "drex_exit_share",
     ] {

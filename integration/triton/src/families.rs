@@ -133,6 +133,12 @@ families! {
         |s, _| searched(s, s.stats.rule_hold_rows.into());
     GAUGE "drex_rule_ready_rows" One "Policy auto: ready rows below which held rows are flushed",
         |s, _| searched(s, s.stats.rule_ready_rows.into());
+    GAUGE "drex_rule_survival" One
+        "Quality lossless: chance to stand, with all before it, from which a draft is made",
+        |s, _| searched(s, s.stats.rule_survival.into());
+    GAUGE "drex_rule_drafts" One
+        "Quality lossless: most drafts of a request; 0: no bound but max_pending",
+        |s, _| searched(s, s.stats.rule_drafts.into());
     COUNTER "drex_searches_total" One "Policy auto: searches for a better rule",
         |s, _| s.stats.searches as f64;
     GAUGE "drex_predicted_tokens_per_second" Rules "Policy auto: speed that the last search predicted",

@@ -69,6 +69,14 @@ pub struct RowRule {
 }
 
 impl RowRule {
+    /// [`RowRule::drafts`]; 0: no bound.
+    pub fn most_drafts(&self) -> u32 {
+        match self.drafts {
+            u32::MAX => 0,
+            n => n,
+        }
+    }
+
     /// `decoding`: requests alive that have had a token to run. `rule` is
     /// what `auto` follows.
     pub fn new(config: &Config, decoding: usize, rule: Rule) -> Self {

@@ -320,6 +320,7 @@ mod tests {
             gap_ns: 0.0,
             start: None,
             filling: Filling::COPY,
+            quality: drex::core::config::Quality::Given,
         };
         let contenders = Policy::ALL.map(|p| Contender::parse(p.name()).unwrap());
         let all: Vec<Report> = contenders.iter().map(|c| run(&setup, c).unwrap()).collect();
