@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use drex_build::{cache, models};
 use drex_harness::exits::own;
 use serde_json::{Value, json};
 
@@ -19,7 +20,7 @@ use super::{
     Build, EXACT, Suite, Test, bad_input::refused, exact::builds, exits, generate, greedy, program,
     prompt,
 };
-use crate::{gguf, load::Generation, process, server::Server};
+use crate::{client::Client, gguf, load::Generation, process, server::Server};
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
@@ -45,6 +46,12 @@ pub const TESTS: fn() -> Vec<Test> = || {
             lossless,
         )
         .exact(),
+        Test::new(
+            "exact: lossless: 200 chats with SmolLM2's fitted exits equal unpatched",
+            chats,
+        )
+        .exact()
+        .long(),
     ]
 };
 
@@ -403,6 +410,89 @@ fn lossless(suite: &Suite) -> Result<()> {
     println!(
         "        {} requests compared with the unpatched server's, all equal; {accepted} of {drafts} drafts accepted",
         2 * requests.len()
+    );
+    Ok(())
+}
+
+/// How the questions of the demo's chat are asked, so that there are five of each.
+const WAYS: [&str; 5] = [
+    "",
+    " Answer in one sentence.",
+    " Explain it to a child.",
+    " Give me a list.",
+    " Please be precise.",
+];
+
+/// So many requests are served by one server, each in a slot of its own.
+const PART: usize = 50;
+
+/// Greedy ones and ones with a seed, ended by the model.
+fn chat_requests(client: Client, questions: &[String]) -> Result<Vec<Value>> {
+    let mut requests = Vec::new();
+    for (i, question) in questions.iter().enumerate() {
+        let body = json!({"messages": [{"role": "user", "content": question}]});
+        let answer = client.post("/apply-template", &body)?.ok()?.json()?;
+        let mut request = greedy(answer["prompt"].as_str().context("no prompt")?, 32);
+        request["ignore_eos"] = json!(false);
+        if i % 2 == 1 {
+            request["temperature"] = json!(0.8);
+            request["seed"] = json!(i);
+        }
+        requests.push(request);
+    }
+    Ok(requests)
+}
+
+fn chats(suite: &Suite) -> Result<()> {
+    let (reference, patched) = builds(suite)?;
+    let model = models::smollm2(&suite.cache)?;
+    let (model, exits) = (
+        model.to_string_lossy(),
+        cache::repo().join("demo/smollm2.exits.gguf"),
+    );
+    let text = fs::read_to_string(cache::repo().join("demo/chat.txt"))?;
+    let questions: Vec<String> = WAYS
+        .iter()
+        .flat_map(|way| text.lines().map(move |line| format!("{line}{way}")))
+        .collect();
+    ensure!(questions.len() == 200, "{} questions", questions.len());
+    let (mut tokens, mut drafts, mut accepted) = (0, 0.0, 0.0);
+    for part in questions.chunks(PART) {
+        let flags = [EXACT, &["-m", &model]].concat();
+        let server = suite.start(reference, part.len(), &flags)?;
+        let requests = chat_requests(server.client, part)?;
+        let expected = generate(server.client, &requests, 8)?;
+        drop(server);
+        let verify = ["--drex-policy", "hold", "--drex-fill", "verify"];
+        let server = start(
+            suite,
+            patched,
+            part.len(),
+            &exits,
+            &[&flags[..], &verify, &["--drex-threshold", "0.5"]].concat(),
+        )?;
+        let got = generate(server.client, &requests, 8)?;
+        for ((got, expected), question) in got.iter().zip(&expected).zip(part) {
+            ensure!(
+                got.tokens == expected.tokens && got.text == expected.text,
+                "{question}\n  {:?}\n  {:?}",
+                expected.text,
+                got.text
+            );
+            tokens += got.tokens.len();
+        }
+        let metrics = server.client.metrics()?;
+        drafts += metrics.get("drex_drafts_total").unwrap_or(0.0);
+        accepted += metrics.get("drex_drafts_accepted_total").unwrap_or(0.0);
+    }
+    ensure!(
+        accepted > 300.0 && accepted < drafts,
+        "{accepted} of {drafts} drafts accepted: too few to test anything"
+    );
+    println!(
+        "        {} chats ({tokens} tokens) compared with the unpatched server's, all equal; {accepted} of {drafts} drafts \
+         accepted",
+        questions.len()
     );
     Ok(())
 }

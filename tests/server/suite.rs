@@ -69,7 +69,8 @@ struct Options {
     /// Leave out the builds whose results do not depend on the batch size
     #[arg(long)]
     quick: bool,
-    /// Every combination of thresholds, policies and numbers in flight, where each is otherwise tried once
+    /// Every combination of thresholds, policies and numbers in flight, where each is otherwise tried once; and tests that
+    /// have a long form only
     #[arg(long)]
     long: bool,
     #[command(flatten)]
@@ -84,7 +85,7 @@ fn main() -> ExitCode {
 fn tests(options: &Options, run: &mut Run) {
     let all: Vec<Test> = all()
         .into_iter()
-        .filter(|test| !(options.quick && test.exact))
+        .filter(|test| !(options.quick && test.exact) && (options.long || !test.long))
         .collect();
     let exact = all
         .iter()
@@ -108,6 +109,7 @@ pub struct Suite {
     pub exact: Option<(Build, Build)>,
     /// The bundled model.
     pub model: PathBuf,
+    pub cache: Cache,
     /// Every combination is tried.
     pub long: bool,
     /// The machine is nobody else's meanwhile.
@@ -119,6 +121,8 @@ pub struct Test {
     pub run: fn(&Suite) -> Result<()>,
     /// Needs the exact builds; left out with `--quick`.
     pub exact: bool,
+    /// Has a long form only: left out without `--long`.
+    pub long: bool,
 }
 
 impl Test {
@@ -127,6 +131,7 @@ impl Test {
             name,
             run,
             exact: false,
+            long: false,
         }
     }
 
@@ -135,6 +140,10 @@ impl Test {
             exact: true,
             ..self
         }
+    }
+
+    pub const fn long(self) -> Test {
+        Test { long: true, ..self }
     }
 }
 
@@ -192,6 +201,7 @@ impl Suite {
             model: cache::bundled_model()?,
             long: options.long,
             _machine: cache.lock_machine()?,
+            cache,
         })
     }
 

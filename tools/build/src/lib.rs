@@ -9,6 +9,7 @@ pub mod fetch;
 pub mod install;
 pub mod kernels;
 pub mod llama;
+pub mod models;
 pub mod patches;
 pub mod process;
 pub mod python;

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! `cargo xtask demo`: the exit policies against each other, on the bundled model.
+//! `cargo xtask demo`: the exit policies against each other, on the bundled model or a public one.
 //!
 //! The client talks to the native `/completion` endpoint, not to `/v1/completions`: only the former can return token
 //! ids in its stream (`return_tokens`), and agreement with the full model is counted over ids. Both run the same code in
 //! the server.
 
 mod cells;
+mod chat;
 mod measure;
 mod options;
 mod plot;
 mod report;
+mod subject;
 
 use std::{
     fs,
@@ -27,21 +29,27 @@ use drex_build::{
 };
 use drex_harness::{machine, race};
 
-use measure::{Prompts, Samples, measure, score_all, stock};
+use measure::{Key, Samples, Task, compare, measure, score_all, stock};
 use options::{LAYOUTS, Load, Options, REFERENCE, base, contenders, verifies};
 use report::Report;
-
-/// Rounds end here even if some are still to come: the whole demo should take about four minutes.
-const BUDGET: Duration = Duration::from_secs(180);
+use subject::Subject;
 
 fn main() -> ExitCode {
     process::main(|| run(&Options::parse()))
 }
 
+/// What is served again by the exact builds: everything, or under the one load that is repeated what verifies and what it is
+/// compared with.
+fn repeated(options: &Options, load: Option<&Load>, samples: &Samples) -> Vec<Key> {
+    let wanted = |(policy, of): &&Key| {
+        load.is_none_or(|load| of == load && (policy == REFERENCE || verifies(options, policy)))
+    };
+    samples.keys().filter(wanted).cloned().collect()
+}
+
 fn run(options: &Options) -> Result<()> {
     options::check(options)?;
     let out = cache::out_dir(&options.out)?;
-    let prompts = Prompts::read()?;
     let loads: Vec<Load> = options
         .traffic
         .iter()
@@ -52,8 +60,8 @@ fn run(options: &Options) -> Result<()> {
             })
         })
         .collect();
-    let model = cache::bundled_model()?;
     let cache = Cache::open()?;
+    let subject = Subject::of(&cache, &options.model)?;
     let llama = Llama::open(&cache, options.source.llama_src.as_deref())?;
     let patched = options.policies.iter().any(|p| base(p) != REFERENCE);
     // Lossless or not is a question for builds whose results do not depend on who shares a batch: the others disagree with
@@ -75,6 +83,16 @@ fn run(options: &Options) -> Result<()> {
     let _machine = cache.lock_machine()?;
     machine::warn_if_busy();
     let start = Instant::now();
+    let chat = match (&subject.exits, runtimes.get(1)) {
+        (Some(exits), Some(runtime)) => {
+            let mut progress = process::Progress::new("a chat through OpenAI's client");
+            progress.update("");
+            let chat = chat::chat(&cache, runtime, options, &subject.model, exits)?;
+            progress.finish("done");
+            Some(chat)
+        }
+        _ => None,
+    };
     let mut samples = Samples::new();
     let contenders = contenders(options);
     let rounds = options.rounds.unwrap_or(3);
@@ -87,7 +105,7 @@ fn run(options: &Options) -> Result<()> {
         } else {
             Duration::ZERO
         };
-        if options.rounds.is_none() && so_far + next > BUDGET {
+        if options.rounds.is_none() && so_far + next > subject.budget {
             break;
         }
         for load in &loads {
@@ -104,7 +122,8 @@ fn run(options: &Options) -> Result<()> {
                     round + 1
                 ));
                 let runtime = &runtimes[usize::from(base(policy) != REFERENCE)];
-                let sample = measure(runtime, options, policy, load, &model, &prompts, false)
+                let task = Task::usual(options, load, &subject);
+                let sample = measure(runtime, options, policy, load, &subject, task)
                     .with_context(|| format!("policy {policy}, {load}"))?;
                 samples
                     .entry((policy.clone(), load.clone()))
@@ -117,13 +136,15 @@ fn run(options: &Options) -> Result<()> {
     progress.finish("done");
 
     let mut apart = Samples::new();
+    let one = subject.repeat.map(|_| &loads[loads.len() / 2]);
     if exact {
         let mut progress =
             process::Progress::new("repeating in builds that do not depend on the batch");
-        for (policy, load) in samples.keys() {
+        for (policy, load) in &repeated(options, one, &samples) {
             progress.update(&format!("{policy}, {load}"));
             let runtime = &runtimes[if base(policy) == REFERENCE { 2 } else { 3 }];
-            let sample = measure(runtime, options, policy, load, &model, &prompts, true)
+            let task = Task::exact(options, load, &subject);
+            let sample = measure(runtime, options, policy, load, &subject, task)
                 .with_context(|| format!("policy {policy}, {load}"))?;
             apart.insert((policy.clone(), load.clone()), vec![sample]);
         }
@@ -139,7 +160,7 @@ fn run(options: &Options) -> Result<()> {
     progress.update("");
     let scores = score_all(
         &scorer,
-        &model,
+        &subject.model,
         options.threads,
         if exact { &apart } else { &samples },
         exact,
@@ -148,17 +169,25 @@ fn run(options: &Options) -> Result<()> {
 
     let report = Report {
         cells: cells::cells(options, &contenders, &loads, &samples, &scores),
-        model: model
+        model: subject
+            .model
             .file_name()
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned(),
+        model_is: subject.is,
+        short_is: subject.short_is,
+        chat,
         machine: machine::name(),
         threshold: options.threshold,
+        fill: options.fill.clone(),
         rounds: done,
         tokens_per_request: options.tokens,
         threads: options.threads,
-        exact,
+        repeat: one
+            .filter(|_| exact)
+            .map(|load| Task::exact(options, load, &subject).of(load)),
+        compared: exact.then(|| compare(options, &apart)),
         seconds: start.elapsed().as_secs_f64(),
     };
     let json = report.json();

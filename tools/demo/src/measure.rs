@@ -4,44 +4,52 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::Path,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
-use drex_build::{
-    cache,
-    llama::{EXACT_ARGS, Runtime},
-};
+use anyhow::{Context, Result};
+use drex_build::llama::{EXACT_ARGS, Runtime};
 use drex_harness::{
     load,
-    score::{Score, Scorer},
+    score::{Score, Scorer, Stream},
     server::Server,
     stats::{median, quantile},
     traffic::{self, Text},
 };
+use serde::Serialize;
 
-use crate::options::{LAYOUTS, Load, OFF, Options, REFERENCE, SHORT, fill, length, lengths, parts};
+use crate::{
+    options::{
+        LAYOUTS, Load, OFF, Options, REFERENCE, SHORT, fill, length, lengths, parts, verifies,
+    },
+    subject::Subject,
+};
 
-/// A measurement takes two seconds on a quiet machine. On a busy one the server's threads wait for each other across
-/// time slices and it can be a hundred times that: then less is measured, and the report says so.
-const LIMITS: load::Limits = load::Limits {
-    silence: Duration::from_secs(60),
-    send: Duration::from_secs(6),
-    total: Duration::from_secs(14),
+/// A measurement takes two seconds on a quiet machine, and some ten with the chat model. On a busy one the server's threads
+/// wait for each other across time slices and it can be a hundred times that: then less is measured, and the report says so.
+pub const LIMITS: load::Limits = limits(6, 14);
+pub const CHAT_LIMITS: load::Limits = limits(20, 45);
+
+const fn limits(send: u64, total: u64) -> load::Limits {
+    load::Limits {
+        silence: Duration::from_secs(60),
+        send: Duration::from_secs(send),
+        total: Duration::from_secs(total),
+    }
+}
+
+/// Of the exact builds, which take as long as they take.
+const PATIENCE: load::Limits = load::Limits {
+    silence: Duration::from_secs(300),
+    send: Duration::MAX,
+    total: Duration::MAX,
 };
 
 /// A policy under a load.
 pub type Key = (String, Load);
 
 pub type Samples = BTreeMap<Key, Vec<Sample>>;
-
-/// The prompts of both kinds of traffic.
-pub struct Prompts {
-    short: Vec<String>,
-    corpus: String,
-}
 
 /// One measurement: one policy under one load in one round.
 pub struct Sample {
@@ -60,8 +68,62 @@ pub struct Sample {
     pub held_ms: f64,
     pub flushes: BTreeMap<String, u64>,
     pub client_cpu: f64,
-    /// Prompts and outputs, for scoring.
-    pub streams: Vec<(Vec<i64>, Vec<i64>)>,
+    /// Drafts of exits that the full model judged, and those that it took.
+    pub drafts: (u64, u64),
+    /// Prompts and outputs by request, for scoring.
+    pub streams: BTreeMap<usize, Stream>,
+}
+
+/// A part of a load, for builds that are slow.
+#[derive(Clone, Copy)]
+pub struct Repeat {
+    pub requests: usize,
+    /// As `Options::tokens`.
+    pub tokens: u32,
+}
+
+/// How much a server is asked, and which build it is.
+#[derive(Clone, Copy)]
+pub struct Task {
+    requests: usize,
+    tokens: u32,
+    limits: load::Limits,
+    /// The build's results do not depend on who shares a batch.
+    exact: bool,
+}
+
+impl Task {
+    pub fn usual(options: &Options, load: &Load, subject: &Subject) -> Task {
+        Task {
+            requests: requests(load).min(subject.most(load.concurrency.into())),
+            tokens: options.tokens,
+            limits: subject.limits,
+            exact: false,
+        }
+    }
+
+    pub fn exact(options: &Options, load: &Load, subject: &Subject) -> Task {
+        let mut task = Task::usual(options, load, subject);
+        task.exact = true;
+        if let Some(repeat) = subject.repeat {
+            task.requests = repeat.requests.max(load.concurrency.into());
+            task.tokens = repeat.tokens.min(options.tokens);
+            task.limits = PATIENCE;
+        }
+        task
+    }
+
+    /// In words.
+    pub fn of(self, load: &Load) -> String {
+        let requests = self.requests;
+        match load.traffic.as_str() {
+            SHORT => format!(
+                "{requests} requests for {} tokens on average, {load}",
+                self.tokens
+            ),
+            _ => format!("{requests} requests, {load}"),
+        }
+    }
 }
 
 /// The layout that made more tokens/s under a load, and how much more in its worst round than the other in its best one.
@@ -82,32 +144,6 @@ pub fn stock(samples: &Samples, load: &Load) -> (&'static str, f64) {
     (fast.0, worst / best)
 }
 
-impl Prompts {
-    pub fn read() -> Result<Prompts> {
-        Ok(Prompts {
-            short: prompts()?,
-            corpus: fs::read_to_string(cache::repo().join("demo/corpus.txt"))
-                .context("cannot read demo/corpus.txt")?,
-        })
-    }
-}
-
-/// One per line, with `\n` for a line's end in the prompt.
-fn prompts() -> Result<Vec<String>> {
-    let path = cache::repo().join("demo/prompts.txt");
-    let text =
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let prompts: Vec<_> = text
-        .lines()
-        .filter(|line| !line.is_empty())
-        .map(|line| line.replace("\\n", "\n"))
-        .collect();
-    if prompts.is_empty() {
-        bail!("{} is empty", path.display());
-    }
-    Ok(prompts)
-}
-
 /// Enough for a steady state, and about the same time for each.
 fn requests(load: &Load) -> usize {
     let c = usize::from(load.concurrency);
@@ -125,11 +161,11 @@ fn server_args(
     options: &Options,
     policy: &str,
     slots: usize,
-    model: &Path,
+    subject: &Subject,
     ctx: usize,
     exact: bool,
 ) -> Vec<String> {
-    let mut args: Vec<String> = vec!["-m".into(), model.display().to_string()];
+    let mut args: Vec<String> = vec!["-m".into(), subject.model.display().to_string()];
     let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
     add("-np", slots.to_string());
     add("-c", ctx.to_string());
@@ -152,6 +188,9 @@ fn server_args(
             add("--drex-threshold", options.threshold.to_string());
             add("--drex-metric", "gap".into());
             add("--drex-fill", fill(options, policy).into());
+            if let Some(exits) = &subject.exits {
+                add("--drex-exits", exits.display().to_string());
+            }
             if options.exit_layers != "model" {
                 add("--drex-exit-layers", options.exit_layers.clone());
             }
@@ -169,30 +208,30 @@ pub fn measure(
     options: &Options,
     policy: &str,
     load: &Load,
-    model: &Path,
-    prompts: &Prompts,
-    exact: bool,
+    subject: &Subject,
+    task: Task,
 ) -> Result<Sample> {
     // Exact, no slot serves twice: a KV cell that is used again changes the order of summation.
-    let slots = match exact {
-        true => usize::from(load.concurrency) + requests(load),
+    let slots = match task.exact {
+        true => usize::from(load.concurrency) + task.requests,
         false => load.concurrency.into(),
     };
     // Each request gets a prompt and an output; the room that is left over costs nothing, since only used cells are
     // attended to.
     let room = match lengths(&load.traffic)? {
         Some(lengths) => lengths.longest().next_multiple_of(256),
-        None => options.tokens as usize * 3 / 2 + 128,
+        None => task.tokens as usize * 3 / 2 + 128,
     };
     let ctx = (slots * room).max(512).next_multiple_of(256);
     let server = Server::start(
         runtime,
-        server_args(options, policy, slots, model, ctx, exact),
+        server_args(options, policy, slots, subject, ctx, task.exact),
     )?;
-    let result = drive(&server, options, load, prompts);
+    let result = drive(&server, load, subject, task);
     match result {
         Ok(sample) => {
-            server.stop(Duration::from_secs(10))?;
+            // On a busy machine it ends when its last step has.
+            server.stop(Duration::from_secs(60))?;
             Ok(sample)
         }
         Err(error) => {
@@ -202,35 +241,35 @@ pub fn measure(
     }
 }
 
-fn drive(server: &Server, options: &Options, load: &Load, prompts: &Prompts) -> Result<Sample> {
+fn drive(server: &Server, load: &Load, subject: &Subject, task: Task) -> Result<Sample> {
     let client = server.client;
     // Each request pays for its own prompt, whichever slot it comes to.
     let body = |prompt: &[i64], tokens: usize| traffic::body(prompt, tokens, false);
     let in_flight = usize::from(load.concurrency);
-    let total = requests(load);
+    let total = task.requests;
     let jobs: Vec<(Vec<i64>, usize)> = match lengths(&load.traffic)? {
         None => {
-            let ids = prompts
+            let ids = subject
                 .short
                 .iter()
-                .map(|text| client.tokenize(text))
+                .map(|text| subject.tokens(client, text))
                 .collect::<Result<Vec<_>>>()?;
             (0..total)
-                .map(|i| (ids[i % ids.len()].clone(), length(options, i) as usize))
+                .map(|i| (ids[i % ids.len()].clone(), length(task.tokens, i) as usize))
                 .collect()
         }
         Some(lengths) => {
-            Text::of(client, &prompts.corpus).map(|text| lengths.requests(&text, 0, total))?
+            Text::of(client, &subject.corpus).map(|text| lengths.requests(&text, 0, total))?
         }
     };
     let warm_up: Vec<_> = (0..in_flight)
         .map(|i| body(&jobs[i % jobs.len()].0, 8))
         .collect();
-    load::closed_loop(client.addr, "/completion", &warm_up, in_flight, LIMITS)?;
+    load::closed_loop(client.addr, "/completion", &warm_up, in_flight, task.limits)?;
 
     let before = client.metrics().unwrap_or_default();
     let bodies: Vec<_> = jobs.iter().map(|(prompt, n)| body(prompt, *n)).collect();
-    let outcome = load::closed_loop(client.addr, "/completion", &bodies, in_flight, LIMITS)?;
+    let outcome = load::closed_loop(client.addr, "/completion", &bodies, in_flight, task.limits)?;
     let after = client.metrics().unwrap_or_default();
 
     let mut sample = Sample {
@@ -246,7 +285,8 @@ fn drive(server: &Server, options: &Options, load: &Load, prompts: &Prompts) -> 
         held_ms: 0.0,
         flushes: BTreeMap::new(),
         client_cpu: outcome.client_cpu,
-        streams: Vec::new(),
+        drafts: (0, 0),
+        streams: BTreeMap::new(),
     };
     // Ramps are numbered in responses; the metrics know after which layers they are.
     let mut layers: Vec<(u32, u32)> = after
@@ -289,10 +329,11 @@ fn drive(server: &Server, options: &Options, load: &Load, prompts: &Prompts) -> 
         sample.involuntary_exits += timings["drex_involuntary_exits"].as_u64().unwrap_or(0);
         sample.involuntary_stays += timings["drex_involuntary_stays"].as_u64().unwrap_or(0);
         sample.held_ms += timings["drex_held_ms"].as_f64().unwrap_or(0.0);
+        sample.drafts.0 += timings["drex_drafts"].as_u64().unwrap_or(0);
+        sample.drafts.1 += timings["drex_drafts_accepted"].as_u64().unwrap_or(0);
         if generation.tokens.len() as u64 == predicted {
-            sample
-                .streams
-                .push((jobs[finished.job].0.clone(), generation.tokens));
+            let stream = (jobs[finished.job].0.clone(), generation.tokens);
+            sample.streams.insert(finished.job, stream);
         }
     }
     for cut in &outcome.cut {
@@ -322,6 +363,49 @@ fn gaps_ms(times: &[Instant]) -> impl Iterator<Item = f64> {
         .map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3)
 }
 
+/// Answers of exact builds that are to be the unpatched server's, beside those.
+#[derive(Clone, Default, Debug, PartialEq, Eq, Serialize)]
+pub struct Compared {
+    pub policies: Vec<String>,
+    pub answers: u64,
+    /// Those that are the same from the first token to the last.
+    pub equal: u64,
+    /// Of all these answers.
+    pub tokens: u64,
+    /// Of exits, judged by the full model, and those that it took.
+    pub drafts: u64,
+    pub drafts_accepted: u64,
+}
+
+/// What policies that verify said in the exact builds, beside what the unpatched server said.
+pub fn compare(options: &Options, samples: &Samples) -> Compared {
+    let mut all = Compared::default();
+    for ((policy, load), list) in samples {
+        let stock = samples.get(&(REFERENCE.to_owned(), load.clone()));
+        let (true, Some(ours), Some(theirs)) = (
+            verifies(options, policy),
+            list.first(),
+            stock.and_then(|list| list.first()),
+        ) else {
+            continue;
+        };
+        if !all.policies.contains(policy) {
+            all.policies.push(policy.clone());
+        }
+        for (job, stream) in &ours.streams {
+            let Some(expected) = theirs.streams.get(job) else {
+                continue;
+            };
+            all.answers += 1;
+            all.equal += u64::from(stream == expected);
+            all.tokens += stream.1.len() as u64;
+        }
+        all.drafts += ours.drafts.0;
+        all.drafts_accepted += ours.drafts.1;
+    }
+    all
+}
+
 pub type Scores = BTreeMap<Key, Vec<Score>>;
 
 /// So many streams of long prompts are scored for each cell: most of the time goes into their prompts.
@@ -341,9 +425,8 @@ pub fn score_all(
         } else {
             SCORED
         };
-        let mut streams = list.first().map(|s| s.streams.clone()).unwrap_or_default();
-        streams.truncate(most);
-        streams
+        let streams = list.first().into_iter().flat_map(|s| s.streams.values());
+        streams.take(most).cloned().collect::<Vec<Stream>>()
     };
     let counts: Vec<usize> = samples.iter().map(|cell| first(cell).len()).collect();
     let streams: Vec<_> = samples.iter().flat_map(first).collect();
@@ -357,15 +440,4 @@ pub fn score_all(
     let mut scores = scorer.scores(&streams)?.into_iter();
     let take = |(key, n): (&Key, usize)| (key.clone(), scores.by_ref().take(n).collect());
     Ok(samples.keys().zip(counts).map(take).collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_bundled_prompts_are_there() -> Result<()> {
-        assert_eq!(prompts()?.len(), 40);
-        Ok(())
-    }
 }

@@ -12,6 +12,9 @@ use drex_harness::{
     traffic::{Lengths, Traffic},
 };
 
+pub const BUNDLED: &str = "bundled";
+pub const SMOLLM2: &str = "smollm2";
+
 /// The unpatched server, as one more policy.
 pub const REFERENCE: &str = "reference";
 
@@ -22,37 +25,47 @@ pub const LAYOUTS: [&str; 2] = [REFERENCE, "reference+unified"];
 /// The patched server without early exit.
 pub const OFF: &str = "off";
 
-/// The traffic of the short prompts in `demo/prompts.txt`.
+/// The traffic of the short prompts in `demo/prompts.txt` and `demo/chat.txt`.
 pub const SHORT: &str = "short";
 
-/// Compare the exit policies on the bundled model and write a report
+/// Compare the exit policies on a model and write a report
 #[derive(Parser)]
 #[command(name = "cargo xtask demo", bin_name = "cargo xtask demo")]
 pub struct Options {
+    /// `bundled`: a toy that was trained for early exit; `smollm2`: a chat model that was not, with exits that `cargo xtask
+    /// tune` fitted to it, fetched on first use (93 MB), with --fill verify --policies off,hold,auto,reference+ngram-simple
+    /// --traffic short --tokens 64 --exit-layers model where nothing else is said
+    #[arg(long, default_value = BUNDLED, value_parser = [BUNDLED, SMOLLM2])]
+    pub model: String,
     /// Print only the results, as one line of JSON
     #[arg(long)]
     pub json: bool,
-    /// How the skipped layers' K/V of an exited token is filled
-    #[arg(long, default_value = "copy", value_parser = ["copy", "propagate", "postfill", "verify"])]
+    /// How the skipped layers' K/V of an exited token is filled [default: copy]
+    #[arg(long, default_value = "copy", default_value_if("model", SMOLLM2, "verify"), hide_default_value = true, value_parser = ["copy", "propagate", "postfill", "verify"])]
     pub fill: String,
     /// Policies to compare with the unpatched server, which is always measured in both layouts of its cache. `hold+verify` is
     /// a policy with a fill of its own, `reference+ngram-simple` the unpatched server with a speculation type that needs no
     /// second model
     #[arg(long, value_delimiter = ',', default_value = "off,eager,art,hold,auto")]
+    #[arg(default_value_if("model", SMOLLM2, "off,hold,auto,reference+ngram-simple"))]
     pub policies: Vec<String>,
-    /// `short`: prompts of a dozen tokens; PROMPT/ANSWER: tokens of each on average
+    /// `short`: prompts of a dozen tokens, or questions of a chat; PROMPT/ANSWER: tokens of each on average
     #[arg(long, value_delimiter = ',', default_value = "short,300/64")]
+    #[arg(default_value_if("model", SMOLLM2, SHORT))]
     pub traffic: Vec<String>,
     /// Requests in flight
     #[arg(long, value_delimiter = ',', default_value = "1,4,16", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub concurrency: Vec<u16>,
     /// Tokens to generate per `short` request on average; requests ask for half to one and a half times as many
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..=250))]
+    #[arg(default_value_if("model", SMOLLM2, "64"))]
     pub tokens: u32,
-    /// Layers after which a row may exit, separated by commas, or `model` for those of its metadata
+    /// Layers after which a row may exit, separated by commas, or `model` for those of its metadata or its file of exits
     #[arg(long, value_name = "LAYERS", default_value = "8")]
+    #[arg(default_value_if("model", SMOLLM2, "model"))]
     pub exit_layers: String,
-    /// Confidence (gap between the two most likely tokens) from which a row may exit
+    /// Confidence from which a row may exit: the gap between the two most likely tokens, or where exits were fitted the chance
+    /// that the model says the same
     #[arg(long, default_value_t = 0.7)]
     pub threshold: f64,
     /// How often everything is measured; medians are reported [default: 3, fewer if they would take too long]
@@ -94,8 +107,8 @@ pub fn fill<'a>(options: &'a Options, policy: &'a str) -> &'a str {
 }
 
 /// Requests of one length would start and end together for ever, and the engine would see them all at the same age.
-pub fn length(options: &Options, i: usize) -> u32 {
-    options.tokens / 2 + options.tokens * (i as u32 * 37 % 101) / 100
+pub fn length(tokens: u32, i: usize) -> u32 {
+    tokens / 2 + tokens * (i as u32 * 37 % 101) / 100
 }
 
 /// What the servers are asked.
@@ -201,6 +214,21 @@ mod tests {
         }
         let args = "demo --policies off,hold+verify,reference+ngram-simple --exit-layers 4,8 --traffic short,300/64";
         assert!(check(&Options::parse_from(args.split(' '))).is_ok());
+    }
+
+    #[test]
+    fn a_model_brings_its_own_defaults() {
+        let of = |args: &str| Options::parse_from(args.split(' '));
+        let bundled = of("demo");
+        assert_eq!((&*bundled.fill, &*bundled.exit_layers), ("copy", "8"));
+        let chat = of("demo --model smollm2");
+        assert_eq!((&*chat.fill, &*chat.exit_layers), ("verify", "model"));
+        assert_eq!(
+            chat.policies,
+            ["off", "hold", "auto", "reference+ngram-simple"]
+        );
+        assert_eq!((&*chat.traffic, chat.tokens), (&[SHORT.to_owned()][..], 64));
+        assert_eq!(of("demo --model smollm2 --fill copy").fill, "copy");
     }
 
     #[test]

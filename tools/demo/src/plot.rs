@@ -6,7 +6,7 @@ use drex_svg::{Anchor, Axis, Picture, page};
 
 use crate::{
     cells::Cell,
-    options::{OFF, REFERENCE, base},
+    options::{LAYOUTS, OFF, REFERENCE, base},
 };
 
 /// The least and the greatest of the rounds.
@@ -76,6 +76,8 @@ pub fn brought(cells: &[&Cell]) -> String {
 pub fn class(policy: &str) -> &'static str {
     match base(policy) {
         OFF => "off",
+        // Its speculation is a contender of its own.
+        REFERENCE if !LAYOUTS.contains(&policy) => "other",
         REFERENCE => "reference",
         "eager" => "eager",
         "art" => "art",
@@ -95,7 +97,7 @@ fn levels(cells: &[&Cell]) -> Vec<u16> {
 
 /// Throughput ratio over concurrency, a line per policy. The concurrencies are spaced evenly: they are powers of two.
 pub fn ratio(cells: &[&Cell], policies: &[&str]) -> String {
-    let (width, height, left, right, top, bottom) = (860.0, 330.0, 44.0, 130.0, 14.0, 44.0);
+    let (width, height, left, right, top, bottom) = (860.0, 330.0, 44.0, 184.0, 14.0, 44.0);
     let levels = levels(cells);
     let ends = cells.iter().flat_map(|c| [spread(c).0, spread(c).1]);
     let ((low, high), step) = Axis::round(ends, (0.9, 1.1));
@@ -175,11 +177,17 @@ pub fn ratio(cells: &[&Cell], policies: &[&str]) -> String {
     page::scrolling(&out.finish())
 }
 
+/// So many digits as mean something.
+fn ms(value: f64) -> String {
+    let digits = usize::from(value < 100.0);
+    format!("{value:.digits$}")
+}
+
 /// A panel per concurrency: for each policy the median in front of the 99th percentile.
 pub fn time_between_tokens(cells: &[&Cell]) -> String {
     let panel = |level: u16| {
         let here: Vec<_> = cells.iter().filter(|c| c.concurrency == level).collect();
-        let (row, left, right) = (30.0, 4.0, 176.0);
+        let (row, left, right) = (30.0, 4.0, 150.0);
         let height = 26.0 + row * here.len() as f64;
         let most = here
             .iter()
@@ -187,7 +195,7 @@ pub fn time_between_tokens(cells: &[&Cell]) -> String {
             .fold(1e-6, f64::max);
         let x = Axis::linear((0.0, most), (left, right));
         let mut out = Picture::in_page(
-            230.0,
+            236.0,
             height,
             &format!("Time between tokens at {level} in flight"),
         );
@@ -220,7 +228,7 @@ pub fn time_between_tokens(cells: &[&Cell]) -> String {
                     "",
                     (end, top + 14.0),
                     Anchor::Start,
-                    format!("{p50:.1} / {p99:.1}"),
+                    format!("{} / {}", ms(p50), ms(p99)),
                 );
             });
         }

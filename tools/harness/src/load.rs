@@ -32,7 +32,8 @@ pub struct Outcome {
     /// What the limits cut off in the middle.
     pub cut: Vec<Finished>,
     pub start: Instant,
-    /// When a place first stayed empty because no request was left: until then the load was what it should be.
+    /// When a place first stayed empty because no request was left, or none was sent any more: until then the load was what it
+    /// should be.
     pub drain: Instant,
     /// What this process itself used of a core, as a share.
     pub client_cpu: f64,
@@ -163,6 +164,7 @@ pub fn drive(
     let mut open: Vec<Connection> = Vec::new();
     let mut finished = Vec::new();
     let mut drain = None;
+    let mut over = false;
     let mut buffer = vec![0; 1 << 16];
     let mut polls: Vec<libc::pollfd> = Vec::new();
     let mut last_news = Instant::now();
@@ -170,11 +172,14 @@ pub fn drive(
         let mut wait = POLL;
         let mut ended = false;
         loop {
-            if start.elapsed() > limits.send {
+            if over {
                 ended = true;
                 break;
             }
+            let late = start.elapsed() > limits.send;
             match source.next(start.elapsed())? {
+                // It would be sent now: while nothing would, the load is whole.
+                Next::Send(..) if late => over = true,
                 Next::Send(job, body) => open.push(connect(addr, path, job, &body)?),
                 Next::At(time) => {
                     wait = time.saturating_sub(start.elapsed()).min(POLL);
@@ -359,5 +364,41 @@ impl Finished {
             out.last = event;
         }
         Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// The load is whole until the first answer after the last moment to send.
+    #[test]
+    fn late_requests_are_not_sent_and_the_open_ones_count() -> Result<()> {
+        const TAKES: Duration = Duration::from_millis(200);
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let addr = listener.local_addr()?;
+        std::thread::spawn(move || {
+            for socket in listener.incoming() {
+                std::thread::spawn(move || -> Result<()> {
+                    let mut socket = socket?;
+                    let _ = socket.read(&mut [0; 4096])?;
+                    std::thread::sleep(TAKES);
+                    socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")?;
+                    Ok(())
+                });
+            }
+        });
+        let limits = Limits {
+            silence: Duration::from_secs(60),
+            send: TAKES / 4,
+            total: Duration::from_secs(60),
+        };
+        let bodies = vec![b"{}".to_vec(); 5];
+        let outcome = closed_loop(addr, "/", &bodies, 2, limits)?;
+        assert_eq!((outcome.finished.len(), outcome.cut.len()), (2, 0));
+        assert!(outcome.drain - outcome.start >= TAKES);
+        Ok(())
     }
 }

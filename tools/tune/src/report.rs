@@ -66,6 +66,8 @@ pub struct Report {
     pub worth: bool,
     /// In llama-server, with fill verify; empty: not measured.
     pub measured: Vec<Measured>,
+    /// The report in the file does not say where that once was.
+    #[serde(skip)]
     pub file: String,
 }
 
