@@ -439,7 +439,10 @@ fn shows_rule(suite: &Suite, browser: &mut Browser) -> Result<()> {
     browser.wait(&format!("{rule}.includes({})", json!(said)), limit)?;
     let dashed = "document.querySelectorAll('.chart path[style*=dasharray][d*=M]').length === 1";
     browser.wait(dashed, limit)?;
-    Ok(())
+    // A server that has gone is told of.
+    server.stop(limit)?;
+    let told = "document.getElementById('state').textContent.includes('does not answer')";
+    browser.wait(told, limit)
 }
 
 /// A request with a key.

@@ -92,7 +92,7 @@ fn tests(options: &Options, run: &mut Run) {
         .any(|test| test.exact && options.choice.wants(test.name));
     let tests: Vec<_> = all.iter().map(|test| (test.name, test.run)).collect();
     let build = || Suite::build(options, exact);
-    if browser::program().is_none() && run.wants(page::IN_BROWSER) {
+    if browser::program().is_none() && options.choice.wants(page::IN_BROWSER) {
         println!("no Chromium: {} was not looked at", page::IN_BROWSER);
     }
     run.tests("build llama.cpp", build, &tests);
