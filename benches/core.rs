@@ -179,6 +179,7 @@ fn replan(c: &mut Criterion) {
                 cost: e.cost(),
                 exit_rates: e.exit_rates(),
                 acceptance: e.acceptance(),
+                reliability: e.reliability(),
             };
             b.iter_batched(
                 || searching(&e, known),
