@@ -27,8 +27,14 @@ pub const TESTS: &[Test] = &[
         |bench| equal(bench, "verify", &[]),
     ),
     (
-        "64 streams equal the unpatched llama-server's, fill verify and policy auto",
-        |bench| equal(bench, "verify", &[("policy", "auto")]),
+        "64 streams equal the unpatched llama-server's, quality lossless and policy auto",
+        |bench| {
+            equal(
+                bench,
+                "verify",
+                &[("policy", "auto"), ("quality", "lossless")],
+            )
+        },
     ),
     (
         "32 streams equal llama-server's while 32 others are cancelled",
@@ -212,9 +218,17 @@ fn early_exits(server: &Triton, what: &str, tokens: usize, min: f64) -> Result<(
 pub fn equal(bench: &Bench, fill: &'static str, other: &[(&str, &str)]) -> Result<()> {
     let expected = expected(bench, fill)?;
     let server = bench.start_with(other)?;
-    let requests: Vec<_> = (0..COUNT).map(|i| request(i, fill)).collect();
-    let got = bench.stream(&server, &requests)?;
     let parameters = parameters(other);
+    let lossless = parameters.iter().any(|(name, _)| *name == "quality");
+    let mut requests: Vec<_> = (0..COUNT).map(|i| request(i, fill)).collect();
+    // Where the model's quality is lossless a request need not say so, and may.
+    for (i, request) in requests.iter_mut().enumerate().filter(|_| lossless) {
+        request["sampling"]["drex_fill"] = json!(null);
+        if i % 2 == 0 {
+            request["sampling"]["drex_quality"] = json!("lossless");
+        }
+    }
+    let got = bench.stream(&server, &requests)?;
     let given = |name: &str| parameters.iter().find(|(n, _)| *n == name);
     let policy = given("policy").map_or("auto", |(_, policy)| policy);
     let through = given("exits").map_or("", |_| ", through fitted exits");
