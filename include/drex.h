@@ -778,7 +778,8 @@ typedef struct drex_config {
   // the fill is VERIFY, whatever `fill` says, and the thresholds are learned. A
   // row exits when the chance that its draft and all its request's drafts before
   // it stand is at least what the rule of AUTO asks for (0.5 under another
-  // policy). Thresholds count only for requests that name one.
+  // policy). Thresholds count only for requests that name one, or a metric that
+  // is not the engine's.
   // Since 0.2.
   double quality;
 } drex_config;

@@ -210,3 +210,24 @@ fn what_cannot_be_is_refused() {
     assert_eq!(failed, Err(Failed(DREX_ERROR_INVALID_ARGUMENT)));
     assert_eq!(engine.stats().requests, 0);
 }
+
+/// Confidences of another metric are worth other chances: such a request has the
+/// engine's thresholds, and teaches nothing.
+#[test]
+fn another_metric_has_thresholds() {
+    let engine = Engine::new(&lossless(2, DREX_POLICY_LATENCY));
+    engine
+        .add_with(1, |c| c.metric = DREX_METRIC_ENTROPY)
+        .unwrap();
+    engine.add(2).unwrap();
+    for id in 1..=2 {
+        engine.ready(id, 1).unwrap();
+    }
+    assert_eq!(engine.plan(2, 18).unwrap().ids(), [1, 2]);
+    // Half of the probability on one token of 1001: sure by neither metric's 0.5 but
+    // likely enough to be right.
+    let verdicts = engine.ramp(&[0.56; 2]).unwrap();
+    assert!(verdicts[0].confidence < 0.5, "{}", verdicts[0].confidence);
+    let exits = verdicts.iter().map(|v| v.decision == DREX_DECISION_EXIT);
+    assert_eq!(exits.collect::<Vec<_>>(), [false, true]);
+}

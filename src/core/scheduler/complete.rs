@@ -192,7 +192,8 @@ impl Scheduler {
     fn end_of_pending(&mut self, row: StepRow, now_ns: u64) {
         let ramp = self.pending.left_at(row.slot);
         self.acceptance.observe(ramp, row.decision);
-        if matches!(row.decision, Decision::Accept | Decision::Replace) {
+        let judged = matches!(row.decision, Decision::Accept | Decision::Replace);
+        if judged && self.requests.get(row.request).metric == self.config.metric {
             let bin = self.pending.bin(row.slot);
             self.judged(row.request, ramp, bin, row.decision == Decision::Accept);
         }

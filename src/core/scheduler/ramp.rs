@@ -140,7 +140,7 @@ impl Scheduler {
             row.score = *score;
             let looked = !own.confidence.is_nan() && (own.may_exit() || r.learns);
             let bin = reliability::bin(score.confidence);
-            if looked && r.fill == Fill::Verify {
+            if looked && r.fill == Fill::Verify && r.metric == self.config.metric {
                 self.reliability.look(after, ramp, bin);
                 r.looked_at |= 1 << ramp;
                 let at = row.request as usize * self.config.n_ramps() + ramp;

@@ -29,7 +29,9 @@ impl Scheduler {
         };
         self.config.check_fill(fill)?;
         let lossless = quality == Quality::Lossless && fill == Fill::Verify;
-        let learns = lossless && request.threshold.is_none();
+        // Confidences of different metrics are worth different chances.
+        let metric = request.metric.unwrap_or(self.config.metric);
+        let learns = lossless && request.threshold.is_none() && metric == self.config.metric;
         let i = self.requests.add(request.id)?;
         let mut may_exit = 0;
         for (r, &t) in self.config.thresholds.iter().enumerate() {
@@ -38,7 +40,7 @@ impl Scheduler {
             }
         }
         let item = self.requests.get_mut(i);
-        item.metric = request.metric.unwrap_or(self.config.metric);
+        item.metric = metric;
         item.learns = learns;
         item.threshold = request.threshold;
         item.fill = fill;

@@ -33,6 +33,8 @@ const POLICIES: [&str; 9] = [
     "off", "auto", "hold", "latency", "art", "lazy", "eager", "median", "mean",
 ];
 const FILLS: [&str; 4] = ["copy", "propagate", "postfill", "verify"];
+/// In place of a fill: the quality that needs neither a fill nor a threshold.
+const LOSSLESS: &str = "lossless";
 const QUICK: [(&str, usize); 4] = [("300/64", 1), ("16/128", 4), ("chat", 4), ("300/64", 16)];
 /// For four cells. Starting servers, warming up and a last round that began in time come on top.
 const QUICK_BUDGET: Duration = Duration::from_secs(185);
@@ -55,7 +57,8 @@ pub struct Options {
     /// Requests in flight [default: 1,4,8,16,32,64]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: Option<Vec<u16>>,
-    /// Policies of the patched server; `auto+propagate` is the policy auto with the fill propagate
+    /// Policies of the patched server; `auto+propagate` is the policy auto with the fill propagate, `auto+verify@0.5`
+    /// has a threshold of its own too, and `auto+lossless` has neither fill nor threshold, but quality lossless
     #[arg(
         long,
         value_name = "LIST",
@@ -95,12 +98,39 @@ struct Plan {
     budget: Option<Duration>,
 }
 
+/// A policy of the list, and what it has of its own.
+struct Parts<'a> {
+    base: &'a str,
+    fill: Option<&'a str>,
+    threshold: Option<&'a str>,
+}
+
+impl<'a> Parts<'a> {
+    fn of(policy: &'a str) -> Self {
+        let (rest, threshold) = match policy.split_once('@') {
+            Some((rest, threshold)) => (rest, Some(threshold)),
+            None => (policy, None),
+        };
+        let (base, fill) = match rest.split_once('+') {
+            Some((base, fill)) => (base, Some(fill)),
+            None => (rest, None),
+        };
+        Parts {
+            base,
+            fill,
+            threshold,
+        }
+    }
+}
+
 fn plan(options: &Options) -> Result<Plan> {
     unique("--policies", &options.policies)?;
     for policy in &options.policies {
-        let (base, fill) = policy
-            .split_once('+')
-            .map_or((policy.as_str(), None), |(base, fill)| (base, Some(fill)));
+        let Parts {
+            base,
+            fill,
+            threshold,
+        } = Parts::of(policy);
         if base == "stock" || base == "reference" {
             bail!("--policies {policy}: the unpatched server is always in the race");
         }
@@ -114,13 +144,23 @@ fn plan(options: &Options) -> Result<Plan> {
             Some(_) if base == "off" => {
                 bail!("--policies {policy}: nothing is filled without exits")
             }
-            Some(fill) if !FILLS.contains(&fill) => {
+            Some(LOSSLESS) if threshold.is_some() => {
+                bail!("--policies {policy}: with quality lossless, thresholds are learned")
+            }
+            Some(fill) if fill != LOSSLESS && !FILLS.contains(&fill) => {
                 bail!(
-                    "--policies {policy}: no such fill; known are {}",
+                    "--policies {policy}: no such fill; known are {} and {LOSSLESS}",
                     FILLS.join(", ")
                 )
             }
             _ => {}
+        }
+        if let Some(threshold) = threshold {
+            let known = threshold.parse::<f64>();
+            ensure!(
+                known.is_ok_and(|t| t.is_finite() && t >= 0.0),
+                "--policies {policy}: the threshold is {threshold:?}; expected a number, 0 or more"
+            );
         }
     }
     if options.exit_layers != "model" {
@@ -215,17 +255,19 @@ fn common(options: &Options, model: &str) -> Vec<String> {
 
 /// Flags of the patched server for a policy of the list.
 fn of_policy(options: &Options, policy: &str) -> Vec<String> {
-    let (base, fill) = policy
-        .split_once('+')
-        .unwrap_or((policy, options.fill.as_str()));
-    let mut args = vec!["--drex-policy".to_owned(), base.to_owned()];
-    if base != "off" {
-        let threshold = options.threshold.to_string();
-        for (name, value) in [
-            ("--drex-threshold", threshold.as_str()),
-            ("--drex-metric", "gap"),
-            ("--drex-fill", fill),
-        ] {
+    let parts = Parts::of(policy);
+    let mut args = vec!["--drex-policy".to_owned(), parts.base.to_owned()];
+    if parts.base != "off" {
+        let usual = options.threshold.to_string();
+        let flags = match parts.fill {
+            Some(LOSSLESS) => vec![("--drex-quality", LOSSLESS)],
+            fill => vec![
+                ("--drex-threshold", parts.threshold.unwrap_or(&usual)),
+                ("--drex-metric", "gap"),
+                ("--drex-fill", fill.unwrap_or(&options.fill)),
+            ],
+        };
+        for (name, value) in flags {
             args.extend([name.to_owned(), value.to_owned()]);
         }
         if options.exit_layers != "model" {
@@ -337,6 +379,14 @@ mod tests {
                 "--policies stock: the unpatched server is always",
             ),
             ("--policies auto,auto", "--policies auto: named twice"),
+            (
+                "--policies auto+verify@x",
+                "--policies auto+verify@x: the threshold is \"x\"",
+            ),
+            (
+                "--policies auto+lossless@0.5",
+                "--policies auto+lossless@0.5: with quality lossless",
+            ),
             ("--traffic 300/64,300/64", "--traffic 300/64: named twice"),
             (
                 "--traffic 500/64",
@@ -389,7 +439,15 @@ mod tests {
             auto,
             "--drex-policy auto --drex-threshold 0.7 --drex-metric gap --drex-fill propagate"
         );
-        assert!(of_policy(&options, "auto+verify").contains(&"verify".to_owned()));
+        let own = of_policy(&options, "auto+verify@0.5").join(" ");
+        assert_eq!(
+            own,
+            "--drex-policy auto --drex-threshold 0.5 --drex-metric gap --drex-fill verify"
+        );
+        assert_eq!(
+            of_policy(&options, "auto+lossless").join(" "),
+            "--drex-policy auto --drex-quality lossless"
+        );
         assert!(!common(&options, "m").iter().any(|a| a.starts_with("--kv")));
     }
 }
