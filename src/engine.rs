@@ -391,7 +391,7 @@ impl Engine {
         Ok(())
     }
 
-    /// `tokens`: see [`Scheduler::chosen`].
+    /// `tokens`: see [`Scheduler::teach`].
     pub fn complete(
         &mut self,
         now_ns: u64,
@@ -411,7 +411,7 @@ impl Engine {
         }
         let step = self.scheduler.expect_complete()?;
         if let (None, Some(tokens)) = (step.ramp, tokens) {
-            self.scheduler.chosen(tokens);
+            self.scheduler.teach(tokens);
         }
         if !self.watch.on() {
             return self.scheduler.complete(now_ns, duration_ns, cells);

@@ -116,10 +116,19 @@ const _: () = assert!(size_of::<Request>() == 5 * 64);
 const _: () = assert!(std::mem::offset_of!(Request, last_token_ns) == 64);
 const _: () = assert!(std::mem::offset_of!(Request, pending) == 128);
 
+/// Twice the standard deviation of the luck of a request whose tokens are right half of
+/// the time, as predicted.
+const CHANCE: f32 = 0.18;
+
 impl Request {
     pub fn spend(&mut self, on: TimeIn, ns: u64) {
         let spent = &mut self.spent_ns[on as usize];
         *spent = spent.saturating_add(ns);
+    }
+
+    /// Its luck, as far as it is more than chance.
+    pub fn known_luck(&self) -> f32 {
+        self.luck - self.luck.clamp(-CHANCE, CHANCE)
     }
 
     /// Starts the clock of the next token, at `now_ns`. It is due after the token

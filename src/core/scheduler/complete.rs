@@ -159,7 +159,7 @@ impl Scheduler {
     /// from a row's logits, so that ramps learn from the rows that they held too.
     /// It is asked about rows that are no drafts and that the request's drafts led
     /// to; -1: it is not known.
-    pub fn chosen(&mut self, token: impl Fn(usize) -> i32) {
+    pub fn teach(&mut self, token: impl Fn(usize) -> i32) {
         for i in 0..self.rows.len() {
             let row = self.rows[i];
             let own = row.back == 0 && !row.gone && row.decision != Decision::Drop;
@@ -170,21 +170,29 @@ impl Scheduler {
             if token < 0 {
                 continue;
             }
+            // One token is one verdict on the request, however many ramps looked at it.
+            let looks = self.requests.get(row.request).looked_at.count_ones() as f32;
             for ramp in 0..self.config.n_ramps() {
                 if self.requests.get(row.request).looked_at >> ramp & 1 == 1 {
                     let at = row.request as usize * self.config.n_ramps() + ramp;
                     let guess = self.guesses[at];
-                    self.judged(row.request, ramp, guess.bin, guess.token == token);
+                    self.judged(
+                        row.request,
+                        ramp,
+                        guess.bin,
+                        guess.token == token,
+                        RECENT / looks,
+                    );
                 }
             }
         }
     }
 
     /// The full model has chosen, and a ramp had said so or not.
-    fn judged(&mut self, request: u32, ramp: usize, bin: u8, right: bool) {
+    fn judged(&mut self, request: u32, ramp: usize, bin: u8, right: bool, weight: f32) {
         let r = self.requests.get_mut(request);
         let surprise = f32::from(u8::from(right)) - self.reliability.chance(ramp, bin);
-        r.luck += RECENT * (surprise - r.luck);
+        r.luck += weight * (surprise - r.luck);
         self.reliability.judge(ramp, bin, right);
     }
 
@@ -195,7 +203,13 @@ impl Scheduler {
         let judged = matches!(row.decision, Decision::Accept | Decision::Replace);
         if judged && self.requests.get(row.request).metric == self.config.metric {
             let bin = self.pending.bin(row.slot);
-            self.judged(row.request, ramp, bin, row.decision == Decision::Accept);
+            self.judged(
+                row.request,
+                ramp,
+                bin,
+                row.decision == Decision::Accept,
+                RECENT,
+            );
         }
         let r = self.requests.get_mut(row.request);
         let slot = self.pending.pop(&mut r.pending);

@@ -55,14 +55,15 @@ impl Scheduler {
             0 => REPLAN_MIN_NS,
             ns => (ns / REPLAN_SHARE).min(REPLAN_MAX_NS),
         };
-        // The shares of short windows add up to a part that is worth its start.
-        let saved = self.replan_ns + share;
-        self.replan_ns = saved.min(share.max(REPLAN_MIN_NS));
-        if self.replan_ns >= REPLAN_MIN_NS {
-            let windows = (self.replan_ns / WINDOW_NS) as u32;
+        // The shares of short windows add up to a part that is worth its start. A part
+        // that took longer is paid back by the next ones.
+        let saved = self.replan_ns + share as i64;
+        self.replan_ns = saved.min(share.max(REPLAN_MIN_NS) as i64);
+        if self.replan_ns >= REPLAN_MIN_NS as i64 {
+            let windows = (self.replan_ns as u64 / WINDOW_NS) as u32;
             let (auto, known) = self.auto_and_known();
             let spent = auto.work(windows, known);
-            self.replan_ns = self.replan_ns.saturating_sub(u64::from(spent) * WINDOW_NS);
+            self.replan_ns -= (u64::from(spent) * WINDOW_NS) as i64;
         }
     }
 

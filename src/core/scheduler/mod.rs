@@ -78,6 +78,8 @@ pub struct StepRow {
     /// Set by `ramp` and `verify`.
     pub decision: Decision,
     pub forced: bool,
+    /// The host would not have it exit with the ramp's token.
+    pub refused: bool,
     pub score: Score,
     /// When it began to wait for the step.
     pub since_ns: u64,
@@ -135,7 +137,7 @@ pub struct Scheduler {
     /// The host calls [`Scheduler::replan`] itself.
     host_replans: bool,
     /// Time that the search may take and has not.
-    replan_ns: u64,
+    replan_ns: i64,
     decoding: usize,
     /// Requests in decode that exit often.
     frequent: usize,

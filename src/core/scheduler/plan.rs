@@ -400,6 +400,7 @@ fn own_row(request: u32, r: &Request, since_ns: u64, origin: Origin) -> StepRow 
         gone: false,
         decision: Decision::Stay,
         forced: false,
+        refused: false,
         score: Score::NONE,
         since_ns,
         origin,

@@ -13,8 +13,9 @@ use crate::core::policy::RampRow;
 use crate::core::policy::rule::RowRule;
 use crate::core::rows::requests::Request;
 
-/// Luck that is chance: the standard deviation of 31 verdicts' mean, twice.
-const CHANCE: f32 = 0.12;
+/// Share of its luck that a request loses with each row that is scored: without
+/// verdicts, none is left in the end.
+const FADE: f32 = 1.0 / 256.0;
 
 impl Scheduler {
     /// The ramp of the planned step, if it is time for its verdicts.
@@ -85,19 +86,19 @@ impl Scheduler {
         if r.pending.len() >= row_rule.drafts {
             return f32::INFINITY;
         }
-        let luck = r.luck - r.luck.clamp(-CHANCE, CHANCE);
-        let chance = row_rule.survival / survival - luck;
+        let chance = row_rule.survival / survival - r.known_luck();
         let floor = self.reliability.floor(ramp, chance);
         floor.unwrap_or(f32::INFINITY)
     }
 
     /// Lowers the confidence of rows that would exit with a token that `may`
     /// refuses, to the greatest that is not sufficient.
-    pub fn confirm(&self, scores: &mut [Score], may: impl Fn(u32, i32) -> bool) -> Result<()> {
+    pub fn confirm(&mut self, scores: &mut [Score], may: impl Fn(u32, i32) -> bool) -> Result<()> {
         let ramp = self.expect_ramp()?;
-        for (i, (row, score)) in self.rows.iter().zip(scores).enumerate() {
-            let own = self.ramp_row(ramp, row, score);
-            if own.confident() && !may(i as u32, score.token) {
+        for (i, score) in scores.iter_mut().enumerate().take(self.rows.len()) {
+            let own = self.ramp_row(ramp, &self.rows[i], score);
+            self.rows[i].refused = own.confident() && !may(i as u32, score.token);
+            if self.rows[i].refused {
                 score.confidence = own.threshold.next_down();
             }
         }
@@ -122,6 +123,7 @@ impl Scheduler {
             &mut self.scratch,
         );
         let after = self.step.as_ref().and_then(Step::after);
+        let nobody_exits = self.step.is_some_and(|s| s.nobody_exits);
         let mut sorter = self.exit_rates.sorter(after, ramp);
         let decided = self.ramp_rows.iter().zip(scores);
         for (row, (own, score)) in self.rows.iter_mut().zip(decided) {
@@ -140,7 +142,10 @@ impl Scheduler {
             row.score = *score;
             let looked = !own.confidence.is_nan() && (own.may_exit() || r.learns);
             let bin = reliability::bin(score.confidence);
-            if looked && r.fill == Fill::Verify && r.metric == self.config.metric {
+            // What a host refuses, such as what a grammar forbids, says nothing of a ramp.
+            let teaches = r.fill == Fill::Verify && r.metric == self.config.metric;
+            if looked && teaches && !row.refused {
+                r.luck -= r.luck * FADE;
                 self.reliability.look(after, ramp, bin);
                 r.looked_at |= 1 << ramp;
                 let at = row.request as usize * self.config.n_ramps() + ramp;
@@ -157,11 +162,12 @@ impl Scheduler {
                     if r.pending.is_empty() {
                         r.survival = 1.0;
                     }
-                    r.survival *= self.reliability.chance(ramp, bin);
+                    let chance = self.reliability.chance(ramp, bin) + r.known_luck();
+                    r.survival *= chance.clamp(0.0, 1.0);
                     self.pending.push(&mut r.pending, row.slot, ramp, bin);
                 }
             }
-            if looked {
+            if looked && !nobody_exits {
                 let before = r.habit.index();
                 sorter.look(&mut r.habit, own.confident());
                 self.frequent = self.frequent + r.habit.index() - before;

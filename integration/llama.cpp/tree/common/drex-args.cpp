@@ -70,6 +70,9 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
         "unless the options below name something else (default: off)",
         [](common_params & params, const std::string & value) {
             params.drex.on = parse_name(value, { "on", "off" }) == "on";
+            if (!params.drex.on) {
+                params.drex.policy = "off";
+            }
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX"));
     add(common_arg(
@@ -91,6 +94,7 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
             "  eager, median, mean: baselines that force rows out", drex.policy.c_str()),
         [](common_params & params, const std::string & value) {
             params.drex.policy = parse_name(value, { "off", "auto", "hold", "latency", "art", "lazy", "eager", "median", "mean" });
+            params.drex.on     = params.drex.on && params.drex.policy != "off"; // of the two, the later one counts
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_POLICY"));
     add(common_arg(

@@ -41,7 +41,7 @@ struct common_params_drex {
         if (on && policy == "off") {
             policy = "auto";
         }
-        if (on && quality.empty() && fill.empty()) {
+        if (on && quality.empty() && (fill.empty() || fill == "verify")) {
             quality = "lossless";
         }
         on = false;

@@ -94,7 +94,8 @@ impl Auto {
             let all = self.players();
             let learners = (learning * f64::from(all)).round() as u32;
             // Both habits have their share of them.
-            let frequent = scene.requests[1] * learners / all.max(1);
+            let frequent = u64::from(scene.requests[1]) * u64::from(learners);
+            let frequent = (frequent / u64::from(all.max(1))) as u32;
             scene.requests[1] -= frequent;
             scene.requests[0] -= learners - frequent;
             scene.requests[HABITS] = learners;

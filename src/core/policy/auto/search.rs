@@ -5,7 +5,7 @@
 use super::rollout::{Game, Outcome, Rollout};
 use super::{Auto, Candidate, Known, Stage};
 use crate::core::MAX_RAMPS;
-use crate::core::policy::rule::{MOST_DRAFTS, Rule};
+use crate::core::policy::rule::{MOST_DRAFTS, Rule, SURVIVAL};
 
 /// A probe that loses the share x of its time makes the next ones wait 1 + this · x
 /// times as long.
@@ -130,7 +130,8 @@ impl Auto {
 
     fn coarse(&mut self, ramps: u32) {
         let learns = self.load.learning > 0.0;
-        for &(survival, drafts) in if learns { &COARSE[..] } else { &COARSE[..1] } {
+        let usual = [(SURVIVAL, MOST_DRAFTS)];
+        for &(survival, drafts) in if learns { &COARSE[..] } else { &usual[..] } {
             for hold in [0.15, 0.3, 0.5, 0.75] {
                 self.push(Rule {
                     ramps,
@@ -155,7 +156,7 @@ impl Auto {
         let most = self.max_pending;
         for hold in [0.3, 0.75] {
             for survival in SURVIVALS {
-                for drafts in DRAFTS.into_iter().filter(|&d| d <= most) {
+                for drafts in DRAFTS.into_iter().filter(|&d| d < most || d == MOST_DRAFTS) {
                     self.push(Rule {
                         hold,
                         survival,
@@ -288,9 +289,8 @@ impl Auto {
                 }
             }
             Stage::Survival => {
-                if let Some(top) = best_of(&self.list) {
-                    self.best = top;
-                }
+                let top = best_of(&self.list).filter(|t| t.rate > self.best.rate);
+                self.best = top.unwrap_or(self.best);
                 self.fine();
             }
             Stage::Fine => {

@@ -111,7 +111,7 @@ void server_drex_check_fields(const json & data, const common_params & params_ba
             continue;
         }
         if (!params_base.drex.enabled()) {
-            throw std::invalid_argument("Field '" + key + "': early exit is off, start the server with --drex-policy");
+            throw std::invalid_argument("Field '" + key + "': early exit is off, start the server with --drex on");
         }
         const auto * nearest = std::begin(drex_fields);
         for (const auto & f : drex_fields) {

@@ -155,7 +155,8 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     }
     if (ramp_layers.empty()) {
         throw std::runtime_error("the model has no early_exit.layers in its metadata: "
-                "it was not trained for early exit, or name the layers with --drex-exit-layers");
+                "name the layers with --drex-exit-layers if it was trained for early exit, else fit exits to it "
+                "(cargo xtask tune) and name the file with --drex-exits");
     }
     if (head != "shared") {
         throw std::runtime_error("early_exit.head = " + head + " is not supported, expected shared (the model's own norm and head)");
@@ -270,7 +271,8 @@ void server_drex::settle_policy(common_params & params) {
     if (read_exit_layers(params.model.path, head).empty()) {
         SRV_WRN("early exit: policy off instead of %s: %s has no early_exit.layers in its metadata\n",
                 params.drex.policy.c_str(), params.model.path.c_str());
-        params.drex.policy = "off";
+        params.drex.policy  = "off";
+        params.drex.quality = "";
     }
 }
 
@@ -280,7 +282,7 @@ void server_drex::say_off(const common_params & params) {
 
     if (p.metric != defaults.metric || p.fill != defaults.fill || p.quality != defaults.quality || p.exit_layers != defaults.exit_layers || p.thresholds != defaults.thresholds ||
             !p.exits.empty() || !p.profile.empty() || !p.record.empty()) {
-        SRV_WRN("%s", "early exit is off: options that begin with --drex- have no effect without --drex-policy\n");
+        SRV_WRN("%s", "early exit is off: options that begin with --drex- have no effect without --drex on or --drex-policy\n");
     }
 }
 
