@@ -736,7 +736,7 @@ typedef struct drex_config {
   // Where logits, arena rows and K/V lie, all of them.
   drex_device device;
   // Finite, >= 0. A row exits when its confidence >= threshold; above 1:
-  // never.
+  // never. See quality, which may do without.
   float threshold;
   // [n_ramps] one threshold per ramp, or NULL: `threshold` for every ramp.
   const float *ramp_thresholds;
@@ -778,8 +778,8 @@ typedef struct drex_config {
   // the fill is VERIFY, whatever `fill` says, and the thresholds are learned. A
   // row exits when the chance that its draft and all its request's drafts before
   // it stand is at least what the rule of AUTO asks for (0.5 under another
-  // policy). Thresholds count only for requests that name one, or a metric that
-  // is not the engine's.
+  // policy). Thresholds count only for requests that name one, another metric, or
+  // another fill.
   // Since 0.2.
   double quality;
 } drex_config;
@@ -931,7 +931,8 @@ typedef struct drex_request_config {
   uint64_t max_tokens;
   // As drex_config.quality; 0: the engine's. Where it is 1, a threshold is kept to
   // and a fill other than VERIFY is refused. Where only the engine's is 1, a
-  // request that names another fill is served by that and by thresholds.
+  // request that names another fill is served by that and by thresholds. A request
+  // that names a metric other than the engine's has the engine's thresholds.
   // Since 0.2.
   double quality;
 } drex_request_config;
@@ -1430,9 +1431,10 @@ typedef struct drex_completion {
   uint64_t n_kv;
   // In a step that ends at n_layers, [n_rows of it]: the token that the full
   // model chose from each row's logits, for the request's own rows that emitted
-  // one; -1: not known. Other rows are not looked at. Ramps learn from it how
-  // often they are right where rows were held, too. NULL: not known; then they
-  // learn from drafts alone.
+  // one; -1: not known. Other rows, those behind a replaced draft among them, are
+  // not looked at. Ramps learn from requests with DREX_FILL_VERIFY how often they are
+  // right where rows were held, too. NULL: not known; then they learn from drafts
+  // alone.
   // Since 0.2.
   const int32_t *tokens;
 } drex_completion;

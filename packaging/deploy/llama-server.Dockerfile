@@ -31,4 +31,4 @@ USER 10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --start-period=60s CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8080 && printf 'GET /health HTTP/1.0\\r\\n\\r\\n' >&3 && grep -q '^HTTP/1.[01] 200' <&3"]
 ENTRYPOINT ["/opt/drex/llama-server", "--host", "0.0.0.0", "--port", "8080", "--metrics"]
-CMD ["-m", "/models/model.gguf", "--drex-policy", "auto"]
+CMD ["-m", "/models/model.gguf", "--drex", "on"]

@@ -163,7 +163,7 @@ pub struct drex_config {
     /// Where logits, arena rows and K/V lie, all of them.
     pub device: drex_device,
     /// Finite, >= 0. A row exits when its confidence >= threshold; above 1:
-    /// never.
+    /// never. See quality, which may do without.
     pub threshold: f32,
     /// [n_ramps] one threshold per ramp, or NULL: `threshold` for every ramp.
     pub ramp_thresholds: *const f32,
@@ -205,8 +205,8 @@ pub struct drex_config {
     /// the fill is VERIFY, whatever `fill` says, and the thresholds are learned. A
     /// row exits when the chance that its draft and all its request's drafts before
     /// it stand is at least what the rule of AUTO asks for (0.5 under another
-    /// policy). Thresholds count only for requests that name one, or a metric that
-    /// is not the engine's.
+    /// policy). Thresholds count only for requests that name one, another metric, or
+    /// another fill.
     /// Since 0.2.
     pub quality: f64,
 }

@@ -53,7 +53,8 @@ pub struct drex_request_config {
     pub max_tokens: u64,
     /// As drex_config.quality; 0: the engine's. Where it is 1, a threshold is kept to
     /// and a fill other than VERIFY is refused. Where only the engine's is 1, a
-    /// request that names another fill is served by that and by thresholds.
+    /// request that names another fill is served by that and by thresholds. A request
+    /// that names a metric other than the engine's has the engine's thresholds.
     /// Since 0.2.
     pub quality: f64,
 }
