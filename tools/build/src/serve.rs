@@ -15,7 +15,7 @@ use crate::{
 };
 
 pub const EXAMPLE: &str =
-    "Example: cargo xtask serve -- --port 8080 -np 8 -c 4096 --drex-threshold 0.8";
+    "Example: cargo xtask serve -- --port 8080 -np 8 -c 4096";
 
 /// Returns only if the server cannot be run.
 pub fn run(source: Option<&Path>, args: Vec<OsString>) -> Result<()> {

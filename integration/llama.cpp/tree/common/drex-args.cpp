@@ -200,7 +200,7 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_REQUEST_DEADLINE_MS"));
     add(common_arg(
         {"--drex-profile"}, "FNAME",
-        "learned costs of layer windows: read at the start if the file exists, written at the end (default: none)",
+        "learned costs of layer windows: read at the start if the file exists, written every 10 seconds and at the end (default: none)",
         [](common_params & params, const std::string & value) {
             params.drex.profile = value;
         }
