@@ -45,6 +45,8 @@ struct Host {
     next: bool,
     exits: u32,
     looks: u32,
+    /// Of all rows at each ramp; empty: drawn.
+    sure: Vec<f32>,
 }
 
 impl Host {
@@ -58,6 +60,7 @@ impl Host {
             next: false,
             exits: 0,
             looks: 0,
+            sure: Vec::new(),
         }
     }
 
@@ -70,7 +73,8 @@ impl Host {
         let planned = e.plan(self.now, 9).unwrap();
         self.now += 1000;
         if planned.step.ramp != DREX_NO_RAMP {
-            let confidence = self.rng.f32().clamp(0.01, 0.999);
+            let drawn = self.rng.f32().clamp(0.01, 0.999);
+            let confidence = *self.sure.get(planned.step.ramp as usize).unwrap_or(&drawn);
             let rows: Vec<f32> = planned.rows.iter().map(|_| confidence).collect();
             let own = planned.rows.iter().position(|r| r.back == 0);
             let verdicts = e.ramp(&rows).unwrap();
@@ -143,6 +147,27 @@ fn held_rows_teach() {
         let share = f64::from(host.exits) / f64::from(host.looks);
         assert_eq!(share > 0.3, learns, "told {tell}: {share} exit");
     }
+}
+
+/// A ramp whose rows leave at a later one learns from what becomes of those drafts.
+#[test]
+fn an_earlier_ramp_learns_from_a_later_ones_drafts() {
+    let mut c = lossless(1, DREX_POLICY_LATENCY);
+    let ramps = [RAMP, 2 * RAMP];
+    (c.ramp_layers, c.n_ramps, c.n_layers) = (ramps.as_ptr(), 2, 8);
+    let mut host = Host::new(Engine::new(&c));
+    // Unsure and right; at the second ramp sure and right.
+    host.sure = vec![0.3, 0.97];
+    for _ in 0..3000 {
+        host.window(|_| 1.0, false);
+    }
+    let [first, second] = [0, 1].map(|r| host.engine.stats().exits[r]);
+    for _ in 0..1000 {
+        host.window(|_| 1.0, false);
+    }
+    let [first, second] =
+        [(0, first), (1, second)].map(|(r, before)| host.engine.stats().exits[r] - before);
+    assert!(first > 10 * second && first > 500, "{first} {second}");
 }
 
 /// The chance of a chain is that of all its drafts: it ends before it is long.

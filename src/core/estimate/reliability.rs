@@ -11,8 +11,6 @@
 //! says nothing, or lies, ends as one flat line. Learning from a token costs the
 //! same however much is known.
 
-use crate::core::MAX_RAMPS;
-
 /// The lowest confidence of each bin. They are narrow near 1, where most of what
 /// exits lies.
 const FLOORS: [f32; BINS] = [
@@ -262,9 +260,6 @@ impl Reliability {
         [right, share(0.4), share(0.8)]
     }
 }
-
-/// Bits of [`crate::core::rows::requests::Request::looked_at`].
-const _: () = assert!(MAX_RAMPS <= 16);
 
 #[cfg(test)]
 mod tests {

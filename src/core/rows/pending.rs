@@ -48,9 +48,7 @@ struct Node {
     /// Where it waits.
     ramp: u32,
     /// Where it left.
-    left_at: u16,
-    /// The bin of its confidence there.
-    bin: u8,
+    left_at: u32,
 }
 
 /// The pending rows of all requests, by slot.
@@ -67,8 +65,7 @@ impl Pending {
         let node = Node {
             newer: NONE,
             ramp: NONE,
-            left_at: 0,
-            bin: 0,
+            left_at: NONE,
         };
         Ok(Pending {
             nodes: memory::filled(node, n_slots as usize)?,
@@ -85,14 +82,14 @@ impl Pending {
         self.total >= self.most
     }
 
-    /// The row in `slot` left at `ramp`, with a confidence in `bin`.
-    pub fn push(&mut self, chain: &mut Chain, slot: u32, ramp: usize, bin: u8) {
+    /// The row in `slot` left at `ramp`.
+    pub fn push(&mut self, chain: &mut Chain, slot: u32, ramp: usize) {
         debug_assert!(!self.full());
+        let ramp = ramp as u32;
         self.nodes[slot as usize] = Node {
             newer: NONE,
-            ramp: ramp as u32,
-            left_at: ramp as u16,
-            bin,
+            ramp,
+            left_at: ramp,
         };
         match chain.newest() {
             Some(newest) => self.nodes[newest as usize].newer = slot,
@@ -135,12 +132,7 @@ impl Pending {
 
     /// The ramp at which it left.
     pub fn left_at(&self, slot: u32) -> usize {
-        self.nodes[slot as usize].left_at.into()
-    }
-
-    /// The bin of its confidence when it left.
-    pub fn bin(&self, slot: u32) -> u8 {
-        self.nodes[slot as usize].bin
+        self.nodes[slot as usize].left_at as usize
     }
 
     pub fn advance(&mut self, slot: u32, ramp: usize) {
@@ -168,12 +160,11 @@ mod tests {
     fn a_chain_is_first_in_first_out() {
         let mut p = Pending::new(8, 4).unwrap();
         let (mut a, mut b) = (Chain::EMPTY, Chain::EMPTY);
-        p.push(&mut a, 5, 2, 7);
-        p.push(&mut a, 3, 1, 0);
-        p.push(&mut b, 0, 0, 0);
-        p.push(&mut a, 7, 1, 9);
+        p.push(&mut a, 5, 2);
+        p.push(&mut a, 3, 1);
+        p.push(&mut b, 0, 0);
+        p.push(&mut a, 7, 1);
         assert!(p.full());
-        assert_eq!((p.left_at(5), p.bin(5), p.bin(7)), (2, 7, 9));
         assert_eq!(p.iter(&a).collect::<Vec<_>>(), [5, 3, 7]);
         assert_eq!((p.at(&a, 1), p.at(&a, 2), p.at(&a, 0)), (2, 1, 0));
         assert_eq!(

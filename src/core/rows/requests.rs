@@ -82,8 +82,6 @@ pub struct Request {
     /// Its newest pending row is on its way to the last layer, without a
     /// newer row.
     pub settling: bool,
-    /// Bit r: the row that it runs was scored at ramp r.
-    pub looked_at: u16,
     pub tokens: u64,
     pub id: u64,
 
@@ -208,7 +206,6 @@ const VACANT: Request = Request {
     habit: Habit::NEW,
     fill: Fill::Copy,
     settling: false,
-    looked_at: 0,
     pending: Chain::EMPTY,
     survival: 1.0,
     luck: 0.0,

@@ -163,28 +163,52 @@ impl Scheduler {
         for i in 0..self.rows.len() {
             let row = self.rows[i];
             let own = row.back == 0 && !row.gone && row.decision != Decision::Drop;
-            if !own || self.requests.get(row.request).looked_at == 0 {
+            if !own || self.looks(row.slot) == 0 {
                 continue;
             }
             let token = token(i);
-            if token < 0 {
-                continue;
+            if token >= 0 {
+                self.judge(row, |guess| Some(guess == token));
             }
-            // One token is one verdict on the request, however many ramps looked at it.
-            let looks = self.requests.get(row.request).looked_at.count_ones() as f32;
-            for ramp in 0..self.config.n_ramps() {
-                if self.requests.get(row.request).looked_at >> ramp & 1 == 1 {
-                    let at = row.request as usize * self.config.n_ramps() + ramp;
-                    let guess = self.guesses[at];
-                    self.judged(
-                        row.request,
-                        ramp,
-                        guess.bin,
-                        guess.token == token,
-                        RECENT / looks,
-                    );
-                }
+        }
+    }
+
+    /// Bit r: the token in the slot was looked at at ramp r, by a request that teaches.
+    fn looks(&self, slot: u32) -> u16 {
+        self.looked_at.get(slot as usize).copied().unwrap_or(0)
+    }
+
+    /// The full model has chosen a row's token: `right` says of each token that a ramp
+    /// said whether it is that, or `None` where that is not known.
+    fn judge(&mut self, row: StepRow, right: impl Fn(i32) -> Option<bool>) {
+        let looks = self.looks(row.slot);
+        let ramps = self.config.n_ramps();
+        let first = row.slot as usize * ramps;
+        // One token is one verdict on the request, however many ramps looked at it.
+        let weight = RECENT / looks.count_ones().max(1) as f32;
+        for ramp in (0..ramps).filter(|r| looks >> r & 1 == 1) {
+            let guess = self.guesses[first + ramp];
+            if let Some(right) = right(guess.token) {
+                self.judged(row.request, ramp, guess.bin, right, weight);
             }
+        }
+    }
+
+    /// The full model's word on a draft, for the ramp that let it out and for those
+    /// before it that did not: a ramp that is asked about its hardest rows alone would
+    /// look worse than it is.
+    fn judge_draft(&mut self, row: StepRow) {
+        let slot = row.slot as usize;
+        let ramps = self.config.n_ramps();
+        let left_at = self.pending.left_at(row.slot);
+        let Some(draft) = self.guesses.get(slot * ramps + left_at).map(|g| g.token) else {
+            return;
+        };
+        match row.decision {
+            Decision::Accept => self.judge(row, |guess| Some(guess == draft)),
+            // What the full model said instead is not known.
+            Decision::Replace => self.judge(row, |guess| (guess == draft).then_some(false)),
+            _ => {}
         }
     }
 
@@ -200,17 +224,7 @@ impl Scheduler {
     fn end_of_pending(&mut self, row: StepRow, now_ns: u64) {
         let ramp = self.pending.left_at(row.slot);
         self.acceptance.observe(ramp, row.decision);
-        let judged = matches!(row.decision, Decision::Accept | Decision::Replace);
-        if judged && self.requests.get(row.request).metric == self.config.metric {
-            let bin = self.pending.bin(row.slot);
-            self.judged(
-                row.request,
-                ramp,
-                bin,
-                row.decision == Decision::Accept,
-                RECENT,
-            );
-        }
+        self.judge_draft(row);
         let r = self.requests.get_mut(row.request);
         let slot = self.pending.pop(&mut r.pending);
         debug_assert_eq!(slot, Some(row.slot));

@@ -147,8 +147,10 @@ pub struct Scheduler {
     learning: usize,
     acceptance: Acceptance,
     reliability: Reliability,
-    /// What each ramp said of the row that a request runs, by request and ramp.
+    /// What each ramp said of the token in a slot, by slot and ramp; and in which of
+    /// them it was looked at: bit r for ramp r. Empty where nobody learns.
     guesses: Vec<Guess>,
+    looked_at: Vec<u16>,
     /// Requests alive that may exit at each ramp.
     may_exit: [u32; MAX_RAMPS],
     step: Option<Step>,
@@ -164,15 +166,17 @@ pub struct Scheduler {
     clock_ns: u64,
 }
 
+const _: () = assert!(MAX_RAMPS <= u16::BITS as usize); // looked_at
+
 impl Scheduler {
     pub fn new(config: Config) -> Result<Self> {
         config.validate()?;
         let requests = config.max_requests as usize;
         let pass = config.pass_rows();
         // Of requests with fill VERIFY, for which there must be room.
-        let guesses = match config.pending() {
+        let teaching = match config.pending() {
             0 => 0,
-            _ => requests * config.n_ramps(),
+            _ => config.n_slots as usize,
         };
         Ok(Scheduler {
             requests: Requests::new(requests)?,
@@ -192,7 +196,8 @@ impl Scheduler {
             learning: 0,
             acceptance: Acceptance::default(),
             reliability: Reliability::new(config.n_ramps()),
-            guesses: memory::filled(Guess::default(), guesses)?,
+            guesses: memory::filled(Guess::default(), teaching * config.n_ramps())?,
+            looked_at: memory::filled(0, teaching)?,
             may_exit: [0; MAX_RAMPS],
             step: None,
             rows: memory::room(pass)?,

@@ -231,9 +231,11 @@ impl Scheduler {
             let r = self.requests.get_mut(request);
             let origin = match after {
                 None => {
-                    r.looked_at = 0;
                     // The limit was cut to the free slots.
                     slot = self.buffer.take_slot(request).unwrap_or(NONE);
+                    if let Some(looks) = self.looked_at.get_mut(slot as usize) {
+                        *looks = 0;
+                    }
                     Origin::Ready
                 }
                 Some(ramp) if r.state == State::Running => Origin::Stay(ramp),

@@ -147,8 +147,8 @@ impl Scheduler {
             if looked && teaches && !row.refused {
                 r.luck -= r.luck * FADE;
                 self.reliability.look(after, ramp, bin);
-                r.looked_at |= 1 << ramp;
-                let at = row.request as usize * self.config.n_ramps() + ramp;
+                self.looked_at[row.slot as usize] |= 1 << ramp;
+                let at = row.slot as usize * self.config.n_ramps() + ramp;
                 let token = score.token;
                 self.guesses[at] = Guess { token, bin };
             }
@@ -164,7 +164,7 @@ impl Scheduler {
                     }
                     let chance = self.reliability.chance(ramp, bin) + r.known_luck();
                     r.survival *= chance.clamp(0.0, 1.0);
-                    self.pending.push(&mut r.pending, row.slot, ramp, bin);
+                    self.pending.push(&mut r.pending, row.slot, ramp);
                 }
             }
             if looked && !nobody_exits {

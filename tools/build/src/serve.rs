@@ -14,8 +14,7 @@ use crate::{
     llama::{Kind, Llama},
 };
 
-pub const EXAMPLE: &str =
-    "Example: cargo xtask serve -- --port 8080 -np 8 -c 4096";
+pub const EXAMPLE: &str = "Example: cargo xtask serve -- --port 8080 -np 8 -c 4096";
 
 /// Returns only if the server cannot be run.
 pub fn run(source: Option<&Path>, args: Vec<OsString>) -> Result<()> {
