@@ -253,6 +253,13 @@ impl Rollout {
             (r.held[last], r.all_held) = (held, held);
             r.waiting -= held;
         }
+        // Half of those that draft have a draft: where requests go deep together only
+        // because they began so, a rule is not as good as it looks.
+        if scene.exits[0][HABITS] > 0 {
+            let drafting = r.rows[0][HABITS] / 2;
+            r.rows[0][HABITS] -= drafting;
+            r.rows[0][HABITS + 1] += drafting;
+        }
         r
     }
 
