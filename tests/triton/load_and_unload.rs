@@ -159,20 +159,31 @@ fn shutdown(bench: &Bench) -> Result<()> {
 /// once, and the process ends soon and by itself. In the usual build too: there the engine has more to take down at exit.
 fn outlasted(bench: &Bench) -> Result<()> {
     const TOKENS: u32 = 450;
+    /// docs/triton.md
+    const ASSERTION: &str = "ASSERTION FAILED: grpc_cq_begin_op";
+    let mut ended = 0;
     let usual = setup::install(&bench.cache, &bench.usual)?;
     for installed in [&bench.installed, &usual, &usual] {
         let repository = installed.repository(PARAMETERS)?;
         let server = Triton::start(installed, repository, 0, &["--exit-timeout-secs=1"])?;
         // A stream that is still open when the server closes its endpoint may end in an assertion of gRPC, whatever the
         // backend: the server puts the stream back into a queue that is shut down. So each is closed after its last answer.
+        // On a busy machine that is too late at times. Every request has its answer then, too.
         let streams = server.spawn(installed, &requests(32, TOKENS), json!({"drain": 0}))?;
         server.metrics_with("drex_requests_running", |running| running >= 32.0)?;
-        let (status, time) = server.stop(Duration::from_secs(25))?;
-        // One second is the server's; drex would give up after five more.
-        ensure!(
-            status.code() == Some(1) && time < Duration::from_secs(5),
-            "ended with {status} after {time:?}"
-        );
+        let how = match server.stop(Duration::from_secs(25)) {
+            // One second is the server's; drex would give up after five more.
+            Ok((status, time)) => {
+                ensure!(
+                    status.code() == Some(1) && time < Duration::from_secs(5),
+                    "ended with {status} after {time:?}"
+                );
+                ended += 1;
+                format!("ended after {:.1} s", time.as_secs_f64())
+            }
+            Err(e) if e.to_string().contains(ASSERTION) => "then an assertion of gRPC".into(),
+            Err(e) => return Err(e),
+        };
         for (i, answer) in streams.finish()?.iter().enumerate() {
             let errors = answer["errors"].as_array().context("no errors")?;
             let told = |error: &Value| {
@@ -188,9 +199,9 @@ fn outlasted(bench: &Bench) -> Result<()> {
             );
         }
         println!(
-            "        32 requests of {TOKENS} tokens, all told that the server is exiting; ended after {:.1} s",
-            time.as_secs_f64()
+            "        32 requests of {TOKENS} tokens, all told that the server is exiting; {how}"
         );
     }
+    ensure!(ended > 0, "no server came to its own end");
     Ok(())
 }
