@@ -311,7 +311,7 @@ fn requests(suite: &Suite) -> Result<()> {
         .client
         .post("/completion", &with("drex_threshold", json!(0.5)))?;
     ensure!(
-        answer.status == 400 && answer.text().contains("--drex-policy"),
+        answer.status == 400 && answer.text().contains("--drex on"),
         "HTTP {} {}",
         answer.status,
         answer.text()
