@@ -285,7 +285,7 @@ impl<'a> Llama<'a> {
     }
 
     /// Writes what a machine without Rust and network needs to build llama.cpp with CUDA: the library, and the patched
-    /// source without what that build does not read, as an archive.
+    /// source without what that build and our patches do not touch, as an archive.
     pub fn pack(&self, to: &Path) -> Result<PathBuf> {
         let library = cargo::build_library()?;
         let lock = self.cache.lock()?;
@@ -297,7 +297,7 @@ impl<'a> Llama<'a> {
             UNPACKED.iter().any(|p| name.starts_with(p))
                 || name.starts_with("ggml/src/ggml-")
                     && name.matches('/').count() > 2
-                    && !["cpu", "cuda"].contains(
+                    && !["cpu", "cuda", "rpc"].contains(
                         &name["ggml/src/ggml-".len()..]
                             .split('/')
                             .next()
