@@ -205,7 +205,7 @@ pub unsafe extern "C" fn drex_stats_get(
             prompt_rows: c.prompt_rows,
             prompt_steps: c.prompt_steps,
             rule_survival: row_rule.survival,
-            rule_drafts: row_rule.most_drafts(),
+            rule_drafts: row_rule.drafts.unwrap_or(0),
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &stats) };

@@ -320,7 +320,7 @@ fn rule(t: &mut Text, e: &Scheduler) {
         "drex_rule_drafts",
         GAUGE,
         "Quality lossless: most drafts of a request; 0: no bound but the most pending rows.",
-        row_rule.map(|m| m.most_drafts().into()),
+        row_rule.map(|m| m.drafts.unwrap_or(0).into()),
     );
     let known = follows && auto.searches() > 0;
     let (chosen, off) = auto.predicted();

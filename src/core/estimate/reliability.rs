@@ -11,8 +11,8 @@
 //! says nothing, or lies, ends as one flat line. Learning from a token costs the
 //! same however much is known.
 
-/// The lowest confidence of each bin. They are narrow near 1, where most of what
-/// exits lies.
+/// The lowest confidence of each bin. Bins are narrow near 1, where most of what exits
+/// lies.
 const FLOORS: [f32; BINS] = [
     0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8,
     0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999,
@@ -139,7 +139,6 @@ impl Verdicts {
 struct Shares {
     fading: Fading,
     bins: [f64; BINS],
-    all: f64,
 }
 
 impl Shares {
@@ -147,22 +146,15 @@ impl Shares {
         Shares {
             fading: Fading::NEW,
             bins: [0.0; BINS],
-            all: 0.0,
         }
     }
 
     fn observe(&mut self, bin: usize) {
-        let before = self.fading.weight;
-        let w = self.fading.next(LOOKS, &mut [&mut self.bins]);
-        if w < before {
-            self.all = self.bins.iter().sum();
-        }
-        self.bins[bin] += w;
-        self.all += w;
+        self.bins[bin] += self.fading.next(LOOKS, &mut [&mut self.bins]);
     }
 
     fn looks(&self) -> f64 {
-        self.all / self.fading.weight
+        self.bins.iter().sum::<f64>() / self.fading.weight
     }
 }
 

@@ -65,18 +65,11 @@ pub struct RowRule {
     pub ready_rows: u32,
     /// See [`Rule::survival`], [`Rule::drafts`].
     pub survival: f32,
-    pub drafts: u32,
+    /// `None`: no bound but that on pending rows.
+    pub drafts: Option<u32>,
 }
 
 impl RowRule {
-    /// [`RowRule::drafts`]; 0: no bound.
-    pub fn most_drafts(&self) -> u32 {
-        match self.drafts {
-            u32::MAX => 0,
-            n => n,
-        }
-    }
-
     /// `decoding`: requests alive that have had a token to run. `rule` is
     /// what `auto` follows.
     pub fn new(config: &Config, decoding: usize, rule: Rule) -> Self {
@@ -105,11 +98,9 @@ impl RowRule {
                 Policy::Auto => rule.survival,
                 _ => SURVIVAL,
             },
-            drafts: match config.policy {
-                // What a rule does not tell apart, it does not forbid.
-                Policy::Auto if rule.drafts < MOST_DRAFTS => rule.drafts,
-                _ => u32::MAX,
-            },
+            // What a rule does not tell apart, it does not forbid.
+            drafts: (config.policy == Policy::Auto && rule.drafts < MOST_DRAFTS)
+                .then_some(rule.drafts),
         }
     }
 }

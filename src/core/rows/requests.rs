@@ -103,7 +103,7 @@ pub struct Request {
     pub involuntary_exits: u64,
     pub involuntary_stays: u32,
     pub deadline_misses: u32,
-    /// The chance that all its pending drafts stand; means nothing without any.
+    /// Of its last pending draft, see [`Request::survival`].
     pub survival: f32,
     /// By how much ramps have of late been right more often than predicted.
     pub luck: f32,
@@ -122,6 +122,14 @@ impl Request {
     pub fn spend(&mut self, on: TimeIn, ns: u64) {
         let spent = &mut self.spent_ns[on as usize];
         *spent = spent.saturating_add(ns);
+    }
+
+    /// The chance that all its pending drafts stand.
+    pub fn survival(&self) -> f32 {
+        match self.pending.is_empty() {
+            true => 1.0,
+            false => self.survival,
+        }
     }
 
     /// Its luck, as far as it is more than chance.

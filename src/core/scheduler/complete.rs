@@ -12,9 +12,6 @@ use crate::core::estimate::prompts::Transit;
 use crate::core::policy::auto::Load;
 use crate::core::rows::requests::State;
 
-/// Weight of one verdict in a request's luck.
-const RECENT: f32 = 1.0 / 16.0;
-
 impl Scheduler {
     /// The planned step, if [`Scheduler::complete`] would end it.
     pub fn expect_complete(&self) -> Result<Step> {
@@ -153,71 +150,6 @@ impl Scheduler {
         if row.origin != Origin::Pending {
             self.wait_at(row.request, ramp, row.slot, true, now_ns);
         }
-    }
-
-    /// In a step that ends at the last layer: `token` says what the full model chose
-    /// from a row's logits, so that ramps learn from the rows that they held too.
-    /// It is asked about rows that are no drafts and that the request's drafts led
-    /// to; -1: it is not known.
-    pub fn teach(&mut self, token: impl Fn(usize) -> i32) {
-        for i in 0..self.rows.len() {
-            let row = self.rows[i];
-            let own = row.back == 0 && !row.gone && row.decision != Decision::Drop;
-            if !own || self.looks(row.slot) == 0 {
-                continue;
-            }
-            let token = token(i);
-            if token >= 0 {
-                self.judge(row, |guess| Some(guess == token));
-            }
-        }
-    }
-
-    /// Bit r: the token in the slot was looked at at ramp r, by a request that teaches.
-    fn looks(&self, slot: u32) -> u16 {
-        self.looked_at.get(slot as usize).copied().unwrap_or(0)
-    }
-
-    /// The full model has chosen a row's token: `right` says of each token that a ramp
-    /// said whether it is that, or `None` where that is not known.
-    fn judge(&mut self, row: StepRow, right: impl Fn(i32) -> Option<bool>) {
-        let looks = self.looks(row.slot);
-        let ramps = self.config.n_ramps();
-        let first = row.slot as usize * ramps;
-        // One token is one verdict on the request, however many ramps looked at it.
-        let weight = RECENT / looks.count_ones().max(1) as f32;
-        for ramp in (0..ramps).filter(|r| looks >> r & 1 == 1) {
-            let guess = self.guesses[first + ramp];
-            if let Some(right) = right(guess.token) {
-                self.judged(row.request, ramp, guess.bin, right, weight);
-            }
-        }
-    }
-
-    /// The full model's word on a draft, for the ramp that let it out and for those
-    /// before it that did not: a ramp that is asked about its hardest rows alone would
-    /// look worse than it is.
-    fn judge_draft(&mut self, row: StepRow) {
-        let slot = row.slot as usize;
-        let ramps = self.config.n_ramps();
-        let left_at = self.pending.left_at(row.slot);
-        let Some(draft) = self.guesses.get(slot * ramps + left_at).map(|g| g.token) else {
-            return;
-        };
-        match row.decision {
-            Decision::Accept => self.judge(row, |guess| Some(guess == draft)),
-            // What the full model said instead is not known.
-            Decision::Replace => self.judge(row, |guess| (guess == draft).then_some(false)),
-            _ => {}
-        }
-    }
-
-    /// The full model has chosen, and a ramp had said so or not.
-    fn judged(&mut self, request: u32, ramp: usize, bin: u8, right: bool, weight: f32) {
-        let r = self.requests.get_mut(request);
-        let surprise = f32::from(u8::from(right)) - self.reliability.chance(ramp, bin);
-        r.luck += weight * (surprise - r.luck);
-        self.reliability.judge(ramp, bin, right);
     }
 
     /// A pending row has been through the last layer.

@@ -9,6 +9,7 @@ mod learn;
 mod plan;
 mod ramp;
 mod requests;
+mod teach;
 mod verify;
 
 use crate::core::config::{Config, Fill};
@@ -173,7 +174,7 @@ impl Scheduler {
         config.validate()?;
         let requests = config.max_requests as usize;
         let pass = config.pass_rows();
-        // Of requests with fill VERIFY, for which there must be room.
+        // Of requests whose drafts stay pending, for which there must be room.
         let teaching = match config.pending() {
             0 => 0,
             _ => config.n_slots as usize,
@@ -235,6 +236,11 @@ impl Scheduler {
 
     pub fn auto(&self) -> &Auto {
         &self.auto
+    }
+
+    /// The rule in force, in rows.
+    fn row_rule(&self) -> RowRule {
+        RowRule::new(&self.config, self.decoding, self.auto.rule())
     }
 
     /// The rule in force without probes, in rows.

@@ -171,7 +171,7 @@ impl Scheduler {
     }
 
     fn terms(&self, capacity: usize, n_prompts: u32) -> Terms {
-        let row_rule = RowRule::new(&self.config, self.decoding, self.auto.rule());
+        let row_rule = self.row_rule();
         let transit = self.prompts.transit;
         let mut limit = self.config.batch().min(capacity);
         let mut room = self.config.pass_rows().min(capacity);

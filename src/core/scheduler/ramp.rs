@@ -2,7 +2,7 @@
 
 //! The verdicts of a ramp on each row.
 
-use super::{Guess, Scheduler, Step, StepRow};
+use super::{Scheduler, Step, StepRow};
 use crate::core::config::Fill;
 use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
@@ -12,10 +12,6 @@ use crate::core::policy;
 use crate::core::policy::RampRow;
 use crate::core::policy::rule::RowRule;
 use crate::core::rows::requests::Request;
-
-/// Share of its luck that a request loses with each row that is scored: without
-/// verdicts, none is left in the end.
-const FADE: f32 = 1.0 / 256.0;
 
 impl Scheduler {
     /// The ramp of the planned step, if it is time for its verdicts.
@@ -54,7 +50,7 @@ impl Scheduler {
     }
 
     /// A row's standing at a ramp before anything is decided.
-    fn ramp_row(&self, ramp: usize, row: &StepRow, score: &Score) -> RampRow {
+    fn ramp_row(&self, rule: RowRule, ramp: usize, row: &StepRow, score: &Score) -> RampRow {
         let aside = row.gone || row.back > 0;
         let nobody_exits = self.step.is_some_and(|s| s.nobody_exits);
         let threshold = if aside || nobody_exits {
@@ -62,7 +58,7 @@ impl Scheduler {
         } else {
             let r = self.requests.get(row.request);
             match r.learns {
-                true => self.learned_threshold(ramp, r),
+                true => self.learned_threshold(rule, ramp, r),
                 false => r.threshold.unwrap_or(self.config.thresholds[ramp]),
             }
         };
@@ -77,16 +73,11 @@ impl Scheduler {
 
     /// The confidence from which a draft of the request is worth making, where all
     /// before it must stand too; above 1 where none is.
-    fn learned_threshold(&self, ramp: usize, r: &Request) -> f32 {
-        let survival = match r.pending.is_empty() {
-            true => 1.0,
-            false => r.survival,
-        };
-        let row_rule = RowRule::new(&self.config, self.decoding, self.auto.rule());
-        if r.pending.len() >= row_rule.drafts {
+    fn learned_threshold(&self, rule: RowRule, ramp: usize, r: &Request) -> f32 {
+        if rule.drafts.is_some_and(|most| r.pending.len() >= most) {
             return f32::INFINITY;
         }
-        let chance = row_rule.survival / survival - r.known_luck();
+        let chance = rule.survival / r.survival() - r.known_luck();
         let floor = self.reliability.floor(ramp, chance);
         floor.unwrap_or(f32::INFINITY)
     }
@@ -95,8 +86,9 @@ impl Scheduler {
     /// refuses, to the greatest that is not sufficient.
     pub fn confirm(&mut self, scores: &mut [Score], may: impl Fn(u32, i32) -> bool) -> Result<()> {
         let ramp = self.expect_ramp()?;
+        let rule = self.row_rule();
         for (i, score) in scores.iter_mut().enumerate().take(self.rows.len()) {
-            let own = self.ramp_row(ramp, &self.rows[i], score);
+            let own = self.ramp_row(rule, ramp, &self.rows[i], score);
             self.rows[i].refused = own.confident() && !may(i as u32, score.token);
             if self.rows[i].refused {
                 score.confidence = own.threshold.next_down();
@@ -111,8 +103,9 @@ impl Scheduler {
         let ramp = self.expect_ramp()?;
         self.check_rows(scores.len(), "every planned row has one row of logits")?;
         self.ramp_rows.clear();
+        let rule = self.row_rule();
         for (row, score) in self.rows.iter().zip(scores) {
-            let own = self.ramp_row(ramp, row, score);
+            let own = self.ramp_row(rule, ramp, row, score);
             self.ramp_rows.push(own);
         }
         let ratio = self.ratio_at(ramp).unwrap_or(0.0);
@@ -141,17 +134,6 @@ impl Scheduler {
             row.forced = own.forced;
             row.score = *score;
             let looked = !own.confidence.is_nan() && (own.may_exit() || r.learns);
-            let bin = reliability::bin(score.confidence);
-            // What a host refuses, such as what a grammar forbids, says nothing of a ramp.
-            let teaches = r.fill == Fill::Verify && r.metric == self.config.metric;
-            if looked && teaches && !row.refused {
-                r.luck -= r.luck * FADE;
-                self.reliability.look(after, ramp, bin);
-                self.looked_at[row.slot as usize] |= 1 << ramp;
-                let at = row.slot as usize * self.config.n_ramps() + ramp;
-                let token = score.token;
-                self.guesses[at] = Guess { token, bin };
-            }
             if own.decision == Decision::Exit && r.fill.keeps() {
                 if self.pending.full() || r.pending.len() >= self.config.pending() {
                     // No room to stay pending: it goes deep now, and takes
@@ -159,11 +141,11 @@ impl Scheduler {
                     row.decision = self.config.policy.otherwise();
                     row.forced = own.confident();
                 } else {
-                    if r.pending.is_empty() {
-                        r.survival = 1.0;
+                    if r.learns {
+                        let bin = reliability::bin(score.confidence);
+                        let chance = self.reliability.chance(ramp, bin) + r.known_luck();
+                        r.survival = r.survival() * chance.clamp(0.0, 1.0);
                     }
-                    let chance = self.reliability.chance(ramp, bin) + r.known_luck();
-                    r.survival *= chance.clamp(0.0, 1.0);
                     self.pending.push(&mut r.pending, row.slot, ramp);
                 }
             }
@@ -179,6 +161,9 @@ impl Scheduler {
             self.counters.nonfinite_rows += u64::from(score.confidence.is_nan());
         }
         self.exit_rates.observe_sorted(after, ramp, &sorter);
+        if self.learning > 0 {
+            self.note(after, ramp);
+        }
         self.ramped = true;
         Ok(())
     }
