@@ -4,7 +4,7 @@
 
 use anyhow::{Result, ensure};
 use drex_harness::{
-    generate::{exits, generate},
+    generate::{drafts, equal, exits, generate},
     load::Generation,
     server::Server,
 };
@@ -64,18 +64,8 @@ pub fn compare(
 ) -> Result<Streams> {
     let mut out = Streams::default();
     let verified = generate(server.client, &requests("verify"), COUNT)?;
-    for (i, (a, b)) in unpatched.iter().zip(&verified).enumerate() {
-        ensure!(
-            a.tokens == b.tokens && a.text == b.text,
-            "verify: request {i} differs from the unpatched server's:\n  {:?}\n  {:?}",
-            a.tokens,
-            b.tokens
-        );
-        let count = |name: &str| b.last["timings"][name].as_u64().unwrap_or(0);
-        out.tokens += a.tokens.len();
-        out.drafts += count("drex_drafts");
-        out.accepted += count("drex_drafts_accepted");
-    }
+    out.tokens += equal("verify against the unpatched server", unpatched, &verified)?;
+    (out.drafts, out.accepted) = drafts(&verified);
     ensure!(
         out.accepted >= accepted && out.accepted < out.drafts && out.drafts > 20,
         "verify: {} of {} drafts accepted: too few to test anything",
@@ -86,17 +76,8 @@ pub fn compare(
     for fill in fills {
         let alone = generate(server.client, &requests(fill), 1)?;
         let together = generate(server.client, &requests(fill), COUNT)?;
-        let mut left = 0;
-        for (i, (a, b)) in alone.iter().zip(&together).enumerate() {
-            ensure!(
-                a.tokens == b.tokens && a.text == b.text,
-                "{fill}: request {i} has other tokens in company than alone:\n  {:?}\n  {:?}",
-                a.tokens,
-                b.tokens
-            );
-            out.tokens += a.tokens.len();
-            left += exits(b).iter().sum::<u64>();
-        }
+        out.tokens += equal(&format!("{fill}, in company as alone"), &alone, &together)?;
+        let left: u64 = together.iter().flat_map(exits).sum();
         ensure!(left > 20, "{fill}: {left} exits: too few to test anything");
     }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use serde_json::json;
 
-use super::{Build, EXACT, Suite, Test, generate, greedy, prompt};
+use super::{Build, EXACT, Suite, Test, drafts, equal, generate, greedy, prompt};
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
@@ -106,17 +106,7 @@ fn compare(suite: &Suite, build: &Build, args: &[&str], what: &str) -> Result<()
     let alone = alone?;
     let server = suite.start(build, requests.len(), &[EXACT, args].concat())?;
     let together = generate(server.client, &requests, 8)?;
-    let mut tokens = 0;
-    for (i, (a, b)) in alone.iter().zip(&together).enumerate() {
-        let at = a.tokens.iter().zip(&b.tokens).position(|(a, b)| a != b);
-        ensure!(
-            a.tokens == b.tokens && a.text == b.text,
-            "request {i} differs from token {at:?} on:\n  alone    {:?}\n  together {:?}",
-            a.text,
-            b.text
-        );
-        tokens += a.tokens.len();
-    }
+    let tokens = equal(what, &alone, &together)?;
     println!(
         "        {what}: {} requests, {tokens} tokens compared, all equal",
         alone.len()
@@ -145,7 +135,7 @@ fn lossless(suite: &Suite) -> Result<()> {
     };
     let requests = requests();
     let alone = generate(suite.start(reference, 1, EXACT)?.client, &requests, 1)?;
-    let (mut streams, mut tokens, mut drafts, mut accepted) = (0, 0, 0, 0);
+    let (mut streams, mut tokens, mut all, mut accepted) = (0, 0, 0, 0);
     let loads = [(1, "hold"), (8, "auto"), (32, "art")];
     for (k, threshold) in ["0.3", "0.5", "0.7", "0.9", "0.99"].iter().enumerate() {
         // One load for each threshold, or all.
@@ -162,29 +152,21 @@ fn lossless(suite: &Suite) -> Result<()> {
             // slots enough that no request gets a cell that another had
             let server = suite.start(patched, requests.len(), &[EXACT, &flags].concat())?;
             let got = generate(server.client, &requests, n)?;
-            for (i, (a, b)) in alone.iter().zip(&got).enumerate() {
-                let at = a.tokens.iter().zip(&b.tokens).position(|(a, b)| a != b);
-                ensure!(
-                    a.tokens == b.tokens && a.text == b.text,
-                    "threshold {threshold}, {n} at a time, {policy}: request {i} differs from token {at:?} on:\n  {:?}\n  {:?}",
-                    a.text,
-                    b.text
-                );
-                streams += 1;
-                tokens += a.tokens.len();
-                let count = |name: &str| b.last["timings"][name].as_u64().unwrap_or(0);
-                drafts += count("drex_drafts");
-                accepted += count("drex_drafts_accepted");
-            }
+            let what = format!("threshold {threshold}, {n} at a time, {policy}");
+            tokens += equal(&what, &alone, &got)?;
+            streams += got.len();
+            let (judged, stood) = drafts(&got);
+            all += judged;
+            accepted += stood;
         }
     }
     ensure!(
-        drafts > 700 && accepted > drafts / 2 && accepted < drafts,
-        "{accepted} of {drafts} drafts accepted: too few to test anything"
+        all > 700 && accepted > all / 2 && accepted < all,
+        "{accepted} of {all} drafts accepted: too few to test anything"
     );
     println!(
         "        {streams} requests, {tokens} tokens at 1, 8 and 32 in flight compared with the unpatched server, all equal; \
-         {accepted} of {drafts} drafts accepted"
+         {accepted} of {all} drafts accepted"
     );
     Ok(())
 }

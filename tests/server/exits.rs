@@ -17,8 +17,8 @@ use drex_harness::exits::own;
 use serde_json::{Value, json};
 
 use super::{
-    Build, EXACT, Suite, Test, bad_input::refused, exact::builds, exits, generate, greedy, program,
-    prompt,
+    Build, EXACT, Suite, Test, bad_input::refused, equal, exact::builds, exits, generate, greedy,
+    program, prompt,
 };
 use crate::{client::Client, gguf, load::Generation, process, server::Server};
 
@@ -391,14 +391,7 @@ fn lossless(suite: &Suite) -> Result<()> {
             &[EXACT, &flags].concat(),
         )?;
         let got = generate(server.client, &requests, 8)?;
-        for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
-            ensure!(
-                got.tokens == expected.tokens && got.text == expected.text,
-                "request {i} at threshold {threshold}:\n  {:?}\n  {:?}",
-                expected.text,
-                got.text
-            );
-        }
+        equal(&format!("threshold {threshold}"), &expected, &got)?;
         let metrics = server.client.metrics()?;
         drafts += metrics.get("drex_drafts_total").unwrap_or(0.0);
         accepted += metrics.get("drex_drafts_accepted_total").unwrap_or(0.0);
@@ -472,15 +465,7 @@ fn chats(suite: &Suite) -> Result<()> {
             &[&flags[..], &verify, &["--drex-threshold", "0.5"]].concat(),
         )?;
         let got = generate(server.client, &requests, 8)?;
-        for ((got, expected), question) in got.iter().zip(&expected).zip(part) {
-            ensure!(
-                got.tokens == expected.tokens && got.text == expected.text,
-                "{question}\n  {:?}\n  {:?}",
-                expected.text,
-                got.text
-            );
-            tokens += got.tokens.len();
-        }
+        tokens += equal(&format!("from {:?} on", part[0]), &expected, &got)?;
         let metrics = server.client.metrics()?;
         drafts += metrics.get("drex_drafts_total").unwrap_or(0.0);
         accepted += metrics.get("drex_drafts_accepted_total").unwrap_or(0.0);

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    EXACT, Suite, Test, exact::builds, generate, greedy, lora_adapters::write_adapter,
-    profile_and_record::until_asleep, prompt,
+    EXACT, Suite, Test, drafts, equal, exact::builds, generate, greedy,
+    lora_adapters::write_adapter, profile_and_record::until_asleep, prompt,
 };
 use crate::{cache::TempDir, client::Client, gguf, server::Server};
 
@@ -159,17 +159,9 @@ fn slept(suite: &Suite) -> Result<()> {
     let server = suite.start(patched, 4, &[&all[..], &exits, &sleeps].concat())?;
     for nap in 0..3 {
         let got = generate(server.client, &requests, 4)?;
-        let mut drafts = 0;
-        for (i, (a, b)) in unpatched.iter().zip(&got).enumerate() {
-            ensure!(
-                a.tokens == b.tokens,
-                "after {nap} naps request {i} has {:?} instead of {:?}",
-                b.text,
-                a.text
-            );
-            drafts += b.last["timings"]["drex_drafts"].as_u64().unwrap_or(0);
-        }
-        ensure!(drafts > 20, "after {nap} naps there are {drafts} drafts");
+        equal(&format!("after {nap} naps"), &unpatched, &got)?;
+        let (judged, _) = drafts(&got);
+        ensure!(judged > 20, "after {nap} naps there are {judged} drafts");
         until_asleep(server.client)?;
     }
     Ok(())

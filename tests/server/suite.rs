@@ -47,7 +47,7 @@ use drex_build::{
 };
 use drex_harness::{
     browser, client,
-    generate::{exits, generate},
+    generate::{drafts, equal, exits, generate},
     gguf,
     load::{self, Generation},
     metrics,

@@ -6,7 +6,7 @@
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::{EXACT, Suite, Test, exact::builds, exits, generate, greedy, prompt};
+use super::{EXACT, Suite, Test, equal, exact::builds, exits, generate, greedy, prompt};
 use crate::{client::Client, load::Generation};
 
 pub const TESTS: fn() -> Vec<Test> = || {
@@ -30,20 +30,6 @@ fn requests(n: usize) -> Vec<Value> {
     (0..n)
         .map(|i| greedy(&prompt(i), 16 + (i as u32 * 7 % 5) * 16))
         .collect()
-}
-
-/// Fails at the first difference, else says how many tokens there were.
-fn equal(what: &str, expected: &[Generation], got: &[Generation]) -> Result<usize> {
-    for (i, (a, b)) in expected.iter().zip(got).enumerate() {
-        let at = a.tokens.iter().zip(&b.tokens).position(|(a, b)| a != b);
-        ensure!(
-            a.tokens == b.tokens,
-            "{what}: request {i} differs from token {at:?} on:\n  {:?}\n  {:?}",
-            a.text,
-            b.text
-        );
-    }
-    Ok(expected.iter().map(|g| g.tokens.len()).sum())
 }
 
 /// Confidence 1.0 by entropy is out of reach, so that every row goes through every window and nobody exits.

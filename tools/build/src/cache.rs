@@ -187,6 +187,19 @@ pub fn bundled_model() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Whether the file is there with this SHA-256. A damaged one is removed.
+pub fn has(path: &Path, sha256: &str) -> Result<bool> {
+    if !path.is_file() {
+        return Ok(false);
+    }
+    if sha256_file(path)? == sha256 {
+        return Ok(true);
+    }
+    eprintln!("{} is damaged; fetching it again", path.display());
+    remove(path)?;
+    Ok(false)
+}
+
 pub fn sha256_file(path: &Path) -> Result<String> {
     let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut hash = Sha256::new();

@@ -43,12 +43,8 @@ def prepare_metadata_for_build_wheel(directory, config_settings=None):
 /// The source package, downloaded and verified.
 pub fn archive(cache: &Cache, _lock: &Lock) -> Result<PathBuf> {
     let path = cache.path("dl").join(ARCHIVE);
-    if path.is_file() {
-        if cache::sha256_file(&path)? == SHA256 {
-            return Ok(path);
-        }
-        eprintln!("{} is damaged; fetching it again", path.display());
-        cache::remove(&path)?;
+    if cache::has(&path, SHA256)? {
+        return Ok(path);
     }
     let python = Python::find(cache)?;
     let log = cache.log("download")?;

@@ -23,12 +23,8 @@ const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea3737281
 pub fn smollm2(cache: &Cache) -> Result<PathBuf> {
     let path = cache.path("models").join(SMOLLM2);
     let _lock = cache.lock()?;
-    if path.is_file() {
-        if cache::sha256_file(&path)? == SHA256 {
-            return Ok(path);
-        }
-        eprintln!("{} is damaged; fetching it again", path.display());
-        cache::remove(&path)?;
+    if cache::has(&path, SHA256)? {
+        return Ok(path);
     }
     let python = Python::find(cache)?;
     let temp = cache.temp_dir()?;

@@ -2,7 +2,7 @@
 
 //! Requests to `/completion` whose whole answers are looked at.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::{
@@ -17,6 +17,37 @@ pub fn exits(generation: &Generation) -> Vec<u64> {
         .flatten()
         .filter_map(Value::as_u64)
         .collect()
+}
+
+/// Drafts that were verified, and those of them that the full model confirmed.
+pub fn drafts(generations: &[Generation]) -> (u64, u64) {
+    let sum = |name: &str| {
+        let each = generations.iter().map(|g| g.last["timings"][name].as_u64());
+        each.map(Option::unwrap_or_default).sum()
+    };
+    (sum("drex_drafts"), sum("drex_drafts_accepted"))
+}
+
+/// The same requests have the same tokens and texts. Fails at the first difference, else says how many tokens there were.
+pub fn equal(what: &str, expected: &[Generation], got: &[Generation]) -> Result<usize> {
+    ensure!(
+        expected.len() == got.len(),
+        "{what}: {} answers instead of {}",
+        got.len(),
+        expected.len()
+    );
+    for (i, (a, b)) in expected.iter().zip(got).enumerate() {
+        let at = a.tokens.iter().zip(&b.tokens).position(|(a, b)| a != b);
+        ensure!(
+            a.tokens == b.tokens && a.text == b.text,
+            "{what}: request {i} differs from token {at:?} on:\n  expected {:?} {:?}\n  got      {:?} {:?}",
+            a.text,
+            a.tokens,
+            b.text,
+            b.tokens
+        );
+    }
+    Ok(expected.iter().map(|g| g.tokens.len()).sum())
 }
 
 /// Sends requests to `/completion` as streams with token ids, so many at a time; the answers are in the requests' order.

@@ -138,18 +138,29 @@ pub fn run_grid(o: &Options, progress: impl Fn(usize, usize) + Sync) -> Result<V
             }
         }
     }
+    cells(&places, progress, |&(class, n, batch, a, p)| {
+        cell(class, n, batch, a, p, o)
+    })
+}
+
+/// One cell for each place, on all cores, in the order of the places. `progress` is told how many are done, of how many.
+pub fn cells<P: Sync, C: Send>(
+    places: &[P],
+    progress: impl Fn(usize, usize) + Sync,
+    cell: impl Fn(&P) -> Result<C> + Sync,
+) -> Result<Vec<C>> {
     let next = AtomicUsize::new(0);
-    let done: Mutex<Vec<(usize, Result<Cell>)>> = Mutex::new(Vec::new());
+    let done: Mutex<Vec<(usize, Result<C>)>> = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     std::thread::scope(|s| {
         for _ in 0..threads {
             s.spawn(|| {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(&(class, n, batch, a, p)) = places.get(i) else {
+                    let Some(place) = places.get(i) else {
                         break;
                     };
-                    let cell = cell(class, n, batch, a, p, o);
+                    let cell = cell(place);
                     let mut done = done.lock().unwrap_or_else(|e| e.into_inner());
                     done.push((i, cell));
                     progress(done.len(), places.len());

@@ -335,6 +335,13 @@ fn write(path: &str, text: &str) -> Result<()> {
     std::fs::write(path, text).with_context(|| format!("cannot write {path}"))
 }
 
+fn progress(done: usize, all: usize) {
+    if std::io::stderr().is_terminal() {
+        let end = if done == all { "\n" } else { "" };
+        let _ = write!(std::io::stderr(), "\rcell {done} of {all} {end}");
+    }
+}
+
 fn run_grid(cli: &Cli) -> Result<()> {
     let o = grid::Options {
         tokens: cli.tokens,
@@ -348,15 +355,7 @@ fn run_grid(cli: &Cli) -> Result<()> {
         prompt_share: cli.prompt_share.unwrap_or(0.0),
         pass_rows: cli.pass_rows,
     };
-    let show = std::io::stderr().is_terminal();
-    let cells = grid::run_grid(&o, |done, all| {
-        if show {
-            let _ = write!(std::io::stderr(), "\rcell {done} of {all} ");
-        }
-    })?;
-    if show {
-        eprintln!();
-    }
+    let cells = grid::run_grid(&o, progress)?;
     if cli.json {
         println!("{}", report::grid_json(&cells, &o));
     } else {
@@ -380,17 +379,8 @@ fn run_quality(cli: &Cli) -> Result<()> {
         seed: cli.seed,
         noise: cli.noise,
         drift: cli.p_drift,
-        every: 1,
     };
-    let show = std::io::stderr().is_terminal();
-    let cells = quality::run_quality(&o, |done, all| {
-        if show {
-            let _ = write!(std::io::stderr(), "\rcell {done} of {all} ");
-        }
-    })?;
-    if show {
-        eprintln!();
-    }
+    let cells = quality::run_quality(&o, progress)?;
     match cli.json {
         true => println!("{}", quality::quality_json(&cells, &o)),
         false => print!("{}", quality::quality_table(&cells)),

@@ -3,13 +3,11 @@
 //! Quality `lossless`, where thresholds are learned, against every fixed threshold
 //! and chain of drafts, over machines, loads and ramps that are honest or not.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use anyhow::Result;
 use drex::core::config::{Fill, Quality};
 use serde_json::{Value, json};
 
+use crate::grid::cells;
 use crate::profiles::{CLASSES, Class};
 use crate::report::table;
 use crate::run::{Contender, Filling, Report, Setup, run};
@@ -40,8 +38,6 @@ pub struct Options {
     /// Share of itself by which the share of right tokens swings; a swing takes a
     /// quarter of the tokens of a run.
     pub drift: f64,
-    /// Every so many of the cells.
-    pub every: usize,
 }
 
 /// Tokens per second of one cell's runs.
@@ -172,29 +168,9 @@ pub fn run_quality(o: &Options, progress: impl Fn(usize, usize) + Sync) -> Resul
             }
         }
     }
-    let places: Vec<_> = places.into_iter().step_by(o.every.max(1)).collect();
-    let next = AtomicUsize::new(0);
-    let done: Mutex<Vec<(usize, Result<Cell>)>> = Mutex::new(Vec::new());
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    std::thread::scope(|s| {
-        for _ in 0..threads {
-            s.spawn(|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(&(class, n, depth, curve)) = places.get(i) else {
-                        break;
-                    };
-                    let cell = cell(class, n, depth, curve, o);
-                    let mut done = done.lock().unwrap_or_else(|e| e.into_inner());
-                    done.push((i, cell));
-                    progress(done.len(), places.len());
-                }
-            });
-        }
-    });
-    let mut cells = done.into_inner().unwrap_or_else(|e| e.into_inner());
-    cells.sort_by_key(|c| c.0);
-    cells.into_iter().map(|c| c.1).collect()
+    cells(&places, progress, |&(class, n, depth, curve)| {
+        cell(class, n, depth, curve, o)
+    })
 }
 
 /// The least of a ratio, and its median.

@@ -284,7 +284,6 @@ fn learned_thresholds_keep_their_promise() {
         seed: 1,
         noise: 0.1,
         drift: 0.0,
-        every: 1,
     };
     for (name, n, a, right, honesty, usual) in [
         ("memory", 4, 0.25, 0.85, Honesty::Calibrated, 1.1),
