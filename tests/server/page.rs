@@ -247,6 +247,12 @@ fn log(suite: &Suite) -> Result<()> {
     Ok(())
 }
 
+/// Writes a text into a field.
+fn fill(browser: &mut Browser, field: &str, text: &str) -> Result<()> {
+    browser.click(field)?;
+    browser.write(text)
+}
+
 /// The page's script as it is seen from outside: what a person would do, and what they would see.
 fn clicks(suite: &Suite) -> Result<()> {
     let program = program().context("no browser")?;
@@ -264,13 +270,11 @@ fn clicks(suite: &Suite) -> Result<()> {
 
         // A wrong key is said to be wrong, the right one opens the page.
         browser.wait("!document.getElementById('keybox').hidden", limit)?;
-        browser.click("#key")?;
-        browser.write("guess")?;
+        fill(&mut browser, "#key", "guess")?;
         browser.click("#keep")?;
         let told = "document.getElementById('keyerror').textContent.includes('does not know')";
         browser.wait(told, limit)?;
-        browser.click("#key")?;
-        browser.write(key)?;
+        fill(&mut browser, "#key", key)?;
         browser.press("Enter")?;
         browser.wait("document.getElementById('keybox').hidden", limit)?;
         browser.wait(
@@ -284,16 +288,12 @@ fn clicks(suite: &Suite) -> Result<()> {
         );
 
         // An answer: coloured where tokens left, drafts struck through.
-        browser.click("#prompt")?;
-        browser.write(&prompt(3))?;
+        fill(&mut browser, "#prompt", &prompt(3))?;
         browser.evaluate("(document.getElementById('fill').value = 'verify', '')")?;
-        browser.click("#n")?;
-        browser.write("150")?;
+        fill(&mut browser, "#n", "150")?;
         browser.click("#go")?;
-        browser.wait(
-            "document.querySelectorAll('#answer .t').length === 150",
-            limit,
-        )?;
+        let all = "document.querySelectorAll('#answer .t').length === 150";
+        browser.wait(all, limit)?;
         browser.wait("!document.getElementById('go').disabled", limit)?;
         let seen: Value = serde_json::from_str(&browser.evaluate(
             "JSON.stringify({
@@ -336,8 +336,7 @@ fn clicks(suite: &Suite) -> Result<()> {
         );
 
         // The curves move, and a long answer can be stopped.
-        browser.click("#n")?;
-        browser.write("100000")?;
+        fill(&mut browser, "#n", "100000")?;
         browser.click("#go")?;
         browser.wait("document.querySelectorAll('#answer .t').length > 20", limit)?;
         browser.wait(
@@ -354,8 +353,7 @@ fn clicks(suite: &Suite) -> Result<()> {
         ensure!(error.is_empty(), "stopped: {error}");
 
         // What the server refuses is said in its own words.
-        browser.click("#threshold")?;
-        browser.write("0.5")?;
+        fill(&mut browser, "#threshold", "0.5")?;
         browser.evaluate("(document.getElementById('threshold').max = '', '')")?;
         browser.write("-1")?;
         browser.evaluate("(document.getElementById('threshold').min = '', '')")?;
@@ -377,15 +375,10 @@ fn clicks(suite: &Suite) -> Result<()> {
             "{width}: {fit}"
         );
         if let Some(folder) = std::env::var_os("DREX_PAGES_OUT") {
-            browser.click("#threshold")?;
-            browser.write("0.4")?;
-            browser.click("#n")?;
-            browser.write("150")?;
+            fill(&mut browser, "#threshold", "0.4")?;
+            fill(&mut browser, "#n", "150")?;
             browser.click("#go")?;
-            browser.wait(
-                "document.querySelectorAll('#answer .t').length === 150",
-                limit,
-            )?;
+            browser.wait(all, limit)?;
             thread::sleep(Duration::from_secs(2));
             let height = browser.evaluate("String(document.documentElement.scrollHeight)")?;
             let picture = browser.picture(width, height.parse()?)?;

@@ -52,4 +52,11 @@ struct common_params_drex {
 
     std::string        fill_name()   const { return !fill.empty() ? fill : quality == "lossless" ? "verify" : "copy"; }
     std::vector<float> all_thresholds() const { return thresholds.empty() ? std::vector<float> { 0.7f } : thresholds; }
+
+    // one for each of so many exit layers
+    std::vector<float> thresholds_of(size_t n_ramps) const {
+        auto res = all_thresholds();
+        res.resize(n_ramps, res[0]);
+        return res;
+    }
 };

@@ -152,6 +152,11 @@ pub struct Engine<D: Decoder> {
     n_arena: u32,
     plan: Vec<drex_row>,
     verdicts: Vec<drex_verdict>,
+    /// Of the rows of a window that ends at the last layer: whether the full model agrees with a draft, the token that it
+    /// chose for a row that is none, and what becomes of them.
+    agrees: Vec<u8>,
+    chosen: Vec<i32>,
+    decisions: Vec<drex_decision>,
     /// Of the row that is looked at.
     banned: Vec<i32>,
     pub window_ns: u64,

@@ -12,15 +12,15 @@ use crate::triton::error::Failure;
 impl<D: Decoder> Engine<D> {
     /// Gives out what the full model says, row by row, up to the first draft that it does not confirm. Each token is
     /// chosen as if the one before it had just been decoded, so that sampled requests are lossless too. What ended is
-    /// put into `given`. Returns the tokens of rows that are no drafts, -1 for others.
+    /// put into `given`.
     pub(super) fn verify(
         &mut self,
         step: &Step,
         given: &mut Vec<(usize, Emitted)>,
-    ) -> Result<Vec<i32>, Failure> {
+    ) -> Result<(), Failure> {
         let n = step.n_decode();
-        let mut agrees = vec![0; n];
-        let mut chosen = vec![-1; n];
+        self.agrees[..n].fill(0);
+        self.chosen[..n].fill(-1);
         let mut any = false;
         let mut first = 0;
         while first < n {
@@ -51,11 +51,11 @@ impl<D: Decoder> Engine<D> {
                     break;
                 };
                 if !draft {
-                    chosen[row] = slot.next;
+                    self.chosen[row] = slot.next;
                     break;
                 }
                 let same = slot.next == drafts[row - begin];
-                agrees[row] = u8::from(same) * (1 + u8::from(last));
+                self.agrees[row] = u8::from(same) * (1 + u8::from(last));
                 any = true;
                 slot.drafts += 1;
                 slot.drafts_accepted += u64::from(same);
@@ -72,18 +72,17 @@ impl<D: Decoder> Engine<D> {
             }
         }
         if any {
-            let mut decisions = vec![0; n];
             // SAFETY: as many as the step has rows.
             unsafe {
                 check(drex_verify(
                     self.drex,
-                    agrees.as_ptr(),
+                    self.agrees.as_ptr(),
                     n as u32,
-                    decisions.as_mut_ptr(),
+                    self.decisions.as_mut_ptr(),
                     n as u32,
                 ))?
             };
         }
-        Ok(chosen)
+        Ok(())
     }
 }

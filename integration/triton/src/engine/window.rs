@@ -244,10 +244,9 @@ impl<D: Decoder> Engine<D> {
         self.window_ns += end - start;
         // Nothing is removed from drex before the step is complete: the last tokens are to be counted.
         let mut given = Vec::new();
-        let chosen = match ramp {
-            true => Vec::new(),
-            false => self.verify(step, &mut given)?,
-        };
+        if !ramp {
+            self.verify(step, &mut given)?;
+        }
         for i in 0..n {
             let at = step.slots[i];
             let Some(slot) = &mut self.slots[at] else {
@@ -289,7 +288,7 @@ impl<D: Decoder> Engine<D> {
         }
         done.n_kv = step.rows[..n].iter().map(|r| r.position as u64 + 1).sum();
         if !ramp {
-            done.tokens = chosen.as_ptr();
+            done.tokens = self.chosen.as_ptr();
         }
         // SAFETY: a step is planned, and its ramp was called; there is a token for each row.
         unsafe { check(drex_complete(self.drex, &done))? };

@@ -128,10 +128,7 @@ void server_drex::open_record(const common_params & params, bool is_resume) {
 
     record.open(p.record, is_resume ? std::ios::app : std::ios::out);
 
-    std::vector<float> thresholds(ramp_layers.size(), p.all_thresholds()[0]);
-    if (p.thresholds.size() > 1) {
-        thresholds = p.thresholds;
-    }
+    const auto thresholds = p.thresholds_of(ramp_layers.size());
     record << json {
         {"drex_record", 1},         {"n_layers", n_layer},  {"ramp_layers", ramp_layers},         {"thresholds", thresholds},
         {"metric",      p.metric},  {"policy", p.policy},   {"max_batch",   std::min<size_t>(verdicts.size(), slots.size())},

@@ -343,7 +343,7 @@ json server_drex::stats(size_t n_waiting) const {
         {"quality",           options.quality.empty() ? json() : json(options.quality)},
         {"layers",            n_layer},
         {"exit_layers",       ramp_layers},
-        {"thresholds",        options.learns() ? json() : json(options.all_thresholds())},
+        {"thresholds",        options.learns() ? json() : json(options.thresholds_of(n_ramps))},
         {"tokens",            f.load.n_tokens},
         {"prompt_tokens",     f.load.n_prompt_tokens},
         {"exits",             std::vector<uint64_t>(s.exits, s.exits + n_ramps)},
@@ -362,9 +362,6 @@ json server_drex::stats(size_t n_waiting) const {
         {"rule",              nullptr},
         {"predicted_tokens_per_second", nullptr},
     };
-    if (!options.learns() && options.thresholds.size() < 2) {
-        res["thresholds"] = std::vector<float>(n_ramps, options.all_thresholds()[0]);
-    }
     for (size_t r = 0; r < n_ramps; ++r) {
         res["exit_share"].push_back(std::isfinite(s.exit_share[r]) ? json(s.exit_share[r]) : json());
     }

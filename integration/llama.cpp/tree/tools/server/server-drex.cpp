@@ -280,7 +280,7 @@ void server_drex::say_off(const common_params & params) {
     const common_params_drex defaults;
     const auto & p = params.drex;
 
-    if (p.metric != defaults.metric || p.fill != defaults.fill || p.quality != defaults.quality || p.exit_layers != defaults.exit_layers || p.thresholds != defaults.thresholds ||
+    if (p.metric != defaults.metric || !p.fill.empty() || !p.quality.empty() || !p.exit_layers.empty() || !p.thresholds.empty() ||
             !p.exits.empty() || !p.profile.empty() || !p.record.empty()) {
         SRV_WRN("%s", "early exit is off: options that begin with --drex- have no effect without --drex on or --drex-policy\n");
     }
@@ -886,8 +886,7 @@ void server_drex::finish(uint64_t n_kv) {
     done.now_ns      = now_ns();
     done.duration_ns = t_ran - t_run;
     done.n_kv        = n_kv;
-
-    done.tokens      = is_last() && judges ? chosen.data() : nullptr;
+    done.tokens      = is_last() ? chosen.data() : nullptr;
 
     if (record.is_open()) {
         record_step(done.duration_ns, n_kv);
@@ -981,7 +980,6 @@ std::vector<int> server_drex::culprits(int32_t ret, llama_batch_ext * batch) {
 void server_drex::end_step() {
     in_flight = false;
     verifying = false;
-    judges    = false;
 
     for (size_t i = 0; i < slots.size(); ++i) {
         if (slots[i].leaving) {

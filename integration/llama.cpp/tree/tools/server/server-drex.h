@@ -129,9 +129,8 @@ struct server_drex {
     // between run() and finish(): requests that end in between are removed after finish()
     void begin_verify() {
         verifying = true;
-        judges    = true;
-        std::fill(agreed.begin(), agreed.end(), 0);
-        std::fill(chosen.begin(), chosen.end(), LLAMA_TOKEN_NULL);
+        std::fill_n(agreed.begin(), step.n_rows, 0);
+        std::fill_n(chosen.begin(), step.n_rows, LLAMA_TOKEN_NULL);
     }
     void end_verify() { verifying = false; }
 
@@ -325,7 +324,6 @@ private:
 
     bool    in_flight = false; // planned, neither finished nor abandoned
     bool    verifying = false;
-    bool    judges    = false; // agreed and chosen are of this step
     bool    enqueued  = false; // the scoring of the ramp's logits, on a device
     int64_t t_run     = 0; // when the window began
     int64_t t_ran     = 0; // when it ended
