@@ -1432,9 +1432,9 @@ typedef struct drex_completion {
   // In a step that ends at n_layers, [n_rows of it]: the token that the full
   // model chose from each row's logits, for the request's own rows that emitted
   // one; -1: not known. Other rows, those behind a replaced draft among them, are
-  // not looked at. Ramps learn from requests with DREX_FILL_VERIFY how often they are
-  // right where rows were held, too. NULL: not known; then they learn from drafts
-  // alone.
+  // not looked at. Ramps learn from it how often they are right where rows were
+  // held, for requests whose thresholds are learned. NULL: not known; then they
+  // learn from drafts alone.
   // Since 0.2.
   const int32_t *tokens;
 } drex_completion;

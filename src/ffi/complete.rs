@@ -29,9 +29,9 @@ pub struct drex_completion {
     /// In a step that ends at n_layers, [n_rows of it]: the token that the full
     /// model chose from each row's logits, for the request's own rows that emitted
     /// one; -1: not known. Other rows, those behind a replaced draft among them, are
-    /// not looked at. Ramps learn from it, for requests whose thresholds are learned,
-    /// how often they are right where rows were held, too. NULL: not known; then they learn from drafts
-    /// alone.
+    /// not looked at. Ramps learn from it how often they are right where rows were
+    /// held, for requests whose thresholds are learned. NULL: not known; then they
+    /// learn from drafts alone.
     /// Since 0.2.
     pub tokens: *const i32,
 }
