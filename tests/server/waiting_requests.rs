@@ -2,6 +2,7 @@
 
 //! More requests than there are slots: each waits for its turn and is served or refused.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -15,6 +16,10 @@ pub const TESTS: fn() -> Vec<Test> = || {
         Test::new(
             "a request that is refused leaves its place in the queue to the next",
             refused_in_queue,
+        ),
+        Test::new(
+            "prompts run in the order in which requests came",
+            first_come,
         ),
     ]
 };
@@ -49,6 +54,44 @@ fn overload(suite: &Suite) -> Result<()> {
         metrics.get("drex_tokens_total") == Some(64.0 * 24.0),
         "{:?} tokens",
         metrics.get("drex_tokens_total")
+    );
+    Ok(())
+}
+
+/// Answers so short that places become free while prompts wait: whoever comes then must not go before them.
+fn first_come(suite: &Suite) -> Result<()> {
+    const PLACES: u64 = 8;
+    let flags = ["--drex-policy", "auto", "-b", "64", "-ub", "64"];
+    let server = suite.start(&suite.patched, PLACES as usize, &flags)?;
+    let client = server.client;
+    let (came, served) = (AtomicU64::new(0), AtomicU64::new(0));
+    let passed: Vec<u64> = std::thread::scope(|scope| {
+        let places: Vec<_> = (0..PLACES)
+            .map(|place| {
+                let (came, served) = (&came, &served);
+                scope.spawn(move || -> Result<u64> {
+                    let mut most = 0;
+                    while came.fetch_add(1, Relaxed) < 160 {
+                        let begun = served.load(Relaxed);
+                        let text = vec![prompt((place * 31 + begun) as usize); 12].join(" ");
+                        let mut body = greedy(&text, 2);
+                        body["cache_prompt"] = json!(false);
+                        generate(client, &[body], 1)?;
+                        most = most.max(served.fetch_add(1, Relaxed) - begun);
+                    }
+                    Ok(most)
+                })
+            })
+            .collect();
+        places
+            .into_iter()
+            .map(|place| place.join().expect("no panic"))
+            .collect::<Result<_>>()
+    })?;
+    // Those that were there, and as many again that end in the same window.
+    ensure!(
+        passed.iter().all(|&n| n <= 2 * PLACES),
+        "so many others were served while a request waited: {passed:?}"
     );
     Ok(())
 }

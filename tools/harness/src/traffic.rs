@@ -212,6 +212,9 @@ pub trait Counted: Source {
 /// Where the numbers of requests begin that are sent before the load is steady and belong to no place's first wave.
 const FILLER: usize = 1 << 32;
 
+/// So many requests for each place come after one that has no token yet before it counts as starved. Servers need one or two.
+const STARVED: usize = 40;
+
 /// The begin of a closed load. The first request of each place comes first, then requests that replace those that ended, until
 /// each place's first request has a token: from there on no server has prompts left that came all at once. What is sent next
 /// counts. Requests that count have the same numbers whatever came before, so that each server gets the same ones.
@@ -237,20 +240,28 @@ impl Ramp {
         }
     }
 
-    /// The number of the next request; none when all that count were sent.
-    fn next(&mut self, now: Duration) -> Option<usize> {
+    /// The number of the next request; none when all that count were sent. Fails where a request waits for ever.
+    fn next(&mut self, now: Duration) -> Result<Option<usize>> {
         if self.sent >= self.places {
             if self.began < self.places {
                 self.fillers += 1;
-                return Some(FILLER + self.fillers - 1);
+                if self.fillers > STARVED * self.places {
+                    bail!(
+                        "{} of {} requests have no token yet, and {} that came later were sent: the server starves them",
+                        self.places - self.began,
+                        self.places,
+                        self.fillers - 1
+                    );
+                }
+                return Ok(Some(FILLER + self.fillers - 1));
             }
             self.begin.get_or_insert(now);
         }
         if self.sent == self.places + self.counted {
-            return None;
+            return Ok(None);
         }
         self.sent += 1;
-        Some(self.sent - 1)
+        Ok(Some(self.sent - 1))
     }
 
     fn began(&mut self, number: usize) {
@@ -306,7 +317,7 @@ impl Source for Steady<'_> {
         if self.open >= self.ramp.places {
             return Ok(Next::Busy);
         }
-        let Some(job) = self.ramp.next(now) else {
+        let Some(job) = self.ramp.next(now)? else {
             return Ok(Next::End);
         };
         let (prompt, answer) = self.request(job);
@@ -452,7 +463,11 @@ impl<'a> Chats<'a> {
 impl Source for Chats<'_> {
     fn next(&mut self, now: Duration) -> Result<Next> {
         let missing = self.open.len() < self.ramp.places;
-        if let Some(number) = missing.then(|| self.ramp.next(now)).flatten() {
+        let number = match missing {
+            true => self.ramp.next(now)?,
+            false => None,
+        };
+        if let Some(number) = number {
             self.open.push(Conversation {
                 number,
                 turn: 0,
@@ -515,6 +530,26 @@ pub const TURNS_OF_CHAT: usize = TURNS;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_server_that_starves_a_request_is_told() {
+        let mut ramp = Ramp::new(2, 10);
+        let sent: Vec<_> = (0..2)
+            .map(|_| ramp.next(Duration::ZERO).unwrap().unwrap())
+            .collect();
+        assert_eq!(sent, [0, 1]);
+        ramp.began(0);
+        for i in 0..2 * STARVED {
+            assert_eq!(ramp.next(Duration::ZERO).unwrap(), Some(FILLER + i));
+        }
+        let error = ramp.next(Duration::ZERO).unwrap_err().to_string();
+        assert!(
+            error.starts_with("1 of 2 requests have no token yet, and 80 that"),
+            "{error}"
+        );
+        ramp.began(1);
+        assert_eq!(ramp.next(Duration::ZERO).unwrap(), Some(2));
+    }
     use serde_json::Value;
 
     fn text() -> Text {

@@ -58,6 +58,20 @@ void decode_drex() {
     }
 }
 
+// The slots in the order in which prompts are taken: with early exit, that in which their requests came. Windows end answers
+// while prompts wait, so a slot that gets one request after the other would keep the prompts of those behind it waiting for ever.
+std::vector<server_slot *> drex_prompt_order() {
+    std::vector<server_slot *> order;
+    for (auto & slot : slots) {
+        order.push_back(&slot);
+    }
+    if (drex) {
+        const auto arrived = [](const server_slot * slot) { return slot->task ? slot->task->params.drex.t_arrived : 0; };
+        std::stable_sort(order.begin(), order.end(), [&](const auto * a, const auto * b) { return arrived(a) < arrived(b); });
+    }
+    return order;
+}
+
 // Cells that the slot's row attends over, n_more tokens behind its prompt: its own, or in a unified cache those of all slots.
 int n_attended(const server_slot & slot, int n_more) const {
     int n = slot.prompt.n_tokens() + n_more;
