@@ -475,7 +475,7 @@
     DREX_FILL_DEFAULT, 0, 0, 0, 0, 0, 0 }
 
 #define DREX_REQUEST_INFO_INITIALIZER                                        \
-  { sizeof(drex_request_info), 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0 }
+  { sizeof(drex_request_info), 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* now_ns must be set. */
 #define DREX_PLAN_INPUT_INITIALIZER                                          \
@@ -504,7 +504,7 @@
 #define DREX_STATS_INITIALIZER                                               \
   { sizeof(drex_stats), 0, 0, { 0 }, 0, 0, { 0 }, 0, { 0 }, 0, 0, 0, 0, 0,   \
     0, 0, 0, 0, { 0 }, 0, 0, { 0 }, 0, 0, 0, 0, 0, 0, 0, { 0 }, 0, 0, 0, 0, 0,  \
-    0, 0, 0, 0 }
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /* All must be set. */
 #define DREX_PAGES_CONFIG_INITIALIZER                                        \
@@ -779,7 +779,12 @@ typedef struct drex_config {
   // row exits when the chance that its draft and all its request's drafts before
   // it stand is at least what the rule of AUTO asks for (0.5 under another
   // policy). Thresholds count only for requests that name one, another metric, or
-  // another fill.
+  // another fill. Between 0 and 1: an agreement, the share of the tokens of such
+  // requests that are the full model's; see drex_request_audit(). Until audits
+  // show that more is allowed, and where that would not be faster, they are
+  // lossless. Rows that exit beyond that fill their holes as `fill` says; VERIFY:
+  // always lossless. 0.9, 0.95, 0.98, 0.99, 0.995, 0.998 and 0.999 are told
+  // apart, what lies between counts as the next higher, and more as 1.
   // Since 0.2.
   double quality;
 } drex_config;
@@ -930,9 +935,12 @@ typedef struct drex_request_config {
   // request's deadline itself counts.
   uint64_t max_tokens;
   // As drex_config.quality; 0: the engine's. Where it is 1, a threshold is kept to
-  // and a fill other than VERIFY is refused. Where only the engine's is 1, a
-  // request that names another fill is served by that and by thresholds. A request
-  // that names a metric other than the engine's has the engine's thresholds.
+  // and a fill other than VERIFY is refused. Where it is an agreement, a threshold
+  // is refused, and holes are filled as `fill` says. Where only the engine's is 1
+  // or an agreement, a request that names another fill is served by that and by
+  // thresholds; with an agreement also one that names a threshold. A request that
+  // names a metric other than the engine's has the engine's thresholds, and is
+  // lossless.
   // Since 0.2.
   double quality;
 } drex_request_config;
@@ -966,6 +974,17 @@ typedef struct drex_request_info {
   // Pending rows, see DREX_FILL_POSTFILL: of the tokens right before its
   // next one, or before its own row if it has one.
   uint32_t n_pending;
+  // How its holes are filled.
+  // Since 0.2.
+  drex_fill_mode fill;
+  // 1: its answer is to be audited before it is removed; see
+  // drex_request_audit(). Else 0.
+  // Since 0.2.
+  uint32_t audit_due;
+  // What is promised: 1: every token is the full model's; between 0 and 1: the
+  // agreement that it is served with; 0: nothing.
+  // Since 0.2.
+  double quality;
 } drex_request_info;
 
 // Makes a request known. It is IDLE: say drex_request_ready() when its
@@ -1027,6 +1046,35 @@ drex_status drex_request_settle(drex_engine *engine,
                                 uint64_t id,
                                 uint64_t now_ns,
                                 uint32_t *pending);
+
+// Says how much of a request's answer the full model would have chosen otherwise:
+// an audit. A request with an agreement (drex_config.quality) needs one where
+// drex_request_info.audit_due is 1. drex chooses whom, at random: at first one in
+// four, later about one in twenty-four.
+//
+// When the request has its last token, or is cancelled, and before it is removed, the
+// host discards the K/V of its answer, runs prompt and answer through the full model
+// in passes without exits, and compares each token of the answer with the model's own
+// choice at its place, made as the request's tokens are made. For a request whose
+// tokens are drawn at random there is no such choice: the host gives it quality 1.
+// The K/V that the audit leaves is the full model's.
+//
+// id           of a request whose audit_due is 1
+// n_tokens     tokens of the answer that were compared
+// n_differing  of them, those that the full model would have chosen otherwise
+//
+// From audits follows the lowest threshold whose tokens agree well enough, with a
+// bound on what chance does to audits; and an account of what has differed, by
+// which all requests with that agreement are lossless while too much has. A request
+// that is removed without its audit counts as if nothing were known of it.
+//
+// Errors: UNKNOWN_REQUEST; CALL_ORDER when audit_due is 0; INVALID_ARGUMENT when
+// n_differing is more than n_tokens.
+// Since 0.2.
+drex_status drex_request_audit(drex_engine *engine,
+                               uint64_t id,
+                               uint64_t n_tokens,
+                               uint64_t n_differing);
 
 /* -----------------------------------------------------------------------------
  * The next window and its rows
@@ -1730,6 +1778,38 @@ typedef struct drex_stats {
   // AUTO: most drafts of such a request; 0: no bound but max_pending.
   // Since 0.2.
   uint32_t rule_drafts;
+  // The agreement that agreement, its bounds, its threshold and its balance are
+  // about: the engine's, or what a request last asked for; NaN before the first.
+  // Since 0.2.
+  double agreement_target;
+  // Estimated from audits: share of the tokens of requests with that agreement
+  // that are the full model's, of late; NaN before the first.
+  // Since 0.2.
+  double agreement;
+  // Its bounds, each of which chance breaks one time in fifty.
+  // Since 0.2.
+  double agreement_low;
+  // Since 0.2.
+  double agreement_high;
+  // The lowest threshold that audits have shown to be within it; NaN: none, and
+  // then such requests are lossless.
+  // Since 0.2.
+  double agreement_threshold;
+  // Tokens that may yet differ before such requests are lossless for a while.
+  // Since 0.2.
+  double agreement_balance;
+  // Answers that were audited, of all agreements.
+  // Since 0.2.
+  uint64_t audits;
+  // Their tokens.
+  // Since 0.2.
+  uint64_t audited_tokens;
+  // Of these, those that the full model would have chosen otherwise.
+  // Since 0.2.
+  uint64_t audited_differing;
+  // Answers that were to be audited, and were removed without that.
+  // Since 0.2.
+  uint64_t audits_missed;
 } drex_stats;
 
 // A snapshot of the engine's totals. Cheap enough for every step.

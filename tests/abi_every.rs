@@ -167,6 +167,10 @@ fn functions() -> Vec<Function> { vec![
     function!(drex_request_settle, Engine, [], 0, DREX_OK, |h, _w| {
         drex_request_settle(e(h), 2, 0, null_mut())
     }),
+    // Request 2 has no target.
+    function!(drex_request_audit, Engine, [], 0, DREX_ERROR_CALL_ORDER, |h, _w| {
+        drex_request_audit(e(h), 2, 1, 0)
+    }),
     function!(drex_plan, Engine, ["input", "out", "rows"], 2, DREX_OK, |h, w| {
         let (mut input, mut step) = (sized!(drex_plan_input), sized!(drex_step));
         let mut rows = [NO_ROW; 4];

@@ -279,6 +279,10 @@ fn metrics_say_what_stats_say() {
             ("drex_rule_hold_rows", s.rule_hold_rows.into()),
             ("drex_rule_ready_rows", s.rule_ready_rows.into()),
             ("drex_rule_drafts", s.rule_drafts.into()),
+            ("drex_audits_total", s.audits),
+            ("drex_audited_tokens_total", s.audited_tokens),
+            ("drex_audited_differing_total", s.audited_differing),
+            ("drex_audits_missed_total", s.audits_missed),
             ("drex_held_seconds_count", s.wait_us_buckets.iter().sum()),
         ] {
             check(name, number as f64);

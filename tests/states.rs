@@ -327,6 +327,9 @@ const ANY_TIME: [(&str, Call); 17] = [
 /// Calls for a host that captures graphs, which need a CUDA device and no step.
 const FOR_GRAPHS: [&str; 2] = ["drex_ramp_enqueue", "drex_fill_enqueue"];
 
+/// Calls for a request whose answer is to be audited, see tests/agreement.rs.
+const FOR_AUDITS: [&str; 1] = ["drex_request_audit"];
+
 #[test]
 fn all_other_calls_at_any_time() {
     for (state, _) in STATES {
@@ -347,7 +350,12 @@ fn every_call_on_an_engine_is_tried() {
     let header = header();
     let mut tried: BTreeSet<String> = table(&header).into_iter().map(|row| row.0).collect();
     tried.extend(ANY_TIME.iter().map(|c| c.0.to_owned()));
-    tried.extend(FOR_GRAPHS.iter().map(|&name| name.to_owned()));
+    tried.extend(
+        FOR_GRAPHS
+            .iter()
+            .chain(&FOR_AUDITS)
+            .map(|&name| name.to_owned()),
+    );
     let parsed = headers::Header::parse(&header);
     let declared: BTreeSet<String> = parsed.on("drex_engine").map(str::to_owned).collect();
     assert_eq!(tried, declared);

@@ -65,6 +65,10 @@ pub enum Quality {
     Given,
     /// Not at all: drafts are verified, and the rule finds which are worth making.
     Lossless,
+    /// At most by the target with this index, see
+    /// [`TARGETS`](crate::core::estimate::agreement::TARGETS), on average over the
+    /// tokens of such requests: audits find the thresholds.
+    Agreement(u8),
 }
 
 /// Pending rows of a request at most, where the host does not say.
@@ -250,7 +254,7 @@ impl Config {
     /// The fill of requests that name none.
     pub fn fill_of(&self, quality: Quality) -> Fill {
         match quality {
-            Quality::Given => self.fill,
+            Quality::Given | Quality::Agreement(_) => self.fill,
             Quality::Lossless => Fill::Verify,
         }
     }

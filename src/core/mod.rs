@@ -14,7 +14,7 @@
 //! | [`estimate`] | the numbers that are learned: times, exits, drafts, prompts; whether a pass over prompts is cut |
 //! | [`config`], [`decision`], [`counters`], [`metric`], [`error`] | what goes in and what comes out |
 //! | [`pages`], [`sampling`] | two services that need no scheduler: paged K/V, speculative sampling |
-//! | [`names`], [`memory`] | helpers |
+//! | [`names`], [`memory`], [`random`] | helpers |
 
 pub mod calibration;
 pub mod config;
@@ -28,6 +28,7 @@ pub mod metric;
 pub mod names;
 pub mod pages;
 pub mod policy;
+pub mod random;
 pub mod rows;
 pub mod sampling;
 pub mod scheduler;

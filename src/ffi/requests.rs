@@ -8,6 +8,7 @@ use super::check::reserved;
 use super::engine::*;
 use super::entry::{self, with};
 use super::status::drex_status;
+use crate::core::estimate::agreement::TARGETS;
 use crate::core::rows::requests::{RequestConfig, State};
 
 /// The state of a request: DREX_REQUEST_*.
@@ -52,9 +53,12 @@ pub struct drex_request_config {
     /// request's deadline itself counts.
     pub max_tokens: u64,
     /// As drex_config.quality; 0: the engine's. Where it is 1, a threshold is kept to
-    /// and a fill other than VERIFY is refused. Where only the engine's is 1, a
-    /// request that names another fill is served by that and by thresholds. A request
-    /// that names a metric other than the engine's has the engine's thresholds.
+    /// and a fill other than VERIFY is refused. Where it is an agreement, a threshold
+    /// is refused, and holes are filled as `fill` says. Where only the engine's is 1
+    /// or an agreement, a request that names another fill is served by that and by
+    /// thresholds; with an agreement also one that names a threshold. A request that
+    /// names a metric other than the engine's has the engine's thresholds, and is
+    /// lossless.
     /// Since 0.2.
     pub quality: f64,
 }
@@ -90,6 +94,17 @@ pub struct drex_request_info {
     /// Pending rows, see DREX_FILL_POSTFILL: of the tokens right before its
     /// next one, or before its own row if it has one.
     pub n_pending: u32,
+    /// How its holes are filled.
+    /// Since 0.2.
+    pub fill: drex_fill_mode,
+    /// 1: its answer is to be audited before it is removed; see
+    /// drex_request_audit(). Else 0.
+    /// Since 0.2.
+    pub audit_due: u32,
+    /// What is promised: 1: every token is the full model's; between 0 and 1: the
+    /// agreement that it is served with; 0: nothing.
+    /// Since 0.2.
+    pub quality: f64,
 }
 
 /// Makes a request known. It is IDLE: say drex_request_ready() when its
@@ -210,6 +225,13 @@ pub unsafe extern "C" fn drex_request_get(
             deadline_misses: r.deadline_misses.into(),
             last_confidence: r.last_confidence,
             n_pending: r.pending.len(),
+            fill: r.fill as u32,
+            audit_due: engine.scheduler.audit_due(id)?.into(),
+            quality: match r.terms {
+                _ if r.lossless => 1.0,
+                Some(terms) => TARGETS[usize::from(terms.target)],
+                None => 0.0,
+            },
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &info) };
@@ -243,5 +265,41 @@ pub unsafe extern "C" fn drex_request_settle(
             unsafe { pending.write_unaligned(n) };
         }
         Ok(())
+    })
+}
+
+/// Says how much of a request's answer the full model would have chosen otherwise:
+/// an audit. A request with an agreement (drex_config.quality) needs one where
+/// drex_request_info.audit_due is 1. drex chooses whom, at random: at first one in
+/// four, later about one in twenty-four.
+///
+/// When the request has its last token, or is cancelled, and before it is removed, the
+/// host discards the K/V of its answer, runs prompt and answer through the full model
+/// in passes without exits, and compares each token of the answer with the model's own
+/// choice at its place, made as the request's tokens are made. For a request whose
+/// tokens are drawn at random there is no such choice: the host gives it quality 1.
+/// The K/V that the audit leaves is the full model's.
+///
+/// id           of a request whose audit_due is 1
+/// n_tokens     tokens of the answer that were compared
+/// n_differing  of them, those that the full model would have chosen otherwise
+///
+/// From audits follows the lowest threshold whose tokens agree well enough, with a
+/// bound on what chance does to audits; and an account of what has differed, by
+/// which all requests with that agreement are lossless while too much has. A request
+/// that is removed without its audit counts as if nothing were known of it.
+///
+/// Errors: UNKNOWN_REQUEST; CALL_ORDER when audit_due is 0; INVALID_ARGUMENT when
+/// n_differing is more than n_tokens.
+/// Since 0.2.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn drex_request_audit(
+    engine: *mut drex_engine,
+    id: u64,
+    n_tokens: u64,
+    n_differing: u64,
+) -> drex_status {
+    with("drex_request_audit", engine, |engine| {
+        Ok(engine.scheduler.audit(id, n_tokens, n_differing)?)
     })
 }

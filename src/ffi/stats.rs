@@ -12,6 +12,7 @@ use super::names::name;
 use super::plan::DREX_FLUSH_REASONS;
 use super::status::drex_status;
 use crate::core::counters::{MISSES, REASONS, TimeIn, WAIT_BUCKETS};
+use crate::core::estimate::agreement::{Estimate, TARGETS, floor};
 
 /// Length of drex_stats.flushes, more than there are DREX_FLUSH_*.
 pub const DREX_MAX_FLUSH_REASONS: usize = 16;
@@ -133,6 +134,38 @@ pub struct drex_stats {
     /// AUTO: most drafts of such a request; 0: no bound but max_pending.
     /// Since 0.2.
     pub rule_drafts: u32,
+    /// The agreement that agreement, its bounds, its threshold and its balance are
+    /// about: the engine's, or what a request last asked for; NaN before the first.
+    /// Since 0.2.
+    pub agreement_target: f64,
+    /// Estimated from audits: share of the tokens of requests with that agreement
+    /// that are the full model's, of late; NaN before the first.
+    /// Since 0.2.
+    pub agreement: f64,
+    /// Its bounds, each of which chance breaks one time in fifty.
+    /// Since 0.2.
+    pub agreement_low: f64,
+    /// Since 0.2.
+    pub agreement_high: f64,
+    /// The lowest threshold that audits have shown to be within it; NaN: none, and
+    /// then such requests are lossless.
+    /// Since 0.2.
+    pub agreement_threshold: f64,
+    /// Tokens that may yet differ before such requests are lossless for a while.
+    /// Since 0.2.
+    pub agreement_balance: f64,
+    /// Answers that were audited, of all agreements.
+    /// Since 0.2.
+    pub audits: u64,
+    /// Their tokens.
+    /// Since 0.2.
+    pub audited_tokens: u64,
+    /// Of these, those that the full model would have chosen otherwise.
+    /// Since 0.2.
+    pub audited_differing: u64,
+    /// Answers that were to be audited, and were removed without that.
+    /// Since 0.2.
+    pub audits_missed: u64,
 }
 
 /// A snapshot of the engine's totals. Cheap enough for every step.
@@ -166,6 +199,11 @@ pub unsafe extern "C" fn drex_stats_get(
         let (mut flushes, mut misses) = ([0; DREX_MAX_FLUSH_REASONS], [0; DREX_MAX_MISS_REASONS]);
         flushes[..c.flushes.len()].copy_from_slice(&c.flushes);
         misses[..c.misses.len()].copy_from_slice(&c.misses);
+        let target = engine.target();
+        let found = target.and_then(|t| engine.agreement().estimate(t));
+        let agreed = |value: fn(Estimate) -> f64| found.map_or(f64::NAN, value);
+        let proven = target.and_then(|t| floor(engine.agreement().proven(t)));
+        let audits = engine.agreement().audits();
         let stats = drex_stats {
             size,
             n_ramps: engine.config().n_ramps() as u32,
@@ -206,6 +244,16 @@ pub unsafe extern "C" fn drex_stats_get(
             prompt_steps: c.prompt_steps,
             rule_survival: row_rule.survival,
             rule_drafts: row_rule.drafts.unwrap_or(0),
+            agreement_target: target.map_or(f64::NAN, |t| TARGETS[usize::from(t)]),
+            agreement: agreed(|e| e.agreement),
+            agreement_low: agreed(|e| e.low),
+            agreement_high: agreed(|e| e.high),
+            agreement_threshold: proven.map_or(f64::NAN, f64::from),
+            agreement_balance: target.map_or(0.0, |t| engine.agreement().balance(t)),
+            audits: audits.answers,
+            audited_tokens: audits.tokens,
+            audited_differing: audits.differing,
+            audits_missed: audits.missed,
         };
         // SAFETY: checked above.
         unsafe { entry::write(out, &stats) };

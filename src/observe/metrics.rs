@@ -6,6 +6,7 @@ use std::fmt::{Display, Write};
 
 use crate::core::config::Policy;
 use crate::core::counters::{Reason, TimeIn, WAIT_BUCKETS};
+use crate::core::estimate::agreement::TARGETS;
 use crate::core::scheduler::Scheduler;
 
 const COUNTER: &str = "counter";
@@ -104,6 +105,7 @@ pub fn text(e: &Scheduler, labels: &str) -> String {
     waiting(&mut t, e);
     filling(&mut t, e);
     rule(&mut t, e);
+    agreement(&mut t, e);
     t.out
 }
 
@@ -331,6 +333,59 @@ fn rule(t: &mut Text, e: &Scheduler) {
         "rule",
         [("chosen", rate(chosen)), ("off", rate(off))],
     );
+}
+
+fn agreement(t: &mut Text, e: &Scheduler) {
+    let target = e.target();
+    let found = target.and_then(|i| e.agreement().estimate(i));
+    let target = target.map(|i| TARGETS[usize::from(i)]);
+    for (name, help, value) in [
+        (
+            "drex_agreement_target",
+            "Agreement with the full model that was last asked for.",
+            target,
+        ),
+        (
+            "drex_agreement",
+            "Share of the tokens of requests with that target that are the full model's, estimated from audits.",
+            found.map(|f| f.agreement),
+        ),
+        (
+            "drex_agreement_low",
+            "Its lower bound, which chance breaks one time in fifty.",
+            found.map(|f| f.low),
+        ),
+    ] {
+        t.family(name, GAUGE, help);
+        if let Some(value) = value {
+            t.sample(name, "", &value.to_string());
+        }
+    }
+    let audits = e.agreement().audits();
+    for (name, help, value) in [
+        (
+            "drex_audits_total",
+            "Answers that were audited.",
+            audits.answers,
+        ),
+        (
+            "drex_audited_tokens_total",
+            "Tokens of audited answers.",
+            audits.tokens,
+        ),
+        (
+            "drex_audited_differing_total",
+            "Of these, tokens that the full model would have chosen otherwise.",
+            audits.differing,
+        ),
+        (
+            "drex_audits_missed_total",
+            "Answers that were to be audited and were not.",
+            audits.missed,
+        ),
+    ] {
+        t.one(name, COUNTER, help, value);
+    }
 }
 
 /// Labels as they stand between braces: name="value", separated by commas.

@@ -4,6 +4,7 @@
 
 use serde_json::{Value, json};
 
+use crate::core::estimate::agreement::TARGETS;
 use crate::core::scheduler::Scheduler;
 
 pub fn to_json(e: &Scheduler) -> String {
@@ -35,6 +36,8 @@ pub fn to_json(e: &Scheduler) -> String {
         .known()
         .then(|| serde_json::from_str(&crate::profile::to_json(cost.profile())).ok())
         .flatten();
+    let (agreement, audits) = (e.agreement(), e.agreement().audits());
+    let found = e.target().and_then(|t| agreement.estimate(t));
     let (row_rule, rate) = (e.chosen_rule(), e.auto().predicted());
     json!({
         "drex_snapshot": 1,
@@ -63,6 +66,13 @@ pub fn to_json(e: &Scheduler) -> String {
             "ramps": row_rule.ramps, "hold_rows": row_rule.hold_rows, "ready_rows": row_rule.ready_rows,
             "predicted_tokens_per_s": rate.0 * 1e9,
             "predicted_off_tokens_per_s": rate.1 * 1e9, "searches": e.auto().searches(),
+        },
+        "agreement": {
+            "target": e.target().map(|t| TARGETS[usize::from(t)]),
+            "agreement": found.map(|f| f.agreement), "low": found.map(|f| f.low), "high": found.map(|f| f.high),
+            "proven": e.target().map(|t| agreement.proven(t)), "balance": e.target().map(|t| agreement.balance(t)),
+            "audits": audits.answers, "audited_tokens": audits.tokens, "audited_differing": audits.differing,
+            "audits_missed": audits.missed,
         },
         "cost": {"observations": cost.observations(), "profile": profile,
                  "gap_ns": e.host_time().gap_ns(), "art_ratio": e.art_ratio()},

@@ -255,11 +255,12 @@ class Engine(_Owner):
         self._kv = keep
 
     def add(self, request, *, metric=None, threshold=None, fill=None, priority=0, token_deadline_ns=0, request_deadline_ns=0,
-            max_tokens=0):  # fmt: skip
+            max_tokens=0, quality=0.0):  # fmt: skip
         config = _abi.drex_request_config(id=_unsigned(request, "request", 64), priority=priority)
         config.token_deadline_ns = _unsigned(token_deadline_ns, "token_deadline_ns", 64)
         config.request_deadline_ns = _unsigned(request_deadline_ns, "request_deadline_ns", 64)
         config.max_tokens = _unsigned(max_tokens, "max_tokens", 64)
+        config.quality = quality
         if metric is not None:
             config.metric = _index(METRICS, metric, "metric")
         if threshold is not None:
@@ -275,11 +276,13 @@ class Engine(_Owner):
         _check(lib.drex_request_remove(self._handle, _unsigned(request, "request", 64)))
 
     def info(self, request):
-        """drex_request_info as a dict; `state` is a name, `ramp` and `slot` are None where there is none."""
+        """drex_request_info as a dict; `state` and `fill` are names, `audit_due` is a bool, `ramp` and `slot` are None where there is none."""
         info = _abi.drex_request_info()
         _check(lib.drex_request_get(self._handle, _unsigned(request, "request", 64), info))
         out = _plain(info)
         out["state"] = _abi.STATES[info.state]
+        out["fill"] = FILLS[info.fill]
+        out["audit_due"] = bool(info.audit_due)
         for name in ("ramp", "slot"):
             out[name] = None if out[name] == _abi.UINT32_MAX else out[name]
         return out
@@ -289,6 +292,11 @@ class Engine(_Owner):
         pending = _abi.u32()
         _check(lib.drex_request_settle(self._handle, _unsigned(request, "request", 64), _unsigned(now_ns, "now_ns", 64), pending))
         return pending.value
+
+    def audit(self, request, n_tokens, n_differing):
+        """How much of an answer the full model would have chosen otherwise, where info()["audit_due"]."""
+        numbers = (_unsigned(n_tokens, "n_tokens", 64), _unsigned(n_differing, "n_differing", 64))
+        _check(lib.drex_request_audit(self._handle, _unsigned(request, "request", 64), *numbers))
 
     def plan(self, now_ns, capacity=None, n_prompt_rows=0):
         """The next Step, or None when there is nothing to run. n_prompt_rows: prompt rows that wait at layer 0."""

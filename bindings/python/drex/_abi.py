@@ -102,7 +102,7 @@ class drex_request_info(Struct):
     _fields_ = [
         ("size", u32), ("state", u32), ("ramp", u32), ("slot", u32), ("tokens", u64), ("exits", u64 * DREX_MAX_RAMPS),
         ("involuntary_exits", u64), ("involuntary_stays", u64), ("held_ns", u64), ("deadline_misses", u64),
-        ("last_confidence", f32), ("n_pending", u32),
+        ("last_confidence", f32), ("n_pending", u32), ("fill", u32), ("audit_due", u32), ("quality", f64),
     ]  # fmt: skip
 
 
@@ -171,7 +171,9 @@ class drex_stats(Struct):
         ("rule_ready_rows", u32), ("reserved", u32), ("predicted_tokens_per_s", f64),
         ("predicted_off_tokens_per_s", f64), ("exit_share", f64 * DREX_MAX_RAMPS), ("pending_rows", u64),
         ("rows_filled", u64), ("drafts", u64), ("drafts_accepted", u64), ("rows_dropped", u64), ("prompt_rows", u64), ("prompt_steps", u64),
-        ("rule_survival", f32), ("rule_drafts", u32),
+        ("rule_survival", f32), ("rule_drafts", u32), ("agreement_target", f64), ("agreement", f64), ("agreement_low", f64),
+        ("agreement_high", f64), ("agreement_threshold", f64), ("agreement_balance", f64), ("audits", u64),
+        ("audited_tokens", u64), ("audited_differing", u64), ("audits_missed", u64),
     ]  # fmt: skip
 
 
@@ -220,6 +222,7 @@ FUNCTIONS = {
     "drex_request_remove": (i32, _engine, u64),
     "drex_request_get": (i32, _engine, u64, P(drex_request_info)),
     "drex_request_settle": (i32, _engine, u64, u64, P(u32)),
+    "drex_request_audit": (i32, _engine, u64, u64, u64),
     "drex_plan": (i32, _engine, P(drex_plan_input), P(drex_row), u32, P(drex_step)),
     "drex_ramp": (i32, _engine, P(drex_logits), P(u32), P(drex_verdict), u32),
     "drex_ramp_enqueue": (i32, _engine, P(drex_logits)),

@@ -139,6 +139,22 @@ families! {
     GAUGE "drex_rule_drafts" One
         "Quality lossless: most drafts of a request; 0: no bound but max_pending",
         |s, _| searched(s, s.stats.rule_drafts.into());
+    GAUGE "drex_agreement_target" One "Agreement with the full model that was last asked for",
+        |s, _| s.stats.agreement_target;
+    GAUGE "drex_agreement" One
+        "Share of the tokens of requests with that target that are the full model's, estimated from audits",
+        |s, _| s.stats.agreement;
+    GAUGE "drex_agreement_low" One "Its lower bound, which chance breaks one time in fifty",
+        |s, _| s.stats.agreement_low;
+    COUNTER "drex_audits_total" One "Answers that were audited",
+        |s, _| s.stats.audits as f64;
+    COUNTER "drex_audited_tokens_total" One "Tokens of audited answers",
+        |s, _| s.stats.audited_tokens as f64;
+    COUNTER "drex_audited_differing_total" One
+        "Of these, tokens that the full model would have chosen otherwise",
+        |s, _| s.stats.audited_differing as f64;
+    COUNTER "drex_audits_missed_total" One "Answers that were to be audited and were not",
+        |s, _| s.stats.audits_missed as f64;
     COUNTER "drex_searches_total" One "Policy auto: searches for a better rule",
         |s, _| s.stats.searches as f64;
     GAUGE "drex_predicted_tokens_per_second" Rules "Policy auto: speed that the last search predicted",

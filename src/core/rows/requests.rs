@@ -7,6 +7,7 @@ use crate::core::config::{Fill, Quality};
 use crate::core::counters::TimeIn;
 use crate::core::decision::Decision;
 use crate::core::error::{Error, Result};
+use crate::core::estimate::agreement::Terms;
 use crate::core::estimate::exit_rate::Habit;
 use crate::core::metric::Metric;
 use crate::core::rows::pending::Chain;
@@ -108,9 +109,16 @@ pub struct Request {
     /// By how much ramps have of late been right more often than predicted.
     pub luck: f32,
     pub exits: [u64; MAX_RAMPS],
+
+    /// With a target agreement: how it is served.
+    pub terms: Option<Terms>,
+    /// Tokens that were audited, and those that differed.
+    pub audited: Option<(u64, u64)>,
+    /// Nothing of its answer differs from the full model's.
+    pub lossless: bool,
 }
 
-const _: () = assert!(size_of::<Request>() == 5 * 64);
+const _: () = assert!(size_of::<Request>() == 6 * 64);
 const _: () = assert!(std::mem::offset_of!(Request, last_token_ns) == 64);
 const _: () = assert!(std::mem::offset_of!(Request, pending) == 128);
 
@@ -217,6 +225,9 @@ const VACANT: Request = Request {
     pending: Chain::EMPTY,
     survival: 1.0,
     luck: 0.0,
+    terms: None,
+    audited: None,
+    lossless: false,
 };
 
 impl Requests {

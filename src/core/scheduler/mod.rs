@@ -4,6 +4,7 @@
 //! plan, ramp and complete.
 
 mod abandon;
+mod agree;
 mod complete;
 mod learn;
 mod plan;
@@ -12,11 +13,12 @@ mod requests;
 mod teach;
 mod verify;
 
-use crate::core::config::{Config, Fill};
+use crate::core::config::{Config, Fill, Quality};
 use crate::core::counters::{Counters, Reason};
 use crate::core::decision::Decision;
 use crate::core::error::Result;
 use crate::core::estimate::acceptance::Acceptance;
+use crate::core::estimate::agreement::Agreement;
 use crate::core::estimate::cost::CostModel;
 use crate::core::estimate::exit_rate::ExitRates;
 use crate::core::estimate::host_time::HostTime;
@@ -27,6 +29,7 @@ use crate::core::metric::{Metric, Score};
 use crate::core::policy::RampRow;
 use crate::core::policy::auto::Auto;
 use crate::core::policy::rule::RowRule;
+use crate::core::random::Rng;
 use crate::core::rows::buffer::Buffer;
 use crate::core::rows::pending::Pending;
 use crate::core::rows::requests::{Request, Requests, State};
@@ -148,6 +151,13 @@ pub struct Scheduler {
     learning: usize,
     acceptance: Acceptance,
     reliability: Reliability,
+    agreement: Agreement,
+    /// See [`Scheduler::target`].
+    target: Option<u8>,
+    /// Requests in decode with a target.
+    agreeing: usize,
+    /// Draws who is audited.
+    rng: Rng,
     /// What each ramp said of the token in a slot, by slot and ramp; and in which of
     /// them it was looked at: bit r for ramp r. Empty where nobody learns.
     guesses: Vec<Guess>,
@@ -197,6 +207,13 @@ impl Scheduler {
             learning: 0,
             acceptance: Acceptance::default(),
             reliability: Reliability::new(config.n_ramps()),
+            agreement: Agreement::default(),
+            target: match config.quality {
+                Quality::Agreement(target) => Some(target),
+                _ => None,
+            },
+            agreeing: 0,
+            rng: Rng(config.seed),
             guesses: memory::filled(Guess::default(), teaching * config.n_ramps())?,
             looked_at: memory::filled(0, teaching)?,
             may_exit: [0; MAX_RAMPS],

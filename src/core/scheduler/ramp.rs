@@ -161,7 +161,7 @@ impl Scheduler {
             self.counters.nonfinite_rows += u64::from(score.confidence.is_nan());
         }
         self.exit_rates.observe_sorted(after, ramp, &sorter);
-        if self.learning > 0 {
+        if self.learning > 0 || self.agreeing > 0 {
             self.note(after, ramp);
         }
         self.ramped = true;

@@ -4,7 +4,7 @@
 
 use super::Scheduler;
 use crate::core::NONE;
-use crate::core::config::{Fill, Quality, check_threshold};
+use crate::core::config::check_threshold;
 use crate::core::counters::TimeIn;
 use crate::core::error::{Error, Result};
 use crate::core::rows::queue::Entry;
@@ -15,35 +15,24 @@ impl Scheduler {
         if let Some(t) = request.threshold {
             check_threshold("threshold", t)?;
         }
-        let quality = request.quality.unwrap_or(self.config.quality);
-        let fill = match request.fill {
-            Some(f) if f != Fill::Verify && request.quality == Some(Quality::Lossless) => {
-                return Err(Error::int(
-                    "fill",
-                    f as u32,
-                    "DREX_FILL_VERIFY or DREX_FILL_DEFAULT, since quality is 1",
-                ));
-            }
-            Some(f) => f,
-            None => self.config.fill_of(quality),
-        };
+        let quality = self.quality_of(&request)?;
+        let fill = request.fill.unwrap_or(self.config.fill_of(quality));
         self.config.check_fill(fill)?;
-        let lossless = quality == Quality::Lossless && fill == Fill::Verify;
-        // Confidences of different metrics are worth different chances.
-        let metric = request.metric.unwrap_or(self.config.metric);
-        let learns = lossless && request.threshold.is_none() && metric == self.config.metric;
         let i = self.requests.add(request.id)?;
+        let serving = self.serve(&request, quality);
         let mut may_exit = 0;
         for (r, &t) in self.config.thresholds.iter().enumerate() {
-            if learns || request.threshold.unwrap_or(t) <= 1.0 {
+            if serving.learns || serving.threshold.unwrap_or(t) <= 1.0 {
                 may_exit |= 1 << r;
             }
         }
         let item = self.requests.get_mut(i);
-        item.metric = metric;
-        item.learns = learns;
-        item.threshold = request.threshold;
-        item.fill = fill;
+        item.metric = request.metric.unwrap_or(self.config.metric);
+        item.learns = serving.learns;
+        item.threshold = serving.threshold;
+        item.fill = serving.fill;
+        item.lossless = serving.lossless;
+        item.terms = serving.terms;
         item.deadline_ns = match request.token_deadline_ns {
             0 => self.config.token_deadline_ns,
             ns => ns,
@@ -90,6 +79,7 @@ impl Scheduler {
             self.frequent += r.habit.index();
             self.fills[r.fill as usize] += 1;
             self.learning += usize::from(r.learns);
+            self.agreeing += usize::from(r.terms.is_some());
             self.host_time.began();
         }
         // Before its step is complete, the time since then is its window's.
@@ -166,7 +156,7 @@ impl Scheduler {
         let r = self.requests.get(i);
         let (state, slot, in_step, started) = (r.state, r.slot, r.in_step, r.started);
         let (ramp, may_exit, habit, fill) = (r.ramp, r.may_exit, r.habit, r.fill);
-        let learns = r.learns;
+        let (learns, terms, tokens, audited) = (r.learns, r.terms, r.tokens, r.audited);
         let (settling, mut chain) = (r.settling, r.pending);
         let in_step = match in_step {
             NONE => 0..0,
@@ -206,6 +196,10 @@ impl Scheduler {
             self.frequent -= habit.index();
             self.fills[fill as usize] -= 1;
             self.learning -= usize::from(learns);
+            self.agreeing -= usize::from(terms.is_some());
+        }
+        if let Some(terms) = terms {
+            self.agreement.end(terms, tokens, audited);
         }
         self.count_may_exit(may_exit, false);
         self.requests.remove(i);

@@ -25,11 +25,13 @@ impl Scheduler {
                 continue;
             }
             let r = self.requests.get_mut(row.request);
-            if r.learns {
-                let Score { confidence, token } = row.score;
-                let bin = bin(confidence);
-                r.luck -= r.luck * FADE;
+            let Score { confidence, token } = row.score;
+            let bin = bin(confidence);
+            if r.learns || r.terms.is_some() {
                 self.reliability.look(after, ramp, bin);
+            }
+            if r.learns {
+                r.luck -= r.luck * FADE;
                 self.looked_at[row.slot as usize] |= 1 << ramp;
                 self.guesses[row.slot as usize * self.config.n_ramps() + ramp] =
                     Guess { token, bin };

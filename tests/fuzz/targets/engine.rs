@@ -123,7 +123,7 @@ impl Host {
         c.token_deadline_ns = mostly(u, |u| u.int_in_range(0..=100_000))?;
         c.art_ratio = mostly(u, |_| Ok(f32::NAN))?;
         c.reserved = mostly(u, |_| Ok(0))?;
-        c.quality = mostly(u, |u| Ok([0.0, 1.0][u.choose_index(2)?]))?;
+        c.quality = mostly(u, |u| Ok([0.0, 1.0, 0.9, 0.99][u.choose_index(4)?]))?;
         c.seed = u.arbitrary()?;
         c.max_pending = mostly(u, |u| u.int_in_range(0..=4))?;
         c.n_top = u.int_in_range(0..=9)?;
@@ -157,6 +157,7 @@ impl Host {
                 0..=1 => self.add(u)?,
                 2..=4 => self.ready(u)?,
                 5 => self.remove(u)?,
+                6 if u.arbitrary()? => self.audit(u)?,
                 6 => self.settle(u)?,
                 7..=9 => self.plan(u)?,
                 10..=12 => self.ramp(u)?,
@@ -199,7 +200,7 @@ impl Host {
         c.token_deadline_ns = u.arbitrary::<u16>()?.into();
         c.priority = mostly(u, |u| u.int_in_range(-2..=2))?;
         c.reserved = mostly(u, |_| Ok(0))?;
-        c.quality = mostly(u, |u| Ok([0.0, 1.0][u.choose_index(2)?]))?;
+        c.quality = mostly(u, |u| Ok([0.0, 1.0, 0.9, 0.99][u.choose_index(4)?]))?;
         c.request_deadline_ns = u.arbitrary::<u32>()?.into();
         c.max_tokens = u.arbitrary()?;
         let mut long = Long::new(u, c)?;
@@ -246,6 +247,21 @@ impl Host {
         let status = unsafe { drex_request_settle(self.engine, id, now, &mut n) };
         let settled = self.knows(id, "drex_request_settle", status);
         assert_eq!(settled, n != u32::MAX);
+        Ok(())
+    }
+
+    fn audit(&mut self, u: &mut Unstructured) -> Result<()> {
+        let id = self.id(u)?;
+        let (tokens, differing) = (u.arbitrary()?, u.arbitrary()?);
+        let mut info = sized!(drex_request_info);
+        // SAFETY: valid pointers.
+        let due = unsafe { drex_request_get(self.engine, id, &mut info) } == DREX_OK
+            && info.audit_due == 1;
+        // SAFETY: any numbers may come.
+        let status = unsafe { drex_request_audit(self.engine, id, tokens, differing) };
+        if self.knows(id, "drex_request_audit", status) {
+            assert!(due && differing <= tokens);
+        }
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use crate::core::estimate::carrier::{Riders, Ways};
 use crate::core::estimate::exit_rate::HABITS;
 use crate::core::policy::rule::MOST_DRAFTS;
 use crate::core::policy::rule::choose;
+use crate::core::random::Rng;
 
 /// Kinds of rows. First the habits of requests whose thresholds are given; then the
 /// rows of those whose thresholds are learned, by how many drafts are before them.
@@ -129,55 +130,6 @@ impl Outcome {
         } else {
             0.0
         }
-    }
-}
-
-/// splitmix64
-#[derive(Debug, Clone)]
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Successes among `n` trials of chance `p`/1024: 64 at a time, each bit
-    /// of p one word of coin flips. Beyond 256 trials, a normal variable.
-    pub fn binomial(&mut self, n: u32, p: u32) -> u32 {
-        if n == 0 || p == 0 {
-            return 0;
-        }
-        if p >= 1024 {
-            return n;
-        }
-        if n > 256 {
-            let share = f64::from(p) / 1024.0;
-            // 64 coins have a standard deviation of 4
-            let z = (f64::from(self.bits().count_ones()) - 32.0) / 4.0;
-            let k = f64::from(n) * share + z * (f64::from(n) * share * (1.0 - share)).sqrt();
-            return (k.round().max(0.0) as u32).min(n);
-        }
-        let mut left = n;
-        let mut k = 0;
-        while left > 0 {
-            let mut hit = 0u64;
-            for bit in p.trailing_zeros()..10 {
-                let coins = self.bits();
-                hit = if p >> bit & 1 == 1 {
-                    hit | coins
-                } else {
-                    hit & coins
-                };
-            }
-            let take = left.min(64);
-            k += (hit & (u64::MAX >> (64 - take))).count_ones();
-            left -= take;
-        }
-        k
     }
 }
 
@@ -413,34 +365,6 @@ impl Rollout {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn binomial_has_the_right_mean_and_spread() {
-        for (n, p) in [(8u32, 205u32), (64, 512), (200, 819), (1000, 300)] {
-            let mut rng = Rng(7);
-            let (mut s, mut ss) = (0.0, 0.0);
-            let m = 20_000;
-            for _ in 0..m {
-                let k = f64::from(rng.binomial(n, p));
-                assert!(k <= f64::from(n));
-                s += k;
-                ss += k * k;
-            }
-            let (mean, share) = (s / f64::from(m), f64::from(p) / 1024.0);
-            let var = ss / f64::from(m) - mean * mean;
-            let expect = f64::from(n) * share;
-            assert!(
-                (mean / expect - 1.0).abs() < 0.01,
-                "{n} {p}: {mean} {expect}"
-            );
-            assert!(
-                (var / (expect * (1.0 - share)) - 1.0).abs() < 0.05,
-                "{n} {p}: {var}"
-            );
-        }
-        assert_eq!(Rng(1).binomial(10, 0), 0);
-        assert_eq!(Rng(1).binomial(10, 1024), 10);
-    }
 
     /// The published grid: memory-bound, 64 requests in batches of 64,
     /// a = 0.25, p = 0.8: 1.69 times no early exit at theta = 35.

@@ -77,6 +77,11 @@ class engine {
     if (s != DREX_OK) return failed(s);
     return n;
   }
+  // drex_request_audit(), where info().audit_due is 1.
+  result<void> audit(std::uint64_t id, std::uint64_t n_tokens,
+                     std::uint64_t n_differing) {
+    return done(drex_request_audit(raw_, id, n_tokens, n_differing));
+  }
   // drex_plan(). `room` holds the rows until the step ends; `n_prompt_rows` wait at
   // layer 0.
   result<step> plan(std::uint64_t now_ns, span<row> room,
