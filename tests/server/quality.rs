@@ -6,13 +6,21 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::bad_input::refused;
-use super::{EXACT, Suite, Test, drafts, equal, exact::builds, exits, generate, greedy, prompt};
+use super::{
+    EXACT, Suite, Test, drafts, equal, exact::builds, exits, generate, greedy, program, prompt,
+};
+use crate::score::Scorer;
 
 pub const TESTS: fn() -> Vec<Test> = || {
     vec![
         Test::new("quality: what is named is kept to", named),
         Test::new("quality: what cannot be is refused", refusals),
         Test::new("exact: --drex on equals unpatched", lossless).exact(),
+        Test::new(
+            "exact: an agreement's audits count what the full model says",
+            audits,
+        )
+        .exact(),
     ]
 };
 
@@ -56,6 +64,98 @@ fn lossless(suite: &Suite) -> Result<()> {
     Ok(())
 }
 
+/// One request at a time, so that the counters tell whether it was audited, and with what result. The unpatched library reads
+/// the same answers.
+fn audits(suite: &Suite) -> Result<()> {
+    let (reference, patched) = builds(suite)?;
+    let flags = [
+        "--drex-policy",
+        "latency",
+        "--drex-quality",
+        "0.9",
+        "--drex-fill",
+        "copy",
+        "--drex-exit-layers",
+        "4",
+    ];
+    let server = suite.start(patched, 1, &[EXACT, &flags].concat())?;
+    let client = server.client;
+    let counters = || -> Result<[u64; 3]> {
+        let metrics = client.metrics()?;
+        let names = [
+            "drex_audits_total",
+            "drex_audited_tokens_total",
+            "drex_audited_differing_total",
+        ];
+        let mut all = [0; 3];
+        for (n, name) in all.iter_mut().zip(names) {
+            *n = metrics.get(name).with_context(|| format!("no {name}"))? as u64;
+        }
+        Ok(all)
+    };
+    let (mut streams, mut found, mut served) = (Vec::new(), Vec::new(), [0, 0]);
+    let mut before = counters()?;
+    for i in 0..120 {
+        // Longer ones take an audit of several passes.
+        let mut request = greedy(&prompt(i), 20 + 40 * u32::from(i % 5 == 0));
+        if i % 6 == 5 {
+            (request["temperature"], request["seed"]) = (json!(0.8), json!(i));
+        }
+        let answer = generate(client, std::slice::from_ref(&request), 1)?.remove(0);
+        let now = counters()?;
+        let [audits, tokens, differing] = [0, 1, 2].map(|k| now[k] - before[k]);
+        before = now;
+        let quality = &answer.last["timings"]["drex_quality"];
+        served[usize::from(quality == "lossless")] += 1;
+        if i % 6 == 5 {
+            ensure!(
+                quality == "lossless",
+                "request {i} draws its tokens, and has quality {quality}"
+            );
+        }
+        ensure!(
+            audits == 0 || *quality == json!(0.9),
+            "request {i}: an audit, and quality {quality}"
+        );
+        if audits > 0 {
+            // The first token is the prompt's.
+            ensure!(
+                audits == 1 && tokens == answer.tokens.len() as u64 - 1,
+                "request {i}: {audits} audits of {tokens} tokens"
+            );
+            let text = request["prompt"].as_str().unwrap_or_default();
+            streams.push((client.tokenize(text)?, answer.tokens));
+            found.push((i, differing));
+        }
+    }
+    ensure!(
+        served[0] > 20 && served[1] > 20,
+        "lossless and not: {served:?}"
+    );
+    let scorer = Scorer {
+        tool: program(reference, "drex-score")?,
+        model: &suite.model,
+        threads: 2,
+        kv: "q8_0",
+        ignore_eos: true,
+    };
+    let mut all = 0;
+    for (score, (i, differing)) in scorer.scores(&streams)?.iter().zip(&found) {
+        ensure!(
+            score.n - score.agree == *differing,
+            "request {i}: an audit found {differing} of {} tokens, the unpatched library {}",
+            score.n,
+            score.n - score.agree
+        );
+        all += differing;
+    }
+    ensure!(all > 0, "nothing differs");
+    let missed = client.metrics()?.get("drex_audits_missed_total");
+    ensure!(missed == Some(0.0), "{missed:?} audits missed");
+    println!("    {} answers audited, {all} tokens differ", found.len());
+    Ok(())
+}
+
 fn named(suite: &Suite) -> Result<()> {
     let request = |i: usize, more: Value| {
         let mut request = greedy(&prompt(i), 40);
@@ -90,6 +190,12 @@ fn named(suite: &Suite) -> Result<()> {
             "latency",
             "as learned",
             "verify",
+        ),
+        (
+            &["--drex", "on", "--drex-quality", "0.99"],
+            "auto",
+            "as audits allow for an agreement of 0.99",
+            "propagate",
         ),
         (&["--drex-policy", "hold"], "hold", "0.7", "copy"),
     ] {
@@ -141,8 +247,23 @@ fn refusals(suite: &Suite) -> Result<()> {
             &["--drex-quality lossless", "--drex-fill copy"][..],
         ),
         (
-            &["--drex-quality", "0.99"],
-            &["--drex-quality", "lossless", "0.99"],
+            &["--drex-quality", "0.3"],
+            &["--drex-quality", "[0.5, 1]", "0.3"],
+        ),
+        (
+            &["--drex-quality", "much"],
+            &["--drex-quality", "[0.5, 1]", "much"],
+        ),
+        (
+            &[
+                "--drex",
+                "on",
+                "--drex-quality",
+                "0.99",
+                "--drex-threshold",
+                "0.5",
+            ],
+            &["--drex-quality 0.99", "--drex-threshold"],
         ),
         (&["--drex", "yes"], &["--drex", "on, off", "yes"]),
     ] {
@@ -155,8 +276,12 @@ fn refusals(suite: &Suite) -> Result<()> {
     let server = suite.start(&suite.patched, 4, &["--drex", "on"])?;
     for (more, text) in [
         (
-            json!({ "drex_quality": 0.99 }),
-            "expected lossless, got 0.99",
+            json!({ "drex_quality": 0.2 }),
+            "expected lossless or a number in [0.5, 1], got 0.2",
+        ),
+        (
+            json!({ "drex_quality": 0.99, "drex_threshold": 0.5 }),
+            "'drex_quality': 0.99 cannot be combined with 'drex_threshold'",
         ),
         (
             json!({ "drex_quality": "lossless", "drex_fill": "copy" }),

@@ -11,9 +11,9 @@
 //! tokens is a rung's risk.
 //!
 //! Two things keep the promise. The first is a bound on each rung's risk: a request
-//! is served at the last rung up to which all bounds are within the target, the
-//! fixed sequence of Learn-then-Test (Angelopoulos et al. 2021; CALM, Schuster et
-//! al. 2022). The second is an account for each target, as in rolling risk control
+//! is served at a rung whose bound is within the target, and so at any before it,
+//! since risk grows from rung to rung (risk-controlling prediction sets, Bates et al.
+//! 2021; CALM, Schuster et al. 2022, does so for exits). The second is an account for each target, as in rolling risk control
 //! (Feldman et al. 2022): tokens pay in what they may differ by, audits take out what
 //! differs, each for all the answers that it stands for, and who is overdrawn is
 //! served losslessly. The bound looks ahead where text is as before, and the account
@@ -38,15 +38,22 @@ const SPREAD: f64 = 2.0;
 const SPREAD_EVENTS: f64 = 4.0;
 /// The highest risk that is thought possible of a rung that is not known.
 const UNKNOWN: f64 = 0.1;
-/// Share of the requests that try the next rung, and that of a rung which is known
-/// to be beyond the target.
+/// Share of the time that audits of requests that try a bolder rung may take, and the
+/// greatest share of the requests that do.
+const TRIAL_TIME: f64 = 0.03;
 const TRIALS: f64 = 0.25;
-const LOOKS: f64 = 1.0 / 64.0;
+/// The same of a rung that is known to be beyond the target: text changes.
+const LOOKS: f64 = 1.0 / 128.0;
 /// Audits that may be missed, and for each that was not so many more, before the
 /// host is taken for one that audits nothing; and then the share of the requests that
 /// find out whether it does by now.
 const MISSES: u64 = 4;
 const RARELY: f64 = 1.0 / 256.0;
+/// Audited tokens of a rung, times what is allowed, that leave little to learn of it.
+const ENOUGH: f64 = 100.0;
+/// A risk of this share of what is allowed takes long to be proven: rungs before it are
+/// tried first.
+const HARDLY: f64 = 0.6;
 /// Least and greatest share of the answers that are audited.
 const AUDITS: (f64, f64) = (1.0 / 24.0, 0.25);
 /// Share of an answer's tokens that a change of text costs, times the audits until
@@ -138,13 +145,9 @@ impl Rung {
         }
     }
 
-    /// Share of the requests that try it, where the one before is proven. What is
-    /// known well is looked at again, as text changes.
-    fn trials(&self, may: f64) -> f64 {
-        match self.all.bounds().0 <= may {
-            true => (TRIALS * (1.0 - self.all.tokens / MEMORY)).max(LOOKS),
-            false => LOOKS,
-        }
+    /// Its risk may be within so much.
+    fn possible(&self, may: f64) -> bool {
+        self.all.bounds().0 <= may
     }
 
     /// The most that a token at it is thought to risk.
@@ -225,11 +228,24 @@ impl Agreement {
         self.audits
     }
 
-    /// The last rung up to which all risks are within the target.
+    /// The last rung whose risk is within the target.
     pub fn proven(&self, target: u8) -> u8 {
         let may = 1.0 - TARGETS[usize::from(target)];
-        let proven = self.rungs[1..].iter();
-        proven.take_while(|r| r.all.bounds().1 <= may).count() as u8
+        let within = |r: &Rung| r.all.bounds().1 <= may;
+        self.rungs[1..]
+            .iter()
+            .rposition(within)
+            .map_or(0, |i| i + 1) as u8
+    }
+
+    /// The rung to try next: half way up to the first that is hardly within the target.
+    /// Where there is none between, that one. `None`: the last is proven.
+    fn next(&self, proven: u8, may: f64) -> Option<u8> {
+        let first = usize::from(proven) + 1;
+        let behind = self.rungs.get(first..)?;
+        let hardly = behind.iter().position(|r| r.all.risk() > HARDLY * may);
+        let open = hardly.unwrap_or(behind.len());
+        (first < RUNGS).then(|| (first + open.saturating_sub(1) / 2) as u8)
     }
 
     /// Tokens that may yet differ before requests with the target are served
@@ -266,6 +282,7 @@ impl Agreement {
             n => self.answer.min(n as f64),
         };
         let proven = self.proven(target);
+        let next = self.next(proven, may);
         let account = &mut self.accounts[usize::from(target)];
         let share = (WATCH * answer / account.balance.max(1.0)).clamp(AUDITS.0, AUDITS.1);
         let price = |rung: u8| match rung {
@@ -284,15 +301,26 @@ impl Agreement {
             audit: 0.0,
             reserve: 0.0,
         };
-        let next = proven + 1;
-        // The next rung may pay only by the ones behind it.
-        let pays = prices.token.iter().skip(next.into());
-        let pays = pays.fold(f64::INFINITY, |a, &b| a.min(b)) + AUDITS.0 * prices.audit;
-        if let Some(rung) = self.rungs.get(usize::from(next))
-            && pays < price(serve)
-        {
+        // A rung may pay only by those behind it that may be within the target, too.
+        let pays = |next: u8| {
+            let behind = usize::from(next)..RUNGS;
+            let open =
+                behind.take_while(|&r| r == usize::from(next) || self.rungs[r].possible(may));
+            let least = open.fold(f64::INFINITY, |a, r| a.min(prices.token[r]));
+            least + share * prices.audit < price(serve)
+        };
+        if let Some(next) = next.filter(|&next| pays(next)) {
+            let rung = &self.rungs[usize::from(next)];
             let reserve = rung.worst() * answer;
-            let trials = if audited { rung.trials(may) } else { RARELY };
+            let affordable = TRIAL_TIME * price(serve) / prices.audit;
+            let trials = match audited {
+                false => RARELY,
+                true if rung.possible(may) => {
+                    let news = 1.0 - rung.all.tokens * may / ENOUGH;
+                    (affordable * news).clamp(LOOKS, TRIALS)
+                }
+                true => LOOKS,
+            };
             if draws[0] < trials && reserve <= account.balance {
                 account.balance -= reserve;
                 terms.rung = next;

@@ -25,6 +25,30 @@ pub(super) struct Serving {
     pub terms: Option<Terms>,
 }
 
+/// Predicted time of a token where `rows` requests fit into one window, of whose rows a
+/// share exits, and the others are held until enough of them are. A cycle begins with
+/// no row held: each window leaves the share in it, so that of n rows h are held after
+/// ln(1 - h/n) / ln(exits) windows, and the tokens until then, with those of the deep
+/// window, are h / (1 - exits).
+fn held_price(
+    rows: f64,
+    exits: f64,
+    shallow: impl Fn(f64) -> f64,
+    deep: impl Fn(f64) -> f64,
+) -> f64 {
+    let exits = exits.clamp(0.01, 0.99);
+    let price = |share: f64| {
+        let held = (share * rows).max(1.0);
+        let left = (1.0 - held / rows).max(0.5 / rows);
+        let windows = (left.ln() / exits.ln()).max(1.0);
+        // The mean of the rows of its windows.
+        let mean = 0.5 * (rows + rows * left);
+        (windows * shallow(mean) + deep(held)) * (1.0 - exits) / held
+    };
+    let shares = [0.25, 0.5, 0.75, 1.0].map(price);
+    shares.into_iter().fold(f64::INFINITY, f64::min)
+}
+
 impl Scheduler {
     pub fn agreement(&self) -> &Agreement {
         &self.agreement
@@ -109,7 +133,7 @@ impl Scheduler {
     }
 
     /// Predicted time of a token at each rung, where all requests are served so. While
-    /// nothing is known, as if there were no ramps' costs.
+    /// nothing is known, as if only rows cost time.
     fn prices(&self) -> Prices {
         let batch = self.config.batch();
         let b = self.decoding.clamp(1, batch) as u32;
@@ -119,9 +143,13 @@ impl Scheduler {
         let mut token = [full / rows; RUNGS];
         for (ramp, &layer) in self.config.ramp_layers.iter().enumerate() {
             let share = f64::from(layer) / f64::from(last);
-            let shallow = self.cost.predict(0, layer, b).unwrap_or(share * full);
+            let whole = |rows: f64| rows.round().max(1.0) as u32;
+            let shallow = |rows: f64| {
+                let known = self.cost.predict(0, layer, whole(rows));
+                known.unwrap_or(share * rows)
+            };
             let deep = |rows: f64| {
-                let known = self.cost.remaining(layer, rows.round() as u32);
+                let known = self.cost.remaining(layer, whole(rows));
                 known.unwrap_or((1.0 - share) * rows)
             };
             let spread = self.reliability.spread(None, ramp);
@@ -129,7 +157,12 @@ impl Scheduler {
                 let time = match agreement::floor(rung as u8) {
                     Some(floor) => {
                         let exits: f64 = spread.share[bin(floor).into()..].iter().sum();
-                        (shallow + (1.0 - exits) * deep(rows)) / rows
+                        // More requests than fit into a batch fill deep ones, too.
+                        let dense = (shallow(rows) + (1.0 - exits) * deep(rows)) / rows;
+                        match self.decoding >= 2 * batch {
+                            true => dense,
+                            false => held_price(rows, exits, shallow, deep),
+                        }
                     }
                     None => {
                         let from = spread.from(SURVIVAL);
@@ -137,9 +170,14 @@ impl Scheduler {
                         let stand = spread.share.iter().zip(&spread.chance).skip(from);
                         let stand: f64 = stand.map(|(s, &c)| s * f64::from(c)).sum();
                         let stand = stand / drafts.max(f64::MIN_POSITIVE);
-                        let cycle = Cycle::new(drafts, self.config.pending(), stand);
-                        let all = 1.0 + cycle.rows;
-                        (all * shallow + deep(rows * all)) / (rows * all * cycle.worth)
+                        let chain = |most: u32| {
+                            let cycle = Cycle::new(drafts, most, stand);
+                            let all = 1.0 + cycle.rows;
+                            let time = all * shallow(rows) + deep(rows * all);
+                            time / (rows * all * cycle.worth)
+                        };
+                        let chains = (1..=self.config.pending()).map(chain);
+                        chains.fold(f64::INFINITY, f64::min)
                     }
                 };
                 *ns = ns.min(time);

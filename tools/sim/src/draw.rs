@@ -40,4 +40,5 @@ pub mod purpose {
     pub const UNKNOWN: u64 = 8;
     pub const ACCEPT: u64 = 9;
     pub const PROMPT: u64 = 10;
+    pub const HARM: u64 = 11;
 }

@@ -3,6 +3,7 @@
 //! Drives drex's own engine, the same code that serves, with a virtual clock:
 //! windows take what a cost profile says, rows exit as a workload says.
 
+pub mod agreement;
 pub mod draw;
 pub mod grid;
 pub mod plot;

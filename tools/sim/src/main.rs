@@ -12,7 +12,7 @@ use drex::core::config::{Fill, Quality};
 use drex_sim::record::Record;
 use drex_sim::run::{Contender, Filling, PASS_ROWS, Setup, run};
 use drex_sim::workload::{Arrivals, Confidence, Workload};
-use drex_sim::{grid, plot, profiles, quality, report, scale};
+use drex_sim::{agreement, grid, plot, profiles, quality, report, scale};
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Kind {
@@ -50,7 +50,7 @@ struct Cli {
     #[arg(long, conflicts_with_all = ["scale", "replay"])]
     grid: bool,
     /// Run quality lossless, where thresholds are learned, over machines, loads and ramps that are honest or not,
-    /// against the best fixed threshold and chain of drafts
+    /// against the best fixed threshold and chain of drafts; and agreements, over text that changes its kind
     #[arg(long, conflicts_with_all = ["grid", "scale", "replay"])]
     quality: bool,
     /// Measure what a decision costs in real time, from 16 to 10,000 requests
@@ -381,9 +381,20 @@ fn run_quality(cli: &Cli) -> Result<()> {
         drift: cli.p_drift,
     };
     let cells = quality::run_quality(&o, progress)?;
-    match cli.json {
-        true => println!("{}", quality::quality_json(&cells, &o)),
-        false => print!("{}", quality::quality_table(&cells)),
+    // Audits of enough answers for the strictest target.
+    let a = agreement::Options {
+        tokens: 10 * cli.tokens,
+        seed: cli.seed,
+        noise: cli.noise,
+    };
+    let (speeds, promises) = agreement::run_agreement(&a, progress)?;
+    if cli.json {
+        let mut all = quality::quality_json(&cells, &o);
+        all["agreement"] = agreement::agreement_json(&speeds, &promises);
+        println!("{all}");
+    } else {
+        let agreements = agreement::agreement_tables(&speeds, &promises);
+        println!("{}\n{agreements}", quality::quality_table(&cells));
     }
     Ok(())
 }
@@ -569,6 +580,7 @@ fn filling(cli: &Cli) -> Filling {
         fill,
         max_pending: cli.max_pending,
         accept: cli.accept.unwrap_or(0.95),
+        harm: 0.0,
     }
 }
 

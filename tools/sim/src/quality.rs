@@ -98,6 +98,7 @@ pub fn cell(class: Class, requests: u32, depth: f64, curve: Curve, o: &Options) 
             fill: Fill::Verify,
             max_pending: chain,
             accept: curve.right,
+            harm: 0.0,
         };
         let setup = Setup {
             profile: class.profile(LAYERS, &[ramp]),

@@ -82,6 +82,9 @@ pub struct Filling {
     pub max_pending: u32,
     /// Chance that a draft is what the full model says.
     pub accept: f64,
+    /// Chance that a token differs from the full model's where all tokens of its answer before it left holes that were filled
+    /// with something else than the full model's K/V; less where fewer did.
+    pub harm: f64,
 }
 
 /// Rows of one window at most where a setup does not say.
@@ -92,6 +95,7 @@ impl Filling {
         fill: Fill::Copy,
         max_pending: 0,
         accept: 1.0,
+        harm: 0.0,
     };
 
     /// Rows of `requests` in one pass at most.
@@ -162,6 +166,11 @@ pub struct Report {
     /// With fill `verify`: judged, and accepted.
     pub drafts: u64,
     pub accepted: u64,
+    /// Tokens that are not what the full model would have said after the same text.
+    pub differing: u64,
+    /// Tokens of answers that were read once more, and the share of the time that this took.
+    pub audited: u64,
+    pub audit_share: f64,
     /// The rule at the end, and the throughput that `auto` predicted for it, relative
     /// to full passes.
     pub rule: Option<RowRule>,
@@ -177,6 +186,9 @@ struct Live {
     turn: u64,
     want: Option<u64>,
     last_ns: f64,
+    /// Tokens with holes that were not filled with the full model's K/V.
+    holes: u64,
+    differing: u64,
 }
 
 pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
@@ -234,6 +246,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
     let mut classes: Vec<(i32, u64, u64)> = w.priorities.iter().map(|p| (p.0, 0, 0)).collect();
     classes.sort_by_key(|c| std::cmp::Reverse(c.0));
     let mut steps = 0u64;
+    let mut in_audits = 0.0;
     while made < setup.tokens {
         host.admit(&mut engine)?;
         let prompts = host.prompt_rows();
@@ -320,6 +333,19 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         let mut done: Vec<(u64, u64)> = Vec::new();
         for r in engine.step_rows() {
             let l = host.live.get_mut(&r.id).context("a row of nobody")?;
+            let token = l.token(r.back);
+            let harmed = l.holes > 0 && {
+                let share = l.holes as f64 / (l.made + 1) as f64;
+                uniform(w.seed, purpose::HARM, r.id, token) < setup.filling.harm * share
+            };
+            let own = r.back == 0 && r.decision != Decision::Drop;
+            if step.ramp.is_some() && r.decision == Decision::Exit && r.fill != Fill::Verify {
+                let wrong = !w.right(r.id, token, setup.filling.accept);
+                l.differing += u64::from(wrong || harmed);
+                l.holes += u64::from(!r.fill.keeps());
+            } else if step.ramp.is_none() && own {
+                l.differing += u64::from(harmed);
+            }
             let n = match (step.ramp, r.decision) {
                 (Some(_), Decision::Exit) if r.fill == Fill::Verify => {
                     l.ahead += 1;
@@ -342,7 +368,7 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
                 _ => done.push((r.id, n)),
             }
         }
-        if step.ramp.is_none() && setup.filling.fill == Fill::Verify {
+        if step.ramp.is_none() {
             // Ramps that are wrong said 1.
             engine.teach(|_| 0);
         }
@@ -379,6 +405,19 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
                 if let Some(class) = classes.iter_mut().find(|c| c.0 == w.priority(id)) {
                     class.1 += missed;
                 }
+                out.differing += l.differing;
+                if engine.audit_due(id)? {
+                    let rows = Work {
+                        rows: 0.0,
+                        cells: 0.0,
+                        prompts: l.made as f64,
+                    };
+                    let ns = setup.profile.window(0, ramps + 1, rows);
+                    engine.audit(id, l.made, l.differing)?;
+                    out.audited += l.made;
+                    in_audits += ns;
+                    host.clock += ns;
+                }
                 engine.remove(id)?;
                 host.live.remove(&id);
                 if let Arrivals::Closed(_) = w.arrivals {
@@ -394,7 +433,8 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
         }
         host.clock += setup.gap_ns;
     }
-    for &id in host.live.keys() {
+    for (&id, l) in &host.live {
+        out.differing += l.differing;
         let missed = u64::from(engine.request(id)?.deadline_misses);
         if let Some(class) = classes.iter_mut().find(|c| c.0 == w.priority(id)) {
             class.1 += missed;
@@ -403,10 +443,11 @@ pub fn run(setup: &Setup, contender: &Contender) -> Result<Report> {
     let c = engine.counters();
     // Of a request that is done, the engine counts tokens that are not wanted.
     let over = c.tokens.wrapping_sub(made);
-    if over > 0 && setup.filling.fill != Fill::Verify || over > c.drafts {
+    if over > c.drafts {
         bail!("the engine counted {} tokens, the host {made}", c.tokens);
     }
     (out.drafts, out.accepted) = (c.drafts, c.accepted);
+    out.audit_share = in_audits / host.clock;
     out.tokens = made;
     out.seconds = host.clock / 1e9;
     out.tokens_per_s = made as f64 / out.seconds;
@@ -562,6 +603,8 @@ impl Host<'_> {
                     turn: 0,
                     want: w.tokens(id),
                     last_ns: self.clock,
+                    holes: 0,
+                    differing: 0,
                 },
             );
             match w.prompt(id) {

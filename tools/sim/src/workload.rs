@@ -40,6 +40,8 @@ pub enum Confidence {
     Recorded(HashMap<u64, Vec<Vec<f32>>>),
     /// Any number from 0 to 1, and a chance to be right that it goes with.
     Curve(Curve),
+    /// The first for requests before the one with this number, the second from there on.
+    Change(Curve, u64, Curve),
 }
 
 /// How right a confidence is.
@@ -182,10 +184,25 @@ impl Workload {
         }
     }
 
+    /// What request `id`'s confidences are worth, where the workload says so.
+    fn curve(&self, id: u64) -> Option<&Curve> {
+        match &self.confidence {
+            Confidence::Curve(curve) => Some(curve),
+            Confidence::Change(before, from, after) => {
+                Some(if id < *from { before } else { after })
+            }
+            _ => None,
+        }
+    }
+
     /// Confidence of a token at a ramp: 0.9 or 0.1 around a threshold of
     /// 0.5, or as recorded (NaN: unknown).
     pub fn confidence(&self, id: u64, token: u64, ramp: usize, now_ns: f64) -> f32 {
         let u = uniform(self.seed, purpose::EXIT, id, token);
+        if let Some(curve) = self.curve(id) {
+            let text = token & ((1 << TURN_SHIFT) - 1);
+            return curve.at(u, text).0 as f32;
+        }
         let by = |chances: &mut dyn Iterator<Item = f64>| {
             1.0 - chances.take(ramp + 1).map(|p| 1.0 - p).product::<f64>()
         };
@@ -204,10 +221,7 @@ impl Workload {
                     .iter()
                     .map(|&p| (p * (1.0 + swing * phase)).clamp(0.0, 1.0)))
             }
-            Confidence::Curve(curve) => {
-                let text = token & ((1 << TURN_SHIFT) - 1);
-                return curve.at(u, text).0 as f32;
-            }
+            Confidence::Curve(_) | Confidence::Change(..) => return f32::NAN,
             Confidence::Recorded(all) => {
                 // Requests, and their tokens, go around.
                 let id = match self.lengths.len() as u64 {
@@ -229,12 +243,12 @@ impl Workload {
     /// Whether the full model says of a token what a ramp says; `accept` is the
     /// chance where the workload does not tell.
     pub fn right(&self, id: u64, token: u64, accept: f64) -> bool {
-        let chance = match &self.confidence {
-            Confidence::Curve(curve) => {
+        let chance = match self.curve(id) {
+            Some(curve) => {
                 let u = uniform(self.seed, purpose::EXIT, id, token);
                 curve.at(u, token & ((1 << TURN_SHIFT) - 1)).1
             }
-            _ => accept,
+            None => accept,
         };
         uniform(self.seed, purpose::ACCEPT, id, token) < chance
     }

@@ -229,6 +229,7 @@ fn filling(fill: Fill, accept: f64) -> Filling {
         fill,
         max_pending: 8,
         accept,
+        harm: 0.0,
     }
 }
 

@@ -76,11 +76,14 @@ std::vector<common_arg> common_drex_args(const common_params & params) {
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX"));
     add(common_arg(
-        {"--drex-quality"}, "{lossless}",
+        {"--drex-quality"}, "{lossless,F}",
         "how far the output may differ from the full model's (default: as far as threshold and fill let it)\n"
-        "  lossless: not at all; which tokens are worth a draft is learned, --drex-threshold pins it",
+        "  lossless: not at all; which tokens are worth a draft is learned, --drex-threshold pins it\n"
+        "  F:        an agreement such as 0.99: so many of the tokens are the full model's, over all greedy requests. Some answers\n"
+        "            are audited, thresholds follow from that, and --drex-fill says how holes are filled. The other requests,\n"
+        "            and all until audits allow more, are lossless",
         [](common_params & params, const std::string & value) {
-            params.drex.quality = parse_name(value, { "lossless" });
+            params.drex.quality = value == "lossless" ? 1.0 : parse_number(value, 0.5, 1.0);
         }
     ).set_examples({LLAMA_EXAMPLE_SERVER}).set_env("LLAMA_ARG_DREX_QUALITY"));
     add(common_arg(

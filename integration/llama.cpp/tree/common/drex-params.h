@@ -9,13 +9,13 @@
 struct common_params_drex {
     bool        on      = false; // policy auto and quality lossless, as far as nothing else is named
     std::string policy  = "off";
-    std::string quality;         // "lossless", or empty: as thresholds and fill say
+    double      quality = 0.0;   // share of the tokens that are the full model's, 1: lossless, 0: as thresholds and fill say
     std::string metric  = "gap";
-    std::string fill;            // empty: verify with quality lossless, else copy
+    std::string fill;            // empty: verify with quality lossless, propagate with an agreement, else copy
 
     std::string           exits;                // file of exits that were fitted to the model, empty: none
     std::vector<uint32_t> exit_layers;          // empty: from that file, else from the model's metadata
-    std::vector<float>    thresholds;           // one, or one for each exit layer, empty: learned with quality lossless, else 0.7
+    std::vector<float>    thresholds;           // one, or one for each exit layer, empty: found with a quality, else 0.7
 
     int32_t n_slots    = 0;   // rows of the hidden arena, 0 = n_parallel*(1 + max_pending)
     int32_t max_pending = 8;  // exited tokens of a request whose skipped layers are still to be computed
@@ -41,16 +41,22 @@ struct common_params_drex {
         if (on && policy == "off") {
             policy = "auto";
         }
-        if (on && quality.empty() && (fill.empty() || fill == "verify")) {
-            quality = "lossless";
+        if (on && quality == 0.0 && (fill.empty() || fill == "verify")) {
+            quality = 1.0;
         }
         on = false;
     }
 
-    // thresholds that are named are kept to
-    bool learns() const { return quality == "lossless" && thresholds.empty(); }
+    bool lossless() const { return quality == 1.0; }
+    bool agrees()   const { return quality > 0.0 && quality < 1.0; }
 
-    std::string        fill_name()   const { return !fill.empty() ? fill : quality == "lossless" ? "verify" : "copy"; }
+    // thresholds that are named are kept to
+    bool learns() const { return quality > 0.0 && thresholds.empty(); }
+
+    // rows of requests that name no fill stay pending
+    bool keeps() const { return quality > 0.0 || fill == "postfill" || fill == "verify"; }
+
+    std::string        fill_name()   const { return !fill.empty() ? fill : lossless() ? "verify" : agrees() ? "propagate" : "copy"; }
     std::vector<float> all_thresholds() const { return thresholds.empty() ? std::vector<float> { 0.7f } : thresholds; }
 
     // one for each of so many exit layers

@@ -48,6 +48,14 @@ std::string name(const json & value, const std::vector<std::string> & names) {
     return res;
 }
 
+double quality(const json & value) {
+    const double res = value == "lossless" ? 1.0 : value.is_number() ? value.get<double>() : NAN;
+    if (!(res >= 0.5 && res <= 1.0)) {
+        throw std::invalid_argument("expected lossless or a number in [0.5, 1], got " + value.dump());
+    }
+    return res;
+}
+
 const drex_field drex_fields[] = {
     { "drex_threshold", "Confidence at which a token of this request exits early, for every exit layer; above 1: never",
         [](task_params & params, const json & value) { params.drex.threshold = number(value, 1e6); } },
@@ -55,8 +63,8 @@ const drex_field drex_fields[] = {
         [](task_params & params, const json & value) { params.drex.metric = name(value, { "gap", "maxprob", "entropy" }); } },
     { "drex_fill", "How the K/V of skipped layers of this request is filled: copy, propagate, postfill or verify",
         [](task_params & params, const json & value) { params.drex.fill = name(value, { "copy", "propagate", "postfill", "verify" }); } },
-    { "drex_quality", "How far this request's output may differ from the full model's: lossless, not at all",
-        [](task_params & params, const json & value) { params.drex.quality = name(value, { "lossless" }); } },
+    { "drex_quality", "How far this request's output may differ from the full model's: lossless, not at all, or an agreement in [0.5, 1]",
+        [](task_params & params, const json & value) { params.drex.quality = quality(value); } },
     { "drex_deadline_ms", "Time between two tokens of this request that flushes keep where they can (0 = the server's default)",
         [](task_params & params, const json & value) { params.drex.deadline_ms = number(value, 1e9); } },
     { "drex_request_deadline_ms",

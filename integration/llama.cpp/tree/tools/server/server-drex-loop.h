@@ -47,6 +47,11 @@ void decode_drex() {
             throw std::runtime_error(string_format("%d prompt rows have no window", prompt.n_left()));
         }
     } catch (...) {
+        drex_emits = false;
+        for (const auto & audit : std::exchange(drex_audits, {})) {
+            drex->remove(audit.id_slot, audit.stop);
+            slots[audit.id_slot].prompt_clear();
+        }
         // Prompts count rows whose cells have not been filled in all layers: no later request must build on them. Whoever
         // catches this ends the requests.
         for (auto & slot : slots) {
@@ -296,7 +301,71 @@ void finish_drex_window(drex_prompt & prompt, uint64_t n_kv) {
         prompt.n_transit = 0;
     }
 
+    drex_emits = true;
     post_decode(batch.size(), 0);
+    drex_emits = false;
+    drex_audit_answers();
+}
+
+// An answer that the full model is to read once more, with whole K/V: its request has ended, and its slot is still its own.
+struct drex_audit {
+    int         id_slot;
+    int         n_prompt; // tokens before the answer
+    llama_token last;     // the newest token, which has not run
+    stop_type   stop;
+};
+
+std::vector<drex_audit> drex_audits;
+bool                    drex_emits = false; // a window's tokens go out, and audits follow
+
+// At the end of a request. What ends elsewhere, as a request whose client has left, is not audited.
+bool drex_audits_later(const server_slot & slot) {
+    if (!drex_emits || slot.truncated || slot.prompt.n_tokens() < slot.task->n_tokens() || !drex->audits(slot.id)) {
+        return false;
+    }
+    drex_audits.push_back({ slot.id, slot.task->n_tokens(), slot.sampled, slot.stop });
+    return true;
+}
+
+void drex_audit_answers() {
+    for (const auto & audit : std::exchange(drex_audits, {})) {
+        auto & slot = slots[audit.id_slot];
+
+        const int n_run = slot.prompt.n_tokens() - audit.n_prompt;
+        const int n_max = std::min<int>(llama_n_batch(ctx_tgt), server_drex::n_outputs_max(params_base));
+
+        llama_tokens answer;
+        for (int i = 0; i < n_run; ++i) {
+            answer.push_back(slot.prompt.tokens[audit.n_prompt + i]);
+        }
+        answer.push_back(audit.last);
+
+        int n_differing = 0;
+        bool ok = slot.mem.seq_rm(slot.id, audit.n_prompt, -1);
+        for (int off = 0; ok && off < n_run; off += n_max) {
+            const int n = std::min(n_max, n_run - off);
+            batch.clear();
+            for (int i = 0; i < n; ++i) {
+                batch.add(slot.id, answer[off + i], audit.n_prompt + off + i, true, false);
+            }
+            batch.render(0, n);
+            ok = llama_process(ctx_tgt, LLAMA_PROCESS_TYPE_DECODE, batch.view.get()) == 0;
+            for (int i = 0; ok && i < n; ++i) {
+                n_differing += drex->differs(slot.id, i, answer[off + i + 1]);
+            }
+        }
+        if (ok) {
+            drex->audited(slot.id, n_run, n_differing);
+        }
+        drex->remove(slot.id, audit.stop);
+        if (!ok) {
+            // no room, or the pass failed: the prompt is left
+            slot.mem.seq_rm(slot.id, audit.n_prompt, -1);
+            slot.prompt.tokens.keep_first(audit.n_prompt);
+        } else if (slot.prompt.tokens.n_exact >= (size_t) audit.n_prompt) {
+            slot.prompt.tokens.n_exact = SIZE_MAX;
+        }
+    }
 }
 
 // n_cmpl > 1: the parent's prompt has passed all layers, its children go on from a copy

@@ -75,6 +75,11 @@ void server_drex::look_aside() {
     seen.valid = true;
 }
 
+// a quality as clients name it, null if none is promised
+static json server_drex_quality(double quality) {
+    return quality == 1.0 ? json("lossless") : quality > 0.0 ? json(quality) : json();
+}
+
 json server_drex::timings(int id_slot, llama_token sampled) const {
     const auto   in   = info(id_slot);
     const auto & slot = slots[id_slot];
@@ -90,6 +95,7 @@ json server_drex::timings(int id_slot, llama_token sampled) const {
         {"drex_deadline_misses",   in.deadline_misses},
         {"drex_drafts",            slot.n_verified + judged},
         {"drex_drafts_accepted",   slot.n_accepted + (judged && slot.judged == sampled)},
+        {"drex_quality",           server_drex_quality(in.quality)},
     };
 }
 
@@ -143,6 +149,10 @@ const counter counters[] = {
     { "drafts",            "Drafts of exit ramps that the full model judged",               &drex_stats::drafts },
     { "drafts_accepted",   "Drafts of exit ramps that the full model confirmed",            &drex_stats::drafts_accepted },
     { "dropped_rows",      "Rows run for nothing, behind a draft that was not confirmed",   &drex_stats::rows_dropped },
+    { "audits",            "Answers that were audited",                                     &drex_stats::audits },
+    { "audited_tokens",    "Tokens of audited answers",                                     &drex_stats::audited_tokens },
+    { "audited_differing", "Of these, tokens that the full model would have chosen otherwise", &drex_stats::audited_differing },
+    { "audits_missed",     "Answers that were to be audited and were not",                  &drex_stats::audits_missed },
 };
 
 template<size_t N>
@@ -306,6 +316,13 @@ std::string server_drex::metrics(size_t n_waiting) const {
     each("rule_drafts",     "gauge", "Quality lossless: most drafts of a request, 0: no bound but --drex-max-pending", searched, none,
             [&](size_t) { return s.rule_drafts; });
 
+    each("agreement_target", "gauge", "Agreement with the full model that was last asked for", std::isfinite(s.agreement_target), none,
+            [&](size_t) { return s.agreement_target; });
+    each("agreement",        "gauge", "Share of the tokens of requests with that target that are the full model's, estimated from audits",
+            std::isfinite(s.agreement), none, [&](size_t) { return s.agreement; });
+    each("agreement_low",    "gauge", "Its lower bound, which chance breaks one time in fifty", std::isfinite(s.agreement_low), none,
+            [&](size_t) { return s.agreement_low; });
+
     family("predicted_tokens_per_second", "gauge", "Policy auto: speed that the last search predicted");
     if (searched) {
         sample("{rule=\"chosen\"}", s.predicted_tokens_per_s);
@@ -340,7 +357,8 @@ json server_drex::stats(size_t n_waiting) const {
         {"policy",            options.policy},
         {"metric",            options.metric},
         {"fill",              options.fill_name()},
-        {"quality",           options.quality.empty() ? json() : json(options.quality)},
+        {"quality",           server_drex_quality(options.quality)},
+        {"agreement",         nullptr},
         {"layers",            n_layer},
         {"exit_layers",       ramp_layers},
         {"thresholds",        options.learns() ? json() : json(options.thresholds_of(n_ramps))},
@@ -364,6 +382,18 @@ json server_drex::stats(size_t n_waiting) const {
     };
     for (size_t r = 0; r < n_ramps; ++r) {
         res["exit_share"].push_back(std::isfinite(s.exit_share[r]) ? json(s.exit_share[r]) : json());
+    }
+    if (std::isfinite(s.agreement_target)) {
+        const auto known = [](double value) { return std::isfinite(value) ? json(value) : json(); };
+        res["agreement"] = {
+            {"target",    s.agreement_target},
+            {"estimate",  known(s.agreement)},
+            {"low",       known(s.agreement_low)},
+            {"high",      known(s.agreement_high)},
+            {"threshold", known(s.agreement_threshold)},
+            {"audits",    s.audits},
+            {"tokens",    s.audited_tokens},
+        };
     }
     if (s.searches > 0) {
         json looks_at = json::array();
@@ -425,8 +455,13 @@ void server_drex::say_pace(int64_t now) {
                     s.predicted_tokens_per_s/s.predicted_off_tokens_per_s, s.predicted_tokens_per_s, s.predicted_off_tokens_per_s);
         }
     }
-    SRV_INF("early exit: %.1f tokens/s in %.0f s of work, rows that left: %s; %s\n", n_tokens/std::max(seconds, 1e-9), seconds,
-            exits.c_str(), gain.c_str());
+    std::string agreement;
+    if (s.audits > 0 && std::isfinite(s.agreement)) {
+        agreement = string_format("; of the tokens %.2f%% are the full model's (at least %.2f%%, %g%% are asked for, %llu answers audited)",
+                100.0*s.agreement, 100.0*s.agreement_low, 100.0*s.agreement_target, (unsigned long long) s.audits);
+    }
+    SRV_INF("early exit: %.1f tokens/s in %.0f s of work, rows that left: %s; %s%s\n", n_tokens/std::max(seconds, 1e-9), seconds,
+            exits.c_str(), gain.c_str(), agreement.c_str());
 
     pace.t_said   = now;
     pace.busy_ns  = 0;

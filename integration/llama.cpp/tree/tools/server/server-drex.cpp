@@ -87,9 +87,8 @@ uint32_t server_drex::n_rows_max(const common_params & params) {
     }
     // Every row of a window can be an output, and outputs have logits on the host. Where requests leave no pending rows behind
     // unless they ask for it, there is room for the rows of one such request.
-    const bool    keeps     = p.fill_name() == "postfill" || p.fill_name() == "verify";
     const int32_t n_pending = std::max(p.max_pending, 0);
-    const int32_t n_rows    = keeps ? params.n_parallel*(1 + n_pending) : params.n_parallel + n_pending;
+    const int32_t n_rows    = p.keeps() ? params.n_parallel*(1 + n_pending) : params.n_parallel + n_pending;
 
     // all of them are in one micro-batch, which is no larger than a batch
     return std::min(std::min(params.n_ubatch, params.n_batch), n_rows);
@@ -112,11 +111,14 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
     check(drex_policy_from_name(p.policy.c_str(), &config.policy));
     check(drex_metric_from_name(p.metric.c_str(), &config.metric));
 
-    if (p.quality == "lossless" && p.fill_name() != "verify") {
+    if (p.lossless() && p.fill_name() != "verify") {
         throw std::runtime_error("--drex-quality lossless cannot be combined with --drex-fill " + p.fill + ", whose output is not the full model's");
     }
+    if (p.agrees() && !p.thresholds.empty()) {
+        throw std::runtime_error(string_format("--drex-quality %g cannot be combined with --drex-threshold, which follows from it", p.quality));
+    }
     config.fill    = fill_from_name("--drex-fill", p.fill_name());
-    config.quality = p.learns() ? 1.0 : 0.0;
+    config.quality = p.learns() ? p.quality : 0.0;
 
     // options that do not work with early exit yet
     if (params.embedding) {
@@ -255,7 +257,8 @@ void server_drex::say(const common_params & params) const {
     llama_layer_range_kv kv;
     const bool streams = llama_layer_range_get_kv(ctx, 0, &kv) && kv.n_stream > 1;
 
-    const std::string threshold = p.learns() ? "as learned" : list(p.all_thresholds());
+    const std::string threshold = p.agrees() ? string_format("as audits allow for an agreement of %g", p.quality) :
+        p.learns() ? "as learned" : list(p.all_thresholds());
 
     SRV_INF("early exit: policy %s, after layers %s of %d%s, threshold %s (%s), fill %s, %s\n", p.policy.c_str(), list(ramp_layers).c_str(),
             n_layer, exits ? " through fitted exits" : "", threshold.c_str(), p.metric.c_str(), p.fill_name().c_str(),
@@ -272,7 +275,7 @@ void server_drex::settle_policy(common_params & params) {
         SRV_WRN("early exit: policy off instead of %s: %s has no early_exit.layers in its metadata\n",
                 params.drex.policy.c_str(), params.model.path.c_str());
         params.drex.policy  = "off";
-        params.drex.quality = "";
+        params.drex.quality = 0.0;
     }
 }
 
@@ -280,7 +283,7 @@ void server_drex::say_off(const common_params & params) {
     const common_params_drex defaults;
     const auto & p = params.drex;
 
-    if (p.metric != defaults.metric || !p.fill.empty() || !p.quality.empty() || !p.exit_layers.empty() || !p.thresholds.empty() ||
+    if (p.metric != defaults.metric || !p.fill.empty() || p.quality > 0.0 || !p.exit_layers.empty() || !p.thresholds.empty() ||
             !p.exits.empty() || !p.profile.empty() || !p.record.empty()) {
         SRV_WRN("%s", "early exit is off: options that begin with --drex- have no effect without --drex on or --drex-policy\n");
     }
@@ -514,20 +517,15 @@ void server_drex::add_request(int id_slot, const server_task & task, bool same_l
     if (!p.drex.fill.empty()) {
         config.fill = fill_from_name("Field 'drex_fill'", p.drex.fill);
     }
-    if (p.drex.quality == "lossless") {
-        config.quality = 1.0;
-        if (!p.drex.fill.empty() && config.fill != DREX_FILL_VERIFY) {
-            throw std::invalid_argument("Field 'drex_quality': lossless cannot be combined with 'drex_fill' " + p.drex.fill);
-        }
+    if (p.drex.quality == 1.0 && !p.drex.fill.empty() && config.fill != DREX_FILL_VERIFY) {
+        throw std::invalid_argument("Field 'drex_quality': lossless cannot be combined with 'drex_fill' " + p.drex.fill);
     }
-    const drex_fill_mode mode = config.quality > 0.0 ? DREX_FILL_VERIFY : p.drex.fill.empty() ? fill : config.fill;
-    check_copy("Field 'drex_fill':", mode);
+    config.quality = p.drex.quality;
+    check_copy("Field 'drex_fill':", p.drex.fill.empty() ? fill : config.fill);
 
     if (!p.drex.metric.empty() && drex_metric_from_name(p.drex.metric.c_str(), &config.metric) != DREX_OK) {
         throw std::invalid_argument(std::string("Field 'drex_metric': ") + drex_last_error());
     }
-
-    const bool strict = mode == DREX_FILL_VERIFY || (std::isnan(config.threshold) ? all_strict : config.threshold > 1.0f);
 
     // Confidence is that of the model's own distribution without the tokens that the request bans, and with a grammar a row
     // leaves only where the grammar allows its best token. Where the request changes the distribution in other ways before it
@@ -541,6 +539,26 @@ void server_drex::add_request(int id_slot, const server_task & task, bool same_l
     auto has = [&](type t) { return std::find(s.samplers.begin(), s.samplers.end(), t) != s.samplers.end(); };
     const bool reshaped = biased ||
         s.penalty_repeat != 1.0f || s.penalty_freq != 0.0f || s.penalty_present != 0.0f || s.dry_multiplier != 0.0f;
+
+    // its sampler would choose the best token: with these settings nothing before the temperature can remove it
+    const bool greedy = s.temp <= 0.0f && has(type::COMMON_SAMPLER_TYPE_TEMPERATURE) && s.dynatemp_range <= 0.0f && !reshaped &&
+        s.grammar.empty() && s.n_probs == 0 && s.mirostat == 0 && s.xtc_probability <= 0.0f && s.typ_p >= 1.0f &&
+        !has(type::COMMON_SAMPLER_TYPE_INFILL) && !has(type::COMMON_SAMPLER_TYPE_ADAPTIVE_P) &&
+        s.reasoning_budget_tokens < 0 && !s.reasoning_control;
+
+    // What the request names goes before the server's quality. An agreement is counted in tokens that the full model would have
+    // chosen: where its best token is not what a request gets, the request is lossless.
+    const bool names   = !p.drex.fill.empty() || !std::isnan(p.drex.threshold);
+    const double share = p.drex.quality > 0.0 ? p.drex.quality : names ? 0.0 : options.quality;
+    const bool  agrees = share > 0.0 && share < 1.0;
+    if (agrees && p.drex.quality > 0.0 && !std::isnan(p.drex.threshold)) {
+        throw std::invalid_argument(string_format("Field 'drex_quality': %g cannot be combined with 'drex_threshold', which follows from it", share));
+    }
+    if (agrees) {
+        const drex_fill_mode its_fill = !p.drex.fill.empty() ? config.fill : options.fill.empty() ? DREX_FILL_PROPAGATE : fill;
+        config.quality = greedy ? share    : 1.0;
+        config.fill    = greedy ? its_fill : drex_fill_mode(DREX_FILL_DEFAULT);
+    }
     if (reshaped && std::isnan(config.threshold)) {
         config.threshold = 2.0f;
     }
@@ -549,25 +567,44 @@ void server_drex::add_request(int id_slot, const server_task & task, bool same_l
         throw std::invalid_argument(drex_last_error());
     }
 
+    drex_request_info in = DREX_REQUEST_INFO_INITIALIZER;
+    check(drex_request_get(engine, config.id, &in));
+
     slots[id_slot] = {};
     slots[id_slot].added  = true;
-    slots[id_slot].fill    = mode;
+    slots[id_slot].fill   = in.fill;
     slots[id_slot].id     = config.id;
-    slots[id_slot].strict  = strict;
+    slots[id_slot].greedy = greedy;
+    slots[id_slot].strict = in.quality > 0.0 || (std::isnan(config.threshold) ? all_strict : config.threshold > 1.0f);
     slots[id_slot].grammar = !s.grammar.empty();
     slots[id_slot].raw     = s.n_probs > 0;
     slots[id_slot].traces_tokens = p.drex.tokens;
     slots[id_slot].bans    = std::move(bans);
 
-    // its sampler would choose the best token: with these settings nothing before the temperature can remove it
-    slots[id_slot].greedy = s.temp <= 0.0f && has(type::COMMON_SAMPLER_TYPE_TEMPERATURE) && s.dynatemp_range <= 0.0f && !reshaped &&
-        s.grammar.empty() && s.n_probs == 0 && s.mirostat == 0 && s.xtc_probability <= 0.0f && s.typ_p >= 1.0f &&
-        !has(type::COMMON_SAMPLER_TYPE_INFILL) && !has(type::COMMON_SAMPLER_TYPE_ADAPTIVE_P) &&
-        s.reasoning_budget_tokens < 0 && !s.reasoning_control;
-
     if (record.is_open()) {
         record << json({{"e", "add"}, {"t", now_ns()}, {"id", config.id}, {"n_prompt", task.n_tokens()}}).dump() << "\n";
     }
+}
+
+bool server_drex::audits(int id_slot) const {
+    return slots[id_slot].added && info(id_slot).audit_due;
+}
+
+bool server_drex::differs(int id_slot, int i, llama_token token) const {
+    const float * logits = llama_get_logits_ith(ctx, i);
+    const auto  & bans   = slots[id_slot].bans;
+
+    llama_token best = LLAMA_TOKEN_NULL;
+    for (llama_token t = 0; t < n_vocab; ++t) {
+        if ((best == LLAMA_TOKEN_NULL || logits[t] > logits[best]) && std::find(bans.begin(), bans.end(), t) == bans.end()) {
+            best = t;
+        }
+    }
+    return best != token;
+}
+
+void server_drex::audited(int id_slot, int n_tokens, int n_differing) {
+    warn(drex_request_audit(engine, slots[id_slot].id, n_tokens, n_differing));
 }
 
 int server_drex::drop(int id_slot) {

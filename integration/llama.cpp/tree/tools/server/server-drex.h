@@ -73,6 +73,15 @@ struct server_drex {
     // returns how many of the slot's last prompt tokens have not gone through all layers: their cells must not be reused
     int remove(int id_slot, stop_type stop);
 
+    // the answer of the slot's request is to be audited before remove()
+    bool audits(int id_slot) const;
+
+    // after a pass of the full model: it would have chosen another token than this one at index i of the batch
+    bool differs(int id_slot, int i, llama_token token) const;
+
+    // so many tokens of the slot's answer were audited
+    void audited(int id_slot, int n_tokens, int n_differing);
+
     // the slot, which is not busy, has a sampled token to decode
     void ready(int id_slot, int n_kv);
 
