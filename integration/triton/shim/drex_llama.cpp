@@ -236,13 +236,13 @@ const char * drex_llama_exit_head(const drex_llama * l) { return l->exits ? "sha
 
 const char * drex_llama_windows(drex_llama * l, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph) {
     try {
-        const char * why = llama_layer_range_init(l->ctx, { n_rows, n_graphs, n_rows_graph, 0, 0 });
-        // any request may ask for fill copy
-        return why ? why : llama_layer_range_kv_unlike(l->ctx);
+        return llama_layer_range_init(l->ctx, { n_rows, n_graphs, n_rows_graph, 0, 0 });
     } catch (...) {
         return "no memory for the hidden arena";
     }
 }
+
+const char * drex_llama_no_copy(drex_llama * l) { return llama_layer_range_kv_unlike(l->ctx); }
 
 const char * drex_llama_exits(drex_llama * l, const char * path, const uint32_t * layers, size_t n) {
     static thread_local std::string why;

@@ -41,8 +41,8 @@ pub struct Sampling {
     pub drex_metric: Option<u32>,
     /// None: the model's; one of `FILLS`
     pub drex_fill: Option<u32>,
-    /// The answer is the full model's, whatever the model's quality is.
-    pub drex_lossless: bool,
+    /// Share of the tokens that are the full model's, 1: all; 0: as the model's quality
+    pub drex_quality: f64,
     /// Milliseconds between two tokens; 0: the model's
     pub drex_deadline_ms: f32,
     /// Milliseconds from the end of the prompt to the last token; 0: the model's
@@ -54,6 +54,19 @@ pub struct Sampling {
 /// Fill modes by the numbers of drex.h.
 pub const FILLS: [&str; 4] = ["copy", "postfill", "verify", "propagate"];
 pub const FILLS_TEXT: &str = "copy, postfill, verify or propagate";
+
+pub const QUALITY_TEXT: &str = "lossless, or a number from 0.5 to 1";
+
+/// The share of the tokens that a quality is.
+pub fn quality(text: &str) -> Option<f64> {
+    match text {
+        "lossless" => Some(1.0),
+        _ => text
+            .parse()
+            .ok()
+            .filter(|share| (0.5..=1.0).contains(share)),
+    }
+}
 
 /// The number of a fill mode.
 pub fn fill(name: &str) -> Option<u32> {
@@ -115,7 +128,7 @@ impl Default for Sampling {
             drex_threshold: None,
             drex_metric: None,
             drex_fill: None,
-            drex_lossless: false,
+            drex_quality: 0.0,
             drex_deadline_ms: 0.0,
             drex_request_deadline_ms: 0.0,
             drex_priority: 0,
@@ -190,10 +203,16 @@ impl Said {
                 out.min_tokens, out.max_tokens
             )));
         }
-        if out.drex_lossless && out.drex_fill.is_some_and(|f| f != DREX_FILL_VERIFY) {
+        if out.drex_quality == 1.0 && out.drex_fill.is_some_and(|f| f != DREX_FILL_VERIFY) {
             let named = out.drex_fill.map_or("", |f| FILLS[f as usize]);
             return Err(Failure::invalid(format!(
                 "drex_fill is {named}, must be verify with drex_quality lossless"
+            )));
+        }
+        if out.drex_quality > 0.0 && out.drex_quality < 1.0 && out.drex_threshold.is_some() {
+            return Err(Failure::invalid(format!(
+                "drex_quality is {} and drex_threshold is named, which follows from it",
+                out.drex_quality
             )));
         }
         Ok(out)
@@ -261,10 +280,11 @@ impl Sampling {
                 self.drex_fill = Some(fill.ok_or_else(|| wrong(name, value, FILLS_TEXT))?);
             }
             "drex_quality" => {
-                if value.as_str() != Some("lossless") {
-                    return Err(wrong(name, value, "lossless"));
-                }
-                self.drex_lossless = true;
+                let share = match value.as_str() {
+                    Some(text) => quality(text),
+                    None => value.as_f64().filter(|share| (0.5..=1.0).contains(share)),
+                };
+                self.drex_quality = share.ok_or_else(|| wrong(name, value, QUALITY_TEXT))?;
             }
             "drex_deadline_ms" => self.drex_deadline_ms = number(name, value, 0.0, 1e9)?,
             "drex_request_deadline_ms" => {
@@ -517,7 +537,14 @@ mod tests {
                 r#"{"drex_fill":"pour"}"#,
                 "copy, postfill, verify or propagate",
             ),
-            (r#"{"drex_quality":0.99}"#, "must be lossless"),
+            (
+                r#"{"drex_quality":0.2}"#,
+                "drex_quality is 0.2, must be lossless, or a number from 0.5 to 1",
+            ),
+            (
+                r#"{"drex_quality":0.99,"drex_threshold":0.5}"#,
+                "drex_quality is 0.99 and drex_threshold is named",
+            ),
             (
                 r#"{"drex_quality":"lossless","drex_fill":"copy"}"#,
                 "drex_fill is copy, must be verify with drex_quality lossless",

@@ -297,6 +297,12 @@ impl Entry {
             ] {
                 parameters.push((text(name), Parameter::Int(value as i64)));
             }
+            let quality = match figures.quality {
+                1.0 => "lossless".into(),
+                0.0 => "given".into(),
+                share => share.to_string(),
+            };
+            parameters.push((text("drex_quality"), Parameter::Text(text(&quality))));
             let held = figures.held_ns as f64 / 1e6;
             parameters.push((text("drex_held_ms"), Parameter::Number(held)));
         }

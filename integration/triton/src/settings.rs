@@ -3,9 +3,9 @@
 
 use serde_json::{Map, Value, json};
 
-use drex::ffi::DREX_FILL_VERIFY;
+use drex::ffi::{DREX_FILL_PROPAGATE, DREX_FILL_VERIFY};
 
-use crate::sampling::{FILLS, FILLS_TEXT, fill};
+use crate::sampling::{FILLS, FILLS_TEXT, QUALITY_TEXT, fill, quality};
 use crate::triton::error::Failure;
 
 /// As llama-server's: types that a K/V cache can have.
@@ -29,6 +29,10 @@ pub struct Settings {
     pub fill: u32,
     /// Thresholds are learned: quality lossless, and no threshold is named.
     pub learns: bool,
+    /// Share of the tokens that are the full model's, 1: lossless; 0: as thresholds and fill say.
+    pub quality: f64,
+    /// `fill` is named.
+    pub names_fill: bool,
     /// A file of exits beside the model, in the version folder or by an absolute path.
     pub exits: Option<String>,
     /// Empty: those of `exits`, else from the model's metadata.
@@ -73,6 +77,8 @@ impl Default for Settings {
             policy: "auto".into(),
             metric: "gap".into(),
             fill: 0,
+            quality: 0.0,
+            names_fill: false,
             learns: false,
             exits: None,
             exit_layers: Vec::new(),
@@ -104,7 +110,6 @@ impl Settings {
     pub fn parse(config: &Value) -> Result<Self, Failure> {
         let mut out = Self::default();
         let none = Map::new();
-        let mut lossless = false;
         let parameters = config["parameters"].as_object().unwrap_or(&none);
         for (name, value) in parameters {
             let text = value["string_value"].as_str().unwrap_or_default().trim();
@@ -115,8 +120,10 @@ impl Settings {
                 "fill" => {
                     out.fill = fill(text).ok_or_else(|| wrong(name, text, FILLS_TEXT))?;
                 }
-                "quality" if text != "lossless" => return Err(wrong(name, text, "lossless")),
-                "quality" => lossless = true,
+                "quality" => {
+                    let share = quality(text).ok_or_else(|| wrong(name, text, QUALITY_TEXT))?;
+                    out.quality = share;
+                }
                 "exits" if text.is_empty() => {
                     return Err(wrong(name, text, "the path of a file"));
                 }
@@ -162,8 +169,21 @@ impl Settings {
                 }
             }
         }
-        if lossless {
-            let named = |name| parameters.contains_key(name);
+        let named = |name| parameters.contains_key(name);
+        out.names_fill = named("fill");
+        out.learns = out.quality > 0.0 && !named("threshold");
+        if out.quality > 0.0 && out.quality < 1.0 {
+            if named("threshold") {
+                return Err(Failure::invalid(format!(
+                    "parameters: quality is {} and threshold is named, which follows from it",
+                    out.quality
+                )));
+            }
+            if !named("fill") {
+                out.fill = DREX_FILL_PROPAGATE;
+            }
+        }
+        if out.quality == 1.0 {
             if named("fill") && out.fill != DREX_FILL_VERIFY {
                 return Err(Failure::invalid(format!(
                     "parameters: quality is lossless and fill is {}, must be verify",
@@ -171,7 +191,6 @@ impl Settings {
                 )));
             }
             out.fill = DREX_FILL_VERIFY;
-            out.learns = !named("threshold");
         }
         if out
             .slots
@@ -496,6 +515,25 @@ mod tests {
         };
         assert!(!of("threshold", "0.5").unwrap().learns);
         assert!(of("fill", "verify").unwrap().learns);
+        let agreement = parse("quality", "0.99").unwrap();
+        assert_eq!(
+            (agreement.fill, agreement.learns, agreement.quality),
+            (3, true, 0.99)
+        );
+        for wrong in ["0.2", "2", "much", "NaN"] {
+            let error = parse("quality", wrong).unwrap_err().text;
+            assert!(
+                error.contains("lossless, or a number from 0.5 to 1"),
+                "{error}"
+            );
+        }
+        let error = Settings::parse(&json!({"parameters": {
+            "quality": {"string_value": "0.99"}, "threshold": {"string_value": "0.5"}}}));
+        let error = error.unwrap_err().text;
+        assert!(
+            error.contains("quality is 0.99 and threshold is named"),
+            "{error}"
+        );
         let error = of("fill", "copy").unwrap_err().text;
         assert!(error.contains("fill is copy, must be verify"), "{error}");
         assert_eq!(parse("slots", "64").unwrap().slots, 64);
@@ -537,7 +575,7 @@ mod tests {
             ("exit_layers", "4;8"),
             ("exits", ""),
             ("fill", "pour"),
-            ("quality", "0.99"),
+            ("quality", "0.2"),
             ("kv_type", "i32"),
             ("kv_type", "q8_1"),
             ("slots", "257"),

@@ -3,12 +3,11 @@
 
 use std::sync::atomic::Ordering;
 
-use drex::ffi::drex_request_add;
 use drex::ffi::*;
 
 use super::decoder::{Decoder, SamplerParams};
 use super::queue::Job;
-use super::{Engine, Event, Finish, Slot, check, nanoseconds, now_ns, zeroed};
+use super::{Engine, Event, Finish, Slot, check, nanoseconds, now_ns, setup, zeroed};
 use crate::text::Text;
 use crate::triton::error::Failure;
 
@@ -59,6 +58,10 @@ impl<D: Decoder> Engine<D> {
             mut answer,
             ..
         } = job;
+        if let (Some(why), Some(DREX_FILL_COPY)) = (&self.no_copy, sampling.drex_fill) {
+            answer.fail(Failure::unsupported(setup::no_copy("drex_fill", why)));
+            return None;
+        }
         let penalties = sampling.repetition_penalty != 1.0
             || sampling.frequency_penalty != 0.0
             || sampling.presence_penalty != 0.0;
@@ -93,10 +96,7 @@ impl<D: Decoder> Engine<D> {
             cancelled,
             reshaped: penalties || !bad.is_empty(),
             bad,
-            fill: match sampling.drex_lossless {
-                true => DREX_FILL_VERIFY,
-                false => sampling.drex_fill.unwrap_or(self.settings.fill),
-            },
+            fill: self.settings.fill,
             sampler,
             text: Text::new(&sampling.stop, sampling.include_stop),
             sampling,
@@ -111,12 +111,14 @@ impl<D: Decoder> Engine<D> {
             busy: false,
             drafts: 0,
             drafts_accepted: 0,
+            over: false,
         })
     }
 
     /// Makes a request known to drex, at the end of its prompt.
     pub(super) fn register(&mut self, at: usize) -> Result<(), Failure> {
-        let Some(slot) = &self.slots[at] else {
+        let settings = &self.settings;
+        let Some(slot) = &mut self.slots[at] else {
             return Ok(());
         };
         let sampling = &slot.sampling;
@@ -129,13 +131,31 @@ impl<D: Decoder> Engine<D> {
         let threshold = if slot.reshaped { 2.0 } else { f32::NAN };
         config.threshold = sampling.drex_threshold.unwrap_or(threshold);
         config.fill = sampling.drex_fill.unwrap_or(DREX_FILL_DEFAULT);
-        config.quality = f64::from(u8::from(sampling.drex_lossless));
+        config.quality = sampling.drex_quality;
+        // What the request names goes before the model's quality. An agreement is counted in tokens that the full model
+        // would have chosen: where its best token is not what a request gets, the request is lossless.
+        let names = sampling.drex_fill.is_some() || sampling.drex_threshold.is_some();
+        let share = match sampling.drex_quality {
+            0.0 if names => 0.0,
+            0.0 => settings.quality,
+            named => named,
+        };
+        if share > 0.0 && share < 1.0 {
+            let greedy = slot.sampler.is_none() && !slot.reshaped;
+            config.quality = if greedy { share } else { 1.0 };
+            config.fill = match sampling.drex_fill {
+                _ if !greedy => DREX_FILL_DEFAULT,
+                Some(fill) => fill,
+                None if settings.names_fill => settings.fill,
+                None => DREX_FILL_PROPAGATE,
+            };
+        }
         config.token_deadline_ns = nanoseconds(sampling.drex_deadline_ms.into());
         config.priority = sampling.drex_priority;
         let deadline = if sampling.drex_request_deadline_ms > 0.0 {
             sampling.drex_request_deadline_ms.into()
         } else {
-            self.settings.request_deadline_ms
+            settings.request_deadline_ms
         };
         config.request_deadline_ns = nanoseconds(deadline);
         // The timeout counts from the arrival; of one that is over, the least is left.
@@ -148,6 +168,12 @@ impl<D: Decoder> Engine<D> {
         }
         config.max_tokens = sampling.max_tokens.into();
         // SAFETY: the struct lives during the call.
-        unsafe { check(drex_request_add(self.drex, &config)) }
+        unsafe { check(drex_request_add(self.drex, &config))? };
+        let mut info: drex_request_info = zeroed();
+        info.size = size_of::<drex_request_info>() as u32;
+        // SAFETY: a struct with its size.
+        unsafe { check(drex_request_get(self.drex, slot.id, &mut info))? };
+        slot.fill = info.fill;
+        Ok(())
     }
 }

@@ -69,6 +69,8 @@ pub trait Decoder {
     fn windows(&mut self, windows: Windows) -> Result<(), Failure>;
     /// After `windows`.
     fn device(&mut self) -> Result<Device, Failure>;
+    /// After `windows`: why fill copy cannot be used; `None`: it can.
+    fn no_copy(&self) -> Option<String>;
     /// K and V of a layer.
     fn layer(&self, layer: u32) -> Option<drex_kv_layer>;
 

@@ -12,7 +12,7 @@ pub(super) struct End(i32, String, Finish);
 pub(super) type Emitted = Result<Option<End>, Failure>;
 
 /// Lists the tokens that the next one of a request may not be.
-fn list_banned<S>(slot: &Slot<S>, ends: &[i32], banned: &mut Vec<i32>) {
+pub(super) fn list_banned<S>(slot: &Slot<S>, ends: &[i32], banned: &mut Vec<i32>) {
     let early = (slot.output.len() as u32) < slot.sampling.min_tokens;
     banned.clear();
     if slot.sampling.ignore_eos || early {
@@ -109,7 +109,7 @@ impl<D: Decoder> Engine<D> {
 }
 
 /// The most likely token, the lowest number among equals.
-fn argmax(logits: &[f32], banned: &[i32]) -> Result<i32, Failure> {
+pub(super) fn argmax(logits: &[f32], banned: &[i32]) -> Result<i32, Failure> {
     let mut best: Option<(usize, f32)> = None;
     for (token, &logit) in logits.iter().enumerate() {
         if logit.is_nan() {

@@ -54,6 +54,8 @@ pub struct Fake {
     context: u32,
     /// None: ramps have logits of all tokens.
     pub exits: Option<Exits>,
+    /// K and V of its layers are not alike.
+    pub unlike: bool,
     cells: Vec<Option<(i32, i32)>>,
     /// [layer][cell]: position + 1, or 0 where nothing is filled
     k: Vec<Vec<u32>>,
@@ -128,6 +130,7 @@ impl Fake {
         let n = (slots * context) as usize;
         Self {
             context,
+            unlike: false,
             exits: None,
             cells: vec![None; n],
             k: vec![vec![0; n]; LAYERS as usize],
@@ -271,6 +274,10 @@ impl Decoder for Fake {
             cuda: false,
             stream: std::ptr::null_mut(),
         })
+    }
+
+    fn no_copy(&self) -> Option<String> {
+        self.unlike.then(|| "its layers are not alike".into())
     }
 
     fn layer(&self, layer: u32) -> Option<drex_kv_layer> {

@@ -5,6 +5,7 @@
 
 mod admission;
 pub mod answer;
+mod audit;
 mod calibrate;
 pub mod decoder;
 mod emit;
@@ -65,6 +66,8 @@ pub struct Figures {
     /// With fill verify: drafts that the full model judged, and those it confirmed.
     pub drafts: u64,
     pub drafts_accepted: u64,
+    /// 1: lossless; below: the agreement that it was served with; 0: as thresholds and fill said.
+    pub quality: f64,
 }
 
 pub enum Event {
@@ -110,6 +113,8 @@ struct Slot<S> {
     busy: bool,
     drafts: u64,
     drafts_accepted: u64,
+    /// The client has its answer, which is still to be audited.
+    over: bool,
 }
 
 impl<S> Slot<S> {
@@ -146,8 +151,12 @@ pub struct Engine<D: Decoder> {
     seat: Seat,
     admitted: u64,
     leavers: Vec<window::Leaver>,
+    /// Slots whose answers are to be audited when nobody needs the window's logits any more.
+    audits: Vec<usize>,
     /// Prompt rows at a ramp: the next window is theirs.
     transit: Vec<prompts::Transit>,
+    /// Why nobody may have fill copy; `None`: drex has K and V.
+    no_copy: Option<String>,
     /// Arena rows that drex has; those of prompt rows follow.
     n_arena: u32,
     plan: Vec<drex_row>,
@@ -243,7 +252,7 @@ impl<D: Decoder> Engine<D> {
     }
 
     fn finish(&mut self, at: usize, token: Option<i32>, text: String, end: Finish) {
-        let Some(slot) = &self.slots[at] else {
+        let Some(slot) = self.slots[at].as_ref().filter(|slot| !slot.over) else {
             return;
         };
         let id = slot.id;
@@ -259,18 +268,28 @@ impl<D: Decoder> Engine<D> {
             deadline_misses: info.deadline_misses,
             drafts: slot.drafts,
             drafts_accepted: slot.drafts_accepted,
+            quality: info.quality,
         };
-        if let Some(mut slot) = self.free(at) {
+        let audit = info.audit_due == 1 && end != Finish::Cancelled;
+        if let Some(slot) = &mut self.slots[at] {
+            slot.over = true;
             slot.answer.send(Event::Token {
                 token,
                 text,
                 end: Some((end, figures)),
             });
         }
+        if audit {
+            self.audits.push(at);
+        } else {
+            self.free(at);
+        }
     }
 
     fn fail(&mut self, at: usize, failure: Failure) {
-        if let Some(mut slot) = self.free(at) {
+        if let Some(mut slot) = self.free(at)
+            && !slot.over
+        {
             slot.answer.fail(failure);
         }
     }
@@ -281,6 +300,7 @@ impl<D: Decoder> Engine<D> {
         // SAFETY: removes a request by its id.
         unsafe { drex_request_remove(self.drex, slot.id) };
         self.leavers.retain(|leaver| leaver.slot != at);
+        self.audits.retain(|&slot| slot != at);
         self.transit.retain(|one| one.slot != at);
         self.free.push_back(at);
         self.seat.freed();

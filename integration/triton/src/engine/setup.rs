@@ -46,7 +46,11 @@ impl<D: Decoder> Engine<D> {
         config.max_batch = max_batch;
         config.max_pass_rows = settings.batch;
         config.fill = settings.fill;
-        config.quality = f64::from(u8::from(settings.learns));
+        config.quality = if settings.learns {
+            settings.quality
+        } else {
+            0.0
+        };
         config.device = DREX_DEVICE_HOST;
         if device.cuda {
             config.device = DREX_DEVICE_CUDA;
@@ -89,7 +93,9 @@ impl<D: Decoder> Engine<D> {
             seat,
             admitted: 0,
             leavers: Vec::new(),
+            audits: Vec::new(),
             transit: Vec::new(),
+            no_copy: decoder.no_copy(),
             n_arena: arena,
             plan: vec![zeroed(); max_batch as usize],
             verdicts: vec![zeroed(); max_batch as usize],
@@ -116,6 +122,12 @@ impl<D: Decoder> Engine<D> {
     }
 
     fn bind(&mut self) -> Result<(), Failure> {
+        if let Some(why) = &self.no_copy {
+            return match self.settings.fill {
+                DREX_FILL_COPY => Err(Failure::unsupported(no_copy("parameters: fill", why))),
+                _ => Ok(()),
+            };
+        }
         let layer = |layer| {
             let kv = self.decoder.layer(layer);
             kv.ok_or_else(|| Failure::unsupported(format!("layer {layer} has no K/V storage")))
@@ -132,6 +144,13 @@ impl<D: Decoder> Engine<D> {
             ))
         }
     }
+}
+
+/// The text for whoever named fill copy, or left it at that.
+pub(super) fn no_copy(what: &str, why: &str) -> String {
+    format!(
+        "{what} is copy, which cannot be used with this model, {why}; the other fills are propagate, postfill and verify"
+    )
 }
 
 fn ramps(decoder: &impl Decoder, settings: &Settings) -> Result<Vec<u32>, Failure> {

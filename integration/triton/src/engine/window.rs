@@ -122,7 +122,7 @@ impl<D: Decoder> Engine<D> {
     /// Tells drex whose next token can run.
     fn ready(&mut self) -> Result<(), Failure> {
         for slot in self.slots.iter_mut().flatten() {
-            if slot.in_prompt() || slot.busy {
+            if slot.in_prompt() || slot.busy || slot.over {
                 continue;
             }
             let left = slot.sampling.max_tokens - slot.output.len() as u32;
@@ -296,6 +296,7 @@ impl<D: Decoder> Engine<D> {
             self.end(at, how);
         }
         self.end_prompts(step);
+        self.audit();
         Ok(())
     }
 
@@ -318,7 +319,11 @@ impl<D: Decoder> Engine<D> {
                 self.verdicts.as_mut_ptr(),
                 self.max_batch,
             ))?;
-            check(drex_fill(self.drex))
+            // Without K and V nobody has fill copy, and nothing is drex's to fill.
+            match self.no_copy {
+                Some(_) => Ok(()),
+                None => check(drex_fill(self.drex)),
+            }
         }
     }
 }

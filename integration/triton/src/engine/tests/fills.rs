@@ -157,3 +157,53 @@ fn a_row_that_is_sure_of_a_banned_token_does_not_leave() {
         }
     }
 }
+
+/// The fake's ramps are wrong too often for the target, so each answer that is not lossless is a trial, and audited: what the
+/// audits counted is what the model says.
+#[test]
+fn audits_count_what_the_full_model_would_have_chosen_otherwise() {
+    let mut settings = settings("latency", "propagate");
+    (settings.quality, settings.learns) = (0.95, true);
+    let mut bench = Bench::new(settings);
+    let mut answers = HashMap::new();
+    for id in 1..=1500u64 {
+        let mut sampling = greedy(8 + id as u32 % 20);
+        if id % 5 == 0 {
+            (sampling.temperature, sampling.seed) = (1.0, Some(id as u32));
+        }
+        bench.push(sampling);
+        if id % 100 == 0 {
+            answers.extend(bench.run());
+        }
+    }
+    let (mut tokens, mut differing, mut served) = (0, 0, [0, 0]);
+    for (id, answer) in &answers {
+        let lossless = answer.figures.quality == 1.0;
+        served[usize::from(lossless)] += 1;
+        let mut text = prompt(*id);
+        let mut differs = 0;
+        for &token in &answer.tokens {
+            differs += u64::from(token != fake::deep(&text));
+            text.push(token);
+        }
+        match id % 5 == 0 {
+            true => assert!(lossless, "request {id} draws its tokens"),
+            false if lossless => assert_eq!(differs, 0, "request {id} is lossless"),
+            false => {
+                assert_eq!(answer.figures.quality, 0.95);
+                (tokens, differing) =
+                    (tokens + answer.tokens.len() as u64 - 1, differing + differs);
+            }
+        }
+    }
+    let stats = bench.engine.stats();
+    assert!(
+        served[0] >= 5 && differing > 0,
+        "{served:?}, {differing} differ"
+    );
+    assert_eq!((stats.audits, stats.audits_missed), (served[0], 0));
+    assert_eq!(
+        (stats.audited_tokens, stats.audited_differing),
+        (tokens, differing)
+    );
+}

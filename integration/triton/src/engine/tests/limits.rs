@@ -159,3 +159,34 @@ fn the_context_is_at_most_what_the_model_was_trained_with() {
         ["1 drex: parameters: context is 4096, the model was trained with 64, which is used"]
     );
 }
+
+#[test]
+fn a_model_whose_layers_are_not_alike_has_every_fill_but_copy() {
+    let unlike = || {
+        let mut fake = Fake::new(4, 64);
+        fake.unlike = true;
+        fake
+    };
+    let failure = new(unlike(), settings("hold", "copy")).err().unwrap();
+    assert_eq!(failure.code, abi::ERROR_UNSUPPORTED);
+    assert!(
+        failure.text.contains("fill is copy") && failure.text.contains("not alike"),
+        "{}",
+        failure.text
+    );
+    for fill in ["propagate", "postfill", "verify"] {
+        let mut bench = Bench::of(unlike(), settings("hold", fill));
+        for id in 1..=6 {
+            let mut sampling = greedy(20);
+            sampling.drex_fill = (id == 3).then_some(DREX_FILL_COPY);
+            bench.push(sampling);
+        }
+        for (id, answer) in bench.run() {
+            match &answer.ends[..] {
+                [Err(failure)] if id == 3 => assert!(failure.text.contains("drex_fill is copy")),
+                [Ok(Finish::Length)] => assert_eq!(answer.tokens.len(), 20),
+                ends => panic!("{fill}, request {id}: {ends:?}"),
+            }
+        }
+    }
+}
