@@ -23,7 +23,7 @@ pub const TESTS: fn() -> Vec<Test> = || {
 
 fn fair(suite: &Suite) -> Result<()> {
     let race = serve::small(&suite.reference.0.server(), &suite.patched.0.server())?;
-    let report = race.run()?;
+    let report = race.run(|_| Ok(()))?;
     let groups = report.groups();
     let loads: Vec<&str> = groups.iter().map(|g| g[0].traffic.as_str()).collect();
     ensure!(loads == ["16/8", "chat", "poisson-0.8"], "loads {loads:?}");

@@ -339,9 +339,15 @@ pub fn run(options: &Options) -> Result<()> {
     let race = race(options, &runtimes[0].server(), &runtimes[1].server())?;
     let _machine = cache.lock_machine()?;
     machine::warn_if_busy();
-    let report = race.run()?;
-    fs::write(out.join("report.html"), report.html())?;
-    fs::write(out.join("report.md"), report.markdown())?;
+    let report = race.run(|report| {
+        fs::write(out.join("report.html"), report.html())?;
+        fs::write(out.join("report.md"), report.markdown())?;
+        fs::write(
+            out.join("report.json"),
+            serde_json::to_string_pretty(report)?,
+        )?;
+        Ok(())
+    })?;
     show(&out, options.json, &report.table(), &report)?;
     if !options.json {
         println!("\nreport: {}", out.join("report.html").display());

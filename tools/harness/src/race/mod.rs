@@ -362,7 +362,8 @@ impl Race {
         plan
     }
 
-    pub fn run(&self) -> Result<Report> {
+    /// `so_far` gets a report of the cells that are done, after each of them: a race that is ended early leaves them.
+    pub fn run(&self, mut so_far: impl FnMut(&Report) -> Result<()>) -> Result<Report> {
         ensure!(
             self.contenders.len() >= LAYOUTS.len()
                 && LAYOUTS
@@ -380,7 +381,7 @@ impl Race {
             .collect();
         let total = weights.len();
         let mut progress = Progress::new("measuring");
-        let mut cells = Vec::new();
+        let mut report = Report::new(Vec::new(), self.about.clone(), 0.0, 0.0);
         let mut idle = 0.0_f64;
         let mut done = 0;
         for (level, traffics) in plan {
@@ -411,7 +412,10 @@ impl Race {
                 }
                 let made = report::cells(&self.contenders, &field);
                 progress.note(&report::line(&made));
-                cells.extend(made);
+                let cells = [report.cells, made].concat();
+                let seconds = start.elapsed().as_secs_f64();
+                report = Report::new(cells, self.about.clone(), seconds, idle);
+                so_far(&report)?;
                 done += 1;
             }
             for running in servers {
@@ -419,12 +423,6 @@ impl Race {
             }
         }
         progress.finish("done");
-        let report = Report::new(
-            cells,
-            self.about.clone(),
-            start.elapsed().as_secs_f64(),
-            idle,
-        );
         Ok(report)
     }
 
