@@ -216,3 +216,44 @@ fn the_guide_names_the_oldest_rust_that_builds_this() {
         "{oldest}"
     );
 }
+
+/// What a package's build gives the library to build on: crates with their features.
+fn built_on(package: &str) -> BTreeSet<(String, String)> {
+    let mut cargo = std::process::Command::new(env!("CARGO"));
+    cargo
+        .current_dir(root())
+        .args(["tree", "--offline", "--prefix", "none"]);
+    let args = [
+        "--edges",
+        "normal",
+        "--format",
+        "{p}|{f}",
+        "--package",
+        package,
+    ];
+    let out = cargo.args(args).output().unwrap();
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    String::from_utf8_lossy(&out.stdout)
+        .lines()
+        .filter_map(|line| line.trim_end_matches(" (*)").split_once('|'))
+        .map(|(name, features)| (name.to_owned(), features.to_owned()))
+        .collect()
+}
+
+/// A command that builds the library on other features than the last one did builds it
+/// anew: its files have one name.
+#[test]
+fn every_package_builds_the_library_on_the_same_features() {
+    let library = built_on("drex");
+    assert!(library.len() > 5, "{library:?}");
+    for package in ["drex-sim", "drex-tune", "drex-triton", "drex-cxx"] {
+        let other = built_on(package);
+        for found in &library {
+            assert!(other.contains(found), "{package} has no {found:?}");
+        }
+    }
+}

@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use drex_harness::{
+    is_quality,
     race::{About, Contender, LAYOUTS, Race},
     traffic::{self, Traffic},
 };
@@ -58,7 +59,7 @@ pub struct Options {
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=256))]
     concurrency: Option<Vec<u16>>,
     /// Policies of the patched server; `auto+propagate` is the policy auto with the fill propagate, `auto+verify@0.5`
-    /// has a threshold of its own too, and `auto+lossless` has neither fill nor threshold, but quality lossless
+    /// has a threshold of its own too, and `auto+lossless` and `auto+0.99` have neither fill nor threshold, but a quality
     #[arg(
         long,
         value_name = "LIST",
@@ -144,12 +145,12 @@ fn plan(options: &Options) -> Result<Plan> {
             Some(_) if base == "off" => {
                 bail!("--policies {policy}: nothing is filled without exits")
             }
-            Some(LOSSLESS) if threshold.is_some() => {
-                bail!("--policies {policy}: with quality lossless, thresholds are learned")
+            Some(quality) if is_quality(quality) && threshold.is_some() => {
+                bail!("--policies {policy}: with a quality, thresholds are found")
             }
-            Some(fill) if fill != LOSSLESS && !FILLS.contains(&fill) => {
+            Some(fill) if !is_quality(fill) && !FILLS.contains(&fill) => {
                 bail!(
-                    "--policies {policy}: no such fill; known are {} and {LOSSLESS}",
+                    "--policies {policy}: no such fill; known are {}; qualities are {LOSSLESS} and numbers from 0.5 to 1",
                     FILLS.join(", ")
                 )
             }
@@ -260,7 +261,7 @@ fn of_policy(options: &Options, policy: &str) -> Vec<String> {
     if parts.base != "off" {
         let usual = options.threshold.to_string();
         let flags = match parts.fill {
-            Some(LOSSLESS) => vec![("--drex-quality", LOSSLESS)],
+            Some(quality) if is_quality(quality) => vec![("--drex-quality", quality)],
             fill => vec![
                 ("--drex-threshold", parts.threshold.unwrap_or(&usual)),
                 ("--drex-metric", "gap"),
@@ -391,7 +392,7 @@ mod tests {
             ),
             (
                 "--policies auto+lossless@0.5",
-                "--policies auto+lossless@0.5: with quality lossless",
+                "--policies auto+lossless@0.5: with a quality",
             ),
             ("--traffic 300/64,300/64", "--traffic 300/64: named twice"),
             (

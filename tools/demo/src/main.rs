@@ -35,7 +35,7 @@ use report::Report;
 use subject::Subject;
 
 fn main() -> ExitCode {
-    process::main(|| run(&Options::parse()))
+    process::main(|| run(&Options::parse().settled()))
 }
 
 /// What is served again by the exact builds: everything, or under the one load that is repeated what verifies and what it is

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result};
 use drex_build::llama::{EXACT_ARGS, Runtime};
 use drex_harness::{
-    load,
+    is_quality, load,
     score::{Score, Scorer, Stream},
     server::Server,
     stats::{median, quantile},
@@ -185,9 +185,14 @@ fn server_args(
     } else {
         add("--drex-policy", base.into());
         if base != OFF {
-            add("--drex-threshold", options.threshold.to_string());
-            add("--drex-metric", "gap".into());
-            add("--drex-fill", fill(options, policy).into());
+            match fill(options, policy) {
+                quality if is_quality(quality) => add("--drex-quality", quality.into()),
+                fill => {
+                    add("--drex-threshold", options.threshold.to_string());
+                    add("--drex-metric", "gap".into());
+                    add("--drex-fill", fill.into());
+                }
+            }
             if let Some(exits) = &subject.exits {
                 add("--drex-exits", exits.display().to_string());
             }

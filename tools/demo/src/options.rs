@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use drex_build::Source;
 use drex_harness::{
-    machine,
+    is_quality, machine,
     traffic::{Lengths, Traffic},
 };
 
@@ -49,6 +49,9 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', default_value = "off,eager,art,hold,auto")]
     #[arg(default_value_if("model", SMOLLM2, "off,hold,auto,reference+ngram-simple"))]
     pub policies: Vec<String>,
+    /// In place of --policies: `off`, and policy auto with each of these qualities, `lossless` or an agreement such as 0.99
+    #[arg(long, value_delimiter = ',', conflicts_with_all = ["policies", "fill"])]
+    pub quality: Vec<String>,
     /// `short`: prompts of a dozen tokens, or questions of a chat; PROMPT/ANSWER: tokens of each on average
     #[arg(long, value_delimiter = ',', default_value = "short,300/64")]
     #[arg(default_value_if("model", SMOLLM2, SHORT))]
@@ -81,7 +84,18 @@ pub struct Options {
     pub source: Source,
 }
 
-/// The name before a plus sign, and what comes after it: a fill, or a speculation type of the unpatched server.
+impl Options {
+    /// With `--quality` in the terms of the policies.
+    pub fn settled(mut self) -> Self {
+        if !self.quality.is_empty() {
+            let served = self.quality.iter().map(|quality| format!("auto+{quality}"));
+            self.policies = std::iter::once(OFF.to_owned()).chain(served).collect();
+        }
+        self
+    }
+}
+
+/// The name before a plus sign, and what comes after it: a fill, a quality, or a speculation type of the unpatched server.
 pub fn parts(policy: &str) -> (&str, Option<&str>) {
     match policy.split_once('+') {
         Some((base, variant)) => (base, Some(variant)),
@@ -99,7 +113,8 @@ pub fn forces(policy: &str) -> bool {
 }
 
 pub fn verifies(options: &Options, policy: &str) -> bool {
-    ![OFF, REFERENCE].contains(&base(policy)) && fill(options, policy) == "verify"
+    let lossless = ["verify", "lossless"].contains(&fill(options, policy));
+    ![OFF, REFERENCE].contains(&base(policy)) && lossless
 }
 
 pub fn fill<'a>(options: &'a Options, policy: &'a str) -> &'a str {
@@ -158,12 +173,16 @@ pub fn check(options: &Options) -> Result<()> {
             );
         }
         let of_server = base == REFERENCE;
-        if let Some(fill) = variant.filter(|fill| !of_server && !FILLS.contains(fill)) {
+        let known = |variant: &&str| FILLS.contains(variant) || is_quality(variant);
+        if let Some(fill) = variant.filter(|fill| !of_server && !known(fill)) {
             bail!(
-                "--policies {policy}: {fill} is no fill; known are {}",
+                "--policies {policy}: {fill} is no fill; known are {}, and qualities: lossless and numbers from 0.5 to 1",
                 FILLS.join(", ")
             );
         }
+    }
+    if let Some(quality) = options.quality.iter().find(|quality| !is_quality(quality)) {
+        bail!("--quality {quality}: expected lossless, or a number from 0.5 to 1");
     }
     if options.exit_layers != "model" {
         let is_number = |layer: &str| layer.parse::<u32>().is_ok_and(|n| n > 0);
@@ -204,6 +223,7 @@ mod tests {
         for (args, sentence) in [
             ("--policies often", "no such policy; known are off, auto"),
             ("--policies hold+more", "more is no fill; known are copy"),
+            ("--quality 0.99,0.2", "--quality 0.2: expected lossless"),
             ("--exit-layers 4,x", "\"x\" is no number of layers"),
             ("--threshold nan", "not a confidence"),
             ("--traffic chat", "the demo has short"),
@@ -229,6 +249,13 @@ mod tests {
         );
         assert_eq!((&*chat.traffic, chat.tokens), (&[SHORT.to_owned()][..], 64));
         assert_eq!(of("demo --model smollm2 --fill copy").fill, "copy");
+        let quality = of("demo --quality lossless,0.99").settled();
+        assert_eq!(quality.policies, ["off", "auto+lossless", "auto+0.99"]);
+        assert!(
+            check(&quality).is_ok()
+                && verifies(&quality, "auto+lossless")
+                && !verifies(&quality, "auto+0.99")
+        );
     }
 
     #[test]

@@ -18,3 +18,11 @@ pub mod server;
 pub mod stats;
 pub mod suite;
 pub mod traffic;
+
+/// Whether a text is a quality as llama-server's `--drex-quality` takes it: `lossless`, or an agreement.
+pub fn is_quality(text: &str) -> bool {
+    text == "lossless"
+        || text
+            .parse()
+            .is_ok_and(|share| (0.5..=1.0).contains::<f64>(&share))
+}
