@@ -139,7 +139,7 @@ fn without_audits_all_is_lossless() {
     let s = host.engine.stats();
     assert!(s.agreement_threshold.is_nan() && s.audits == 0);
     // A few answers were to show what is allowed. Nobody looked, so no more are tried.
-    assert!(s.audits_missed < 20, "{}", s.audits_missed);
+    assert!(s.audits_missed <= 20, "{}", s.audits_missed);
     assert!(host.lossless + s.audits_missed == 400);
 }
 
@@ -185,10 +185,14 @@ fn what_cannot_be_is_refused() {
     let failed = engine.add_with(1, |c| (c.quality, c.threshold) = (0.99, 0.7));
     assert_eq!(failed, Err(Failed(DREX_ERROR_INVALID_ARGUMENT)));
     assert!(text().contains("threshold is 0.7"), "{}", text());
-    for quality in [1.5, -0.5, f64::NAN, f64::INFINITY] {
+    for quality in [1.5, -0.5, 1e-300, 0.49, f64::NAN, f64::INFINITY] {
         let failed = engine.add_with(1, |c| c.quality = quality);
         assert_eq!(failed, Err(Failed(DREX_ERROR_INVALID_ARGUMENT)));
-        assert!(text().contains("a number from 0 to 1"), "{}", text());
+        assert!(
+            text().contains("0, or a number from 0.5 to 1"),
+            "{}",
+            text()
+        );
     }
     engine.add_with(1, |c| c.quality = 0.9).unwrap();
     assert_eq!(audit(&engine, 1, 10, 0), Err(Failed(DREX_ERROR_CALL_ORDER)));
@@ -203,7 +207,8 @@ fn what_cannot_be_is_refused() {
     }
     // Until one is to be audited.
     let e = &host.engine;
-    for id in 1000.. {
+    let mut audited = false;
+    for id in 1000..3000 {
         e.add(id).unwrap();
         e.ready(id, host.now).unwrap();
         if e.plan(host.now, 2).unwrap().step.ramp != DREX_NO_RAMP {
@@ -214,10 +219,17 @@ fn what_cannot_be_is_refused() {
             let failed = audit(e, id, 1, 2);
             assert_eq!(failed, Err(Failed(DREX_ERROR_INVALID_ARGUMENT)));
             assert!(text().contains("n_differing is 2"), "{}", text());
+            for tokens in [0, 3, u64::MAX] {
+                let failed = audit(e, id, tokens, 0);
+                assert_eq!(failed, Err(Failed(DREX_ERROR_INVALID_ARGUMENT)));
+                assert!(text().contains("n_tokens is"), "{}", text());
+            }
             audit(e, id, 1, 1).unwrap();
             assert_eq!(audit(e, id, 1, 1), Err(Failed(DREX_ERROR_CALL_ORDER)));
+            audited = true;
             break;
         }
         e.remove(id).unwrap();
     }
+    assert!(audited);
 }

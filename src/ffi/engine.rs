@@ -207,9 +207,9 @@ pub struct drex_config {
     /// row exits when the chance that its draft and all its request's drafts before
     /// it stand is at least what the rule of AUTO asks for (0.5 under another
     /// policy). Thresholds count only for requests that name one, another metric, or
-    /// another fill. Between 0 and 1: an agreement, the share of the tokens of such
-    /// requests that are the full model's; see drex_request_audit(). Until audits
-    /// show that more is allowed, and where that would not be faster, they are
+    /// another fill. From 0.5 to 1: a target agreement, the least share of the tokens
+    /// of such requests that are the full model's; see drex_request_audit(). Until
+    /// audits show that more is allowed, and where that would not be faster, they are
     /// lossless. Rows that exit beyond that fill their holes as `fill` says; VERIFY:
     /// always lossless. 0.9, 0.95, 0.98, 0.99, 0.995, 0.998 and 0.999 are told
     /// apart, what lies between counts as the next higher, and more as 1.
@@ -411,13 +411,13 @@ pub(super) fn quality(value: f64) -> Result<Option<Quality>, Error> {
     match value {
         0.0 => Ok(None),
         1.0 => Ok(Some(Quality::Lossless)),
-        v if v > 0.0 && v < 1.0 => Ok(Some(
+        v if (0.5..1.0).contains(&v) => Ok(Some(
             agreement::target(v).map_or(Quality::Lossless, Quality::Agreement),
         )),
         _ => Err(Error::float(
             "quality",
             value as f32,
-            "a number from 0 to 1",
+            "0, or a number from 0.5 to 1",
         )),
     }
 }

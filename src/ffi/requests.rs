@@ -269,28 +269,30 @@ pub unsafe extern "C" fn drex_request_settle(
 }
 
 /// Says how much of a request's answer the full model would have chosen otherwise:
-/// an audit. A request with an agreement (drex_config.quality) needs one where
-/// drex_request_info.audit_due is 1. drex chooses whom, at random: at first one in
-/// four, later about one in twenty-four.
+/// an audit. A request with a target agreement (drex_config.quality) needs one where
+/// drex_request_info.audit_due is 1. drex chooses whom, at random: those that try
+/// how much is allowed, and later one in four to one in twenty-four.
 ///
-/// When the request has its last token, or is cancelled, and before it is removed, the
-/// host discards the K/V of its answer, runs prompt and answer through the full model
-/// in passes without exits, and compares each token of the answer with the model's own
-/// choice at its place, made as the request's tokens are made. For a request whose
-/// tokens are drawn at random there is no such choice: the host gives it quality 1.
-/// The K/V that the audit leaves is the full model's.
+/// When the request has its last token, and before it is removed, the host discards
+/// the K/V of its answer, runs the answer's tokens once more in passes without exits,
+/// behind a prompt whose K/V is the full model's, and compares each with the model's
+/// own choice at its place, made as the request's tokens are made. The first token
+/// comes from the prompt and needs no comparison. For a request whose tokens are
+/// drawn at random there is no such choice: the host gives it quality 1. The K/V that
+/// the audit leaves is the full model's.
 ///
 /// id           of a request whose audit_due is 1
-/// n_tokens     tokens of the answer that were compared
+/// n_tokens     tokens of the answer that were compared, at least 1 and at most all
 /// n_differing  of them, those that the full model would have chosen otherwise
 ///
 /// From audits follows the lowest threshold whose tokens agree well enough, with a
 /// bound on what chance does to audits; and an account of what has differed, by
-/// which all requests with that agreement are lossless while too much has. A request
-/// that is removed without its audit counts as if nothing were known of it.
+/// which all requests with that target are lossless while too much has. Answers that
+/// are removed without their audit, such as cancelled ones, are taken to be like the
+/// others; where most are, all requests are lossless.
 ///
 /// Errors: UNKNOWN_REQUEST; CALL_ORDER when audit_due is 0; INVALID_ARGUMENT when
-/// n_differing is more than n_tokens.
+/// n_tokens is 0 or more than the answer has, or n_differing is more than n_tokens.
 /// Since 0.2.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn drex_request_audit(

@@ -134,12 +134,12 @@ pub struct drex_stats {
     /// AUTO: most drafts of such a request; 0: no bound but max_pending.
     /// Since 0.2.
     pub rule_drafts: u32,
-    /// The agreement that agreement, its bounds, its threshold and its balance are
-    /// about: the engine's, or what a request last asked for; NaN before the first.
+    /// The target agreement that the next five are about: the engine's, or what a
+    /// request last asked for; NaN before the first.
     /// Since 0.2.
     pub agreement_target: f64,
-    /// Estimated from audits: share of the tokens of requests with that agreement
-    /// that are the full model's, of late; NaN before the first.
+    /// Estimated from audits: share of the tokens of requests with that target that
+    /// are the full model's, of late; NaN before the first.
     /// Since 0.2.
     pub agreement: f64,
     /// Its bounds, each of which chance breaks one time in fifty.
@@ -148,13 +148,13 @@ pub struct drex_stats {
     /// Since 0.2.
     pub agreement_high: f64,
     /// The lowest threshold that audits have shown to be within it; NaN: none, and
-    /// then such requests are lossless.
+    /// then such requests are lossless but for those that try one.
     /// Since 0.2.
     pub agreement_threshold: f64,
     /// Tokens that may yet differ before such requests are lossless for a while.
     /// Since 0.2.
     pub agreement_balance: f64,
-    /// Answers that were audited, of all agreements.
+    /// Answers that were audited, of all targets.
     /// Since 0.2.
     pub audits: u64,
     /// Their tokens.

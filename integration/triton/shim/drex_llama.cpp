@@ -242,6 +242,8 @@ const char * drex_llama_windows(drex_llama * l, uint32_t n_rows, uint32_t n_grap
     }
 }
 
+int32_t drex_llama_slides(const drex_llama * l) { return llama_model_n_swa(l->model) > 0; }
+
 const char * drex_llama_no_copy(drex_llama * l) { return llama_layer_range_kv_unlike(l->ctx); }
 
 const char * drex_llama_exits(drex_llama * l, const char * path, const uint32_t * layers, size_t n) {

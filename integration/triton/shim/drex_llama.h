@@ -71,6 +71,8 @@ const char *drex_llama_exit_head(const drex_llama *llama);
  * 0: by the number of slots.
  * NULL, or why this model cannot run layer windows, valid until the thread's next call. */
 const char *drex_llama_windows(drex_llama *llama, uint32_t n_rows, uint32_t n_graphs, uint32_t n_rows_graph);
+/* Whether K/V of layers with a sliding window is gone when it has passed. */
+int32_t drex_llama_slides(const drex_llama *llama);
 /* After windows: why fill copy cannot be used with the model, NULL where it can. */
 const char *drex_llama_no_copy(drex_llama *llama);
 /* After windows: rows exit through what was fitted to the model, in a file beside it. layers: those of the file's layers that

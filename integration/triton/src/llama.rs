@@ -62,6 +62,7 @@ functions! {
     exit_head: fn(Handle) -> *const c_char;
     windows: fn(Handle, u32, u32, u32) -> *const c_char;
     no_copy: fn(Handle) -> *const c_char;
+    slides: fn(Handle) -> i32;
     exits: fn(Handle, *const c_char, *const u32, usize) -> *const c_char;
     device: fn(Handle, *mut i32, *mut *mut c_void) -> *const c_char;
     layer: fn(Handle, i32, *mut drex_kv_layer) -> i32;
@@ -338,6 +339,11 @@ impl Decoder for Llama {
         let why =
             unsafe { (self.f.exits)(self.handle, file.as_ptr(), layers.as_ptr(), layers.len()) };
         reason(why).map_or(Ok(()), |why| Err(Failure::invalid(why)))
+    }
+
+    fn slides(&self) -> bool {
+        // SAFETY: a handle.
+        unsafe { (self.f.slides)(self.handle) != 0 }
     }
 
     fn no_copy(&self) -> Option<String> {

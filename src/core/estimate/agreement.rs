@@ -10,14 +10,15 @@
 //! ramps got wrong and what holes did to the tokens after them. The share of such
 //! tokens is a rung's risk.
 //!
-//! Two things keep the promise. The first is a bound on each rung's risk: a request
-//! is served at a rung whose bound is within the target, and so at any before it,
-//! since risk grows from rung to rung (risk-controlling prediction sets, Bates et al.
-//! 2021; CALM, Schuster et al. 2022, does so for exits). The second is an account for each target, as in rolling risk control
-//! (Feldman et al. 2022): tokens pay in what they may differ by, audits take out what
-//! differs, each for all the answers that it stands for, and who is overdrawn is
-//! served losslessly. The bound looks ahead where text is as before, and the account
-//! holds where it is not.
+//! Two things keep the promise. The first is a bound on each rung's risk: requests are
+//! served at the last rung whose bound is within the target, before any that is known
+//! to be beyond it. Risk grows from rung to rung, so one bound is enough for all
+//! before it (risk-controlling prediction sets, Bates et al. 2021; CALM, Schuster et
+//! al. 2022, does so for exits). The second is an account for each target, as in
+//! rolling risk control (Feldman et al. 2022): tokens pay in what they may differ by,
+//! audits take out what differs, each for all the answers that it stands for, and who
+//! is overdrawn is served losslessly. The bound looks ahead where text is as before,
+//! and the account holds where it is not.
 
 /// Targets that are told apart: shares of tokens that are the full model's. One in
 /// between is served as the next higher.
@@ -30,11 +31,19 @@ pub const RUNGS: usize = 8;
 /// another one of late.
 const MEMORY: f64 = 40_000.0;
 const RECENT: f64 = 1500.0;
+/// Of what was known before an answer, the least share that is kept, however long the
+/// answer: no single one tells all.
+const KEPT: f64 = 0.95;
+const RECENT_KEPT: f64 = 0.75;
 /// Standard deviations of bounds: 0.98 on one side, since one looks at them often.
 const Z: f64 = 2.0;
-/// How much more answers differ in their counts than independent tokens would, and
+/// Answers, counted as if all had the same length, below which a bound says nothing;
+/// and the recent ones that may contradict the others.
+const FEW: f64 = 8.0;
+const TELLING: f64 = 3.0;
+/// How much tokens of one answer differ together: the correlation that is guessed, and
 /// the differing tokens that this guess counts for.
-const SPREAD: f64 = 2.0;
+const TOGETHER: f64 = 0.02;
 const SPREAD_EVENTS: f64 = 4.0;
 /// The highest risk that is thought possible of a rung that is not known.
 const UNKNOWN: f64 = 0.1;
@@ -44,11 +53,13 @@ const TRIAL_TIME: f64 = 0.03;
 const TRIALS: f64 = 0.25;
 /// The same of a rung that is known to be beyond the target: text changes.
 const LOOKS: f64 = 1.0 / 128.0;
-/// Audits that may be missed, and for each that was not so many more, before the
-/// host is taken for one that audits nothing; and then the share of the requests that
-/// find out whether it does by now.
-const MISSES: u64 = 4;
+/// Of the answers that are to be audited, the least share that must be for anything but
+/// lossless to be served; and then the share of the requests that find out whether
+/// they are by now.
+const AUDITED: f64 = 0.4;
 const RARELY: f64 = 1.0 / 256.0;
+/// Weight of one answer in that share.
+const NEW: f64 = 1.0 / 16.0;
 /// Audited tokens of a rung, times what is allowed, that leave little to learn of it.
 const ENOUGH: f64 = 100.0;
 /// A risk of this share of what is allowed takes long to be proven: rungs before it are
@@ -69,7 +80,8 @@ const ANSWER: f64 = 128.0;
 
 /// The target that a share of tokens is served as; `None`: only lossless will do.
 pub fn target(agreement: f64) -> Option<u8> {
-    let i = TARGETS.partition_point(|&t| t < agreement);
+    // 0.99 as an f32 is a little more than as an f64.
+    let i = TARGETS.partition_point(|&t| t < agreement - 1e-6);
     (i < TARGETS.len()).then_some(i as u8)
 }
 
@@ -90,8 +102,8 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, memory: f64, tokens: f64, differing: f64) {
-        let keep = (1.0 - tokens / memory).max(0.0);
+    fn add(&mut self, (memory, kept): (f64, f64), tokens: f64, differing: f64) {
+        let keep = (1.0 - tokens / memory).max(kept);
         for (sum, new) in [
             (&mut self.tokens, tokens),
             (&mut self.differing, differing),
@@ -113,13 +125,25 @@ impl Sums {
         let r = self.risk();
         let found = self.dd - 2.0 * r * self.td + r * r * self.tt;
         let independent = self.differing * (1.0 - r);
+        let length = self.tt / self.tokens.max(1.0);
+        let guess = 1.0 + (length - 1.0).max(0.0) * TOGETHER;
         let events = independent + SPREAD_EVENTS;
-        ((found + SPREAD * SPREAD_EVENTS) / events).max(1.0)
+        ((found + guess * SPREAD_EVENTS) / events).max(1.0)
+    }
+
+    /// Answers, counted as if all had the same length.
+    fn answers(&self) -> f64 {
+        self.tokens * self.tokens / self.tt.max(1.0)
     }
 
     /// The risk's bounds: the score interval of a Poisson count (Wilson 1927).
     fn bounds(&self) -> (f64, f64) {
-        if self.tokens <= 0.0 {
+        self.bounds_from(FEW)
+    }
+
+    /// The same, from so many answers on.
+    fn bounds_from(&self, few: f64) -> (f64, f64) {
+        if self.answers() < few {
             return (0.0, 1.0);
         }
         let spread = self.spread();
@@ -137,12 +161,15 @@ struct Rung {
 }
 
 impl Rung {
-    fn observe(&mut self, tokens: f64, differing: f64) {
-        self.all.add(MEMORY, tokens, differing);
-        self.recent.add(RECENT, tokens, differing);
-        if self.recent.bounds().0 > self.all.bounds().1 {
+    /// True: it has become another one, and what was known of it is forgotten.
+    fn observe(&mut self, tokens: f64, differing: f64) -> bool {
+        self.all.add((MEMORY, KEPT), tokens, differing);
+        self.recent.add((RECENT, RECENT_KEPT), tokens, differing);
+        let other = self.recent.bounds_from(TELLING).0 > self.all.bounds().1;
+        if other {
             self.all = self.recent;
         }
+        other
     }
 
     /// Its risk may be within so much.
@@ -150,8 +177,8 @@ impl Rung {
         self.all.bounds().0 <= may
     }
 
-    /// The most that a token at it is thought to risk.
-    fn worst(&self) -> f64 {
+    /// What a token at it is presumed to risk.
+    fn presumed(&self) -> f64 {
         let (_, high) = self.all.bounds();
         // A bound from few tokens says less than that most rungs are not so bad.
         high.min(UNKNOWN.max(self.all.risk()))
@@ -208,6 +235,8 @@ pub struct Agreement {
     rungs: [Rung; RUNGS],
     accounts: [Account; TARGETS.len()],
     audits: Audits,
+    /// Of the answers that were to be audited of late, the share that were.
+    audited: f64,
     /// Tokens of an answer.
     answer: f64,
 }
@@ -218,6 +247,7 @@ impl Default for Agreement {
             rungs: [Rung::default(); RUNGS],
             accounts: [Account::default(); TARGETS.len()],
             audits: Audits::default(),
+            audited: 1.0,
             answer: ANSWER,
         }
     }
@@ -228,14 +258,13 @@ impl Agreement {
         self.audits
     }
 
-    /// The last rung whose risk is within the target.
+    /// The last rung whose risk is within the target, before any whose is not.
     pub fn proven(&self, target: u8) -> u8 {
         let may = 1.0 - TARGETS[usize::from(target)];
-        let within = |r: &Rung| r.all.bounds().1 <= may;
-        self.rungs[1..]
-            .iter()
-            .rposition(within)
-            .map_or(0, |i| i + 1) as u8
+        let open = self.rungs[1..].iter().take_while(|r| r.possible(may));
+        let within = |(_, r): &(usize, &Rung)| r.all.bounds().1 <= may;
+        let proven = open.enumerate().filter(within).last();
+        proven.map_or(0, |(i, _)| i + 1) as u8
     }
 
     /// The rung to try next: half way up to the first that is hardly within the target.
@@ -290,11 +319,15 @@ impl Agreement {
             rung => prices.token[usize::from(rung)] + share * prices.audit,
         };
         let cheapest = (0..=proven).min_by(|&a, &b| price(a).total_cmp(&price(b)));
-        let audited = self.audits.missed <= MISSES * (1 + self.audits.answers);
-        let serve = match account.balance > 0.0 && audited {
-            true => cheapest.unwrap_or(0),
-            false => 0,
+        let audited = self.audited >= AUDITED;
+        let mut serve = cheapest.filter(|_| audited).unwrap_or(0);
+        let aside = match serve {
+            0 => 0.0,
+            rung => self.rungs[usize::from(rung)].presumed() * answer,
         };
+        if aside > account.balance {
+            serve = 0;
+        }
         let mut terms = Terms {
             target,
             rung: serve,
@@ -311,7 +344,7 @@ impl Agreement {
         };
         if let Some(next) = next.filter(|&next| pays(next)) {
             let rung = &self.rungs[usize::from(next)];
-            let reserve = rung.worst() * answer;
+            let reserve = rung.presumed() * answer;
             let affordable = TRIAL_TIME * price(serve) / prices.audit;
             let trials = match audited {
                 false => RARELY,
@@ -329,17 +362,20 @@ impl Agreement {
                 return terms;
             }
         }
-        if serve > 0 && draws[1] < share {
-            terms.audit = share as f32;
+        if serve > 0 {
+            account.balance -= aside;
+            terms.reserve = aside as f32;
+            if draws[1] < share {
+                terms.audit = share as f32;
+            }
         }
         terms
     }
 
-    /// A request has ended with so many tokens. `audited`: how many of them were, and
-    /// how many of those the full model would have chosen otherwise; `None`: it was
-    /// not audited.
+    /// A request has ended with so many tokens. `audited`: how many of them were, at
+    /// least one, and how many of those the full model would have chosen otherwise;
+    /// `None`: it was not audited.
     pub fn end(&mut self, terms: Terms, tokens: u64, audited: Option<(u64, u64)>) {
-        let tokens = audited.map_or(tokens, |a| a.0);
         let n = tokens as f64;
         let may = 1.0 - TARGETS[usize::from(terms.target)];
         let account = &mut self.accounts[usize::from(terms.target)];
@@ -351,20 +387,26 @@ impl Agreement {
             self.answer += (n - self.answer) / 32.0;
         }
         let mut gain = f64::from(terms.reserve) + PAYS_IN * may * n;
-        if terms.audit > 0.0 {
+        if terms.audit > 0.0 && tokens > 0 {
+            let done = f64::from(u8::from(audited.is_some()));
+            self.audited += (done - self.audited) * NEW;
             match audited {
-                Some((_, d)) => {
+                Some((of, d)) => {
                     self.audits.answers += 1;
-                    self.audits.tokens += tokens;
+                    self.audits.tokens += of;
                     self.audits.differing += d;
-                    gain -= d as f64 / f64::from(terms.audit);
-                    self.rungs[usize::from(terms.rung)].observe(n, d as f64);
+                    // The answers that it stands for: those that were not chosen, and
+                    // those that were and could not be audited.
+                    let share = f64::from(terms.audit) * self.audited.max(AUDITED);
+                    let (of, d) = (of as f64, d as f64);
+                    gain -= d * (n / of) / share;
+                    let rung = usize::from(terms.rung);
+                    if self.rungs[rung].observe(of, d) {
+                        // Bolder ones are no better than what is known of this one now.
+                        self.rungs[rung + 1..].fill(Rung::default());
+                    }
                 }
-                // Nothing is known, so nothing is gained.
-                None => {
-                    self.audits.missed += u64::from(tokens > 0);
-                    gain = 0.0;
-                }
+                None => self.audits.missed += 1,
             }
         }
         account.balance = (account.balance + gain).min(may * MOST);
@@ -418,6 +460,10 @@ mod tests {
         assert_eq!(TARGETS[usize::from(at(0.96))], 0.98);
         assert_eq!(TARGETS[usize::from(at(0.3))], 0.9);
         assert_eq!(target(0.9995), None);
+        for agreement in [0.95f32, 0.98, 0.99, 0.995, 0.998, 0.999] {
+            let said: f64 = agreement.to_string().parse().unwrap();
+            assert_eq!(target(agreement.into()), target(said), "{said}");
+        }
         assert_eq!(floor(0), None);
         assert!((1..RUNGS as u8 - 1).all(|r| floor(r) > floor(r + 1)));
     }
@@ -434,7 +480,7 @@ mod tests {
                 for _ in 0..60 {
                     let own = if rng.bool() { 2.0 * risk } else { 0.0 };
                     let d = (0..100).filter(|_| rng.f64() < own).count();
-                    s.add(f64::INFINITY, 100.0, d as f64);
+                    s.add((f64::INFINITY, 1.0), 100.0, d as f64);
                 }
                 above += usize::from(s.bounds().1 < risk);
                 below += usize::from(s.bounds().0 > risk);
@@ -468,7 +514,7 @@ mod tests {
             let mut rng = fastrand::Rng::with_seed(11);
             let mut a = Agreement::default();
             let target = at(agreement);
-            serve(&mut a, target, 4000, &mut rng, |_, _| risk);
+            serve(&mut a, target, 8000, &mut rng, |_, _| risk);
             let (_, rungs) = serve(&mut a, target, 1000, &mut rng, |_, _| risk);
             assert!(rungs[RUNGS - 1] > 0.9, "{agreement}: {rungs:?}");
             let e = a.estimate(target).unwrap();
@@ -522,6 +568,86 @@ mod tests {
             assert_eq!(terms.rung, 0);
             a.end(terms, 100, None);
         }
+    }
+
+    /// Many answers at one time, and the text changes while they run: what is set aside
+    /// for each bounds how far the account is overdrawn.
+    #[test]
+    fn many_at_a_time_do_not_break_the_promise() {
+        let mut kept = 0;
+        for seed in 0..50 {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let mut a = Agreement::default();
+            let mut open: Vec<Terms> = Vec::new();
+            let (mut differing, answers) = (0u64, 4000);
+            for i in 0..answers {
+                open.push(a.admit(at(0.99), 100, &PRICES, [rng.f64(), rng.f64()]));
+                if open.len() < 128 {
+                    continue;
+                }
+                let terms = open.swap_remove(rng.usize(0..open.len()));
+                let late = if i < answers / 2 { 0.0005 } else { 0.015 };
+                let risk = late * f64::from(terms.rung);
+                let d = (0..100).filter(|_| rng.f64() < risk).count() as u64;
+                differing += d;
+                // Three in ten cannot be audited.
+                let audited = terms.audit > 0.0 && rng.f64() < 0.7;
+                a.end(terms, 100, audited.then_some((100, d)));
+            }
+            kept += usize::from(differing as f64 <= 0.01 * 100.0 * f64::from(answers));
+        }
+        assert!(kept >= 47, "{kept} of 50");
+    }
+
+    #[test]
+    fn a_few_answers_prove_nothing_and_one_does_not_tell_all() {
+        let mut a = Agreement::default();
+        let terms = |audit| Terms {
+            target: at(0.9),
+            rung: 3,
+            audit,
+            reserve: 5.0,
+        };
+        for _ in 0..7 {
+            a.end(terms(1.0), 5000, Some((5000, 0)));
+            assert_eq!(a.proven(at(0.9)), 0);
+        }
+        for _ in 0..20 {
+            a.end(terms(1.0), 5000, Some((5000, 0)));
+        }
+        assert_eq!(a.proven(at(0.9)), 3);
+        // One long answer that went wrong.
+        a.end(terms(1.0), 5000, Some((5000, 500)));
+        assert!(a.rungs[3].all.risk() < 0.02, "{}", a.rungs[3].all.risk());
+        // What had no token gives back what was set aside for it, and is no miss.
+        let before = a.balance(at(0.9));
+        a.end(terms(1.0), 0, None);
+        assert_eq!(a.balance(at(0.9)), before + 5.0);
+        assert_eq!(a.audits().missed, 0);
+    }
+
+    /// A rung that turns out to be beyond the target takes the bolder ones along.
+    #[test]
+    fn bolder_rungs_are_no_better() {
+        let mut a = Agreement::default();
+        let end = |a: &mut Agreement, rung, d| {
+            let terms = Terms {
+                target: at(0.99),
+                rung,
+                audit: 1.0,
+                reserve: 0.0,
+            };
+            a.end(terms, 100, Some((100, d)));
+        };
+        for _ in 0..200 {
+            end(&mut a, 3, 0);
+            end(&mut a, 6, 0);
+        }
+        assert_eq!(a.proven(at(0.99)), 6);
+        for _ in 0..12 {
+            end(&mut a, 3, 10);
+        }
+        assert_eq!(a.proven(at(0.99)), 0);
     }
 
     /// Targets do not pay for each other.

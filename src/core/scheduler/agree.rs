@@ -11,7 +11,7 @@ use crate::core::estimate::reliability::bin;
 use crate::core::policy::rule::SURVIVAL;
 use crate::core::rows::requests::RequestConfig;
 
-/// Rows that an audit's pass is thought to have.
+/// Rows that an audit's pass is thought to have, where as many fit into one.
 const AUDIT_ROWS: u32 = 128;
 
 /// How a request is served, as far as its quality decides it.
@@ -183,10 +183,11 @@ impl Scheduler {
                 *ns = ns.min(time);
             }
         }
-        let audit = self.cost.predict(0, last, AUDIT_ROWS);
+        let in_one = AUDIT_ROWS.min(self.config.pass_rows() as u32);
+        let audit = self.cost.predict(0, last, in_one);
         Prices {
             token,
-            audit: audit.map_or(1.0, |ns| ns / f64::from(AUDIT_ROWS)),
+            audit: audit.map_or(1.0, |ns| ns / f64::from(in_one)),
         }
     }
 
@@ -216,7 +217,21 @@ impl Scheduler {
             });
         }
         let i = self.requests.find(id)?;
-        self.requests.get_mut(i).audited = Some((tokens, differing));
+        let r = self.requests.get_mut(i);
+        // The first token is the prompt's, and a host may compare it, too.
+        if tokens == 0 || tokens > r.tokens + 1 {
+            return Err(Error::Conflict {
+                field: "n_tokens",
+                index: None,
+                value: tokens,
+                other: "the request's tokens",
+                other_value: r.tokens,
+                why: "at least one is compared, and at most all",
+            });
+        }
+        r.audited = Some((tokens, differing));
+        // The time since the last window was not the host's own work.
+        self.host_time.idle();
         Ok(())
     }
 }

@@ -22,8 +22,8 @@ const ANSWER: (u64, u64) = (32, 128);
 const CHAIN: u32 = 8;
 /// Of runs over text that changes, for each target and change.
 const RUNS: u64 = 100;
-/// What holes do: as with fill `propagate`, and as with `copy`.
-const HARM: [(&str, f64); 2] = [("propagate", 0.01), ("copy", 0.08)];
+/// What holes do: about what the bundled model has with fill `propagate`, and with `copy`.
+const HARM: [(&str, f64); 2] = [("little", 0.01), ("much", 0.08)];
 
 /// Calibrated text before, and what it becomes.
 const BEFORE: Curve = Curve {
@@ -108,7 +108,7 @@ fn agreement_of(r: &Report) -> f64 {
 #[derive(Debug, Clone)]
 pub struct Speed {
     pub class: Class,
-    pub fill: &'static str,
+    pub harm: &'static str,
     pub target: f64,
     /// Tokens per second of the second half.
     pub off: f64,
@@ -134,14 +134,16 @@ pub struct Promise {
     pub runs: u64,
     pub kept: u64,
     pub least: f64,
+    /// Tokens that were audited, in all runs.
+    pub audited: u64,
 }
 
-pub fn speed(class: Class, fill: (&'static str, f64), target: f64, o: &Options) -> Result<Speed> {
+pub fn speed(class: Class, harm: (&'static str, f64), target: f64, o: &Options) -> Result<Speed> {
     let run = |policy, quality| {
         go(
             class,
             Fill::Copy,
-            fill.1,
+            harm.1,
             Confidence::Curve(BEFORE),
             policy,
             quality,
@@ -150,7 +152,7 @@ pub fn speed(class: Class, fill: (&'static str, f64), target: f64, o: &Options) 
     };
     Ok(Speed {
         class,
-        fill: fill.0,
+        harm: harm.0,
         target,
         off: run("off", Quality::Given)?.late_tokens_per_s,
         lossless: run("auto", Quality::Lossless)?.late_tokens_per_s,
@@ -158,8 +160,8 @@ pub fn speed(class: Class, fill: (&'static str, f64), target: f64, o: &Options) 
     })
 }
 
-/// One run, whose text changes when half of its tokens are made.
-pub fn over_change(class: Class, target: f64, after: Curve, o: &Options) -> Result<f64> {
+/// One run, whose text changes when half of its tokens are made: its agreement, and how many tokens were audited.
+pub fn over_change(class: Class, target: f64, after: Curve, o: &Options) -> Result<(f64, u64)> {
     let answers = o.tokens / 2 / ((ANSWER.0 + ANSWER.1) / 2);
     let text = Confidence::Change(BEFORE, answers, after);
     let r = go(
@@ -171,18 +173,18 @@ pub fn over_change(class: Class, target: f64, after: Curve, o: &Options) -> Resu
         quality(target),
         o,
     )?;
-    Ok(agreement_of(&r))
+    Ok((agreement_of(&r), r.audited))
 }
 
 pub fn speeds(o: &Options, progress: impl Fn(usize, usize) + Sync) -> Result<Vec<Speed>> {
     let mut places = Vec::new();
     for class in CLASSES {
-        for fill in HARM {
-            places.extend(TARGETS.map(|target| (class, fill, target)));
+        for harm in HARM {
+            places.extend(TARGETS.map(|target| (class, harm, target)));
         }
     }
-    cells(&places, progress, |&(class, fill, target)| {
-        speed(class, fill, target, o)
+    cells(&places, progress, |&(class, harm, target)| {
+        speed(class, harm, target, o)
     })
 }
 
@@ -203,7 +205,8 @@ pub fn promises(
         over_change(class, target, after, &Options { seed, ..*o })
     })?;
     let mut out: Vec<Promise> = Vec::new();
-    for (&(target, change, ..), agreement) in places.iter().zip(got) {
+    for (&(target, change, ..), got) in places.iter().zip(got) {
+        let (agreement, audited) = got;
         let same = |p: &Promise| p.target == target && p.change == change;
         if !out.last().is_some_and(same) {
             out.push(Promise {
@@ -212,12 +215,14 @@ pub fn promises(
                 runs: 0,
                 kept: 0,
                 least: 1.0,
+                audited: 0,
             });
         }
         let Some(p) = out.last_mut() else { continue };
         p.runs += 1;
         p.kept += u64::from(agreement >= target);
         p.least = p.least.min(agreement);
+        p.audited += audited;
     }
     Ok(out)
 }
@@ -234,7 +239,7 @@ pub fn agreement_json(speeds: &[Speed], promises: &[Promise]) -> Value {
     let r = |x: f64| (x * 1e4).round() / 1e4;
     json!({
         "speeds": speeds.iter().map(|s| json!({
-            "regime": s.class.name, "requests": REQUESTS, "fill": s.fill, "target": s.target,
+            "regime": s.class.name, "requests": REQUESTS, "harm": s.harm, "target": s.target,
             "agreement": (agreement_of(&s.report) * 1e5).round() / 1e5,
             "vs_off": r(s.vs_off()), "vs_lossless": r(s.vs_lossless()), "lossless": r(s.lossless / s.off),
             "audited": r(s.report.audited as f64 / s.report.tokens as f64), "audit_share": r(s.report.audit_share),
@@ -252,7 +257,7 @@ pub fn agreement_tables(speeds: &[Speed], promises: &[Promise]) -> String {
     let r = |x: f64| format!("{x:.3}");
     let head = [
         "regime",
-        "fill",
+        "harm",
         "target",
         "agreement",
         "lossless",
@@ -265,7 +270,7 @@ pub fn agreement_tables(speeds: &[Speed], promises: &[Promise]) -> String {
         .map(|s| {
             vec![
                 s.class.name.into(),
-                s.fill.into(),
+                s.harm.into(),
                 s.target.to_string(),
                 format!("{:.4}", agreement_of(&s.report)),
                 r(s.lossless / s.off),

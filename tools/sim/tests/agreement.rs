@@ -13,8 +13,10 @@ const O: Options = Options {
 
 #[test]
 fn the_promise_is_kept_where_text_changes() {
-    for p in promises(9, &O, |_, _| ()).unwrap() {
-        assert!(p.kept + 1 >= p.runs, "{p:?}");
+    for p in promises(3, &O, |_, _| ()).unwrap() {
+        assert!(p.kept == p.runs, "{p:?}");
+        // Else nothing was tried, and nothing could break.
+        assert!(p.audited > 0 || p.target > 0.99, "{p:?}");
         assert!(1.0 - p.least < 1.3 * (1.0 - p.target), "{p:?}");
     }
 }
@@ -22,7 +24,7 @@ fn the_promise_is_kept_where_text_changes() {
 #[test]
 fn a_target_is_never_much_slower_than_lossless_and_pays_where_compute_bounds_the_time() {
     for class in CLASSES {
-        let s = speed(class, ("propagate", 0.01), 0.95, &O).unwrap();
+        let s = speed(class, ("little", 0.01), 0.95, &O).unwrap();
         assert!(
             s.vs_lossless() > 0.95,
             "{}: {}",

@@ -141,7 +141,7 @@ impl<D: Decoder> Engine<D> {
             named => named,
         };
         if share > 0.0 && share < 1.0 {
-            let greedy = slot.sampler.is_none() && !slot.reshaped;
+            let greedy = slot.sampler.is_none() && !slot.reshaped && !self.decoder.slides();
             config.quality = if greedy { share } else { 1.0 };
             config.fill = match sampling.drex_fill {
                 _ if !greedy => DREX_FILL_DEFAULT,

@@ -69,6 +69,8 @@ pub trait Decoder {
     fn windows(&mut self, windows: Windows) -> Result<(), Failure>;
     /// After `windows`.
     fn device(&mut self) -> Result<Device, Failure>;
+    /// K/V of layers with a sliding window is gone when it has passed: no answer can be read once more.
+    fn slides(&self) -> bool;
     /// After `windows`: why fill copy cannot be used; `None`: it can.
     fn no_copy(&self) -> Option<String>;
     /// K and V of a layer.

@@ -276,6 +276,10 @@ impl Decoder for Fake {
         })
     }
 
+    fn slides(&self) -> bool {
+        false
+    }
+
     fn no_copy(&self) -> Option<String> {
         self.unlike.then(|| "its layers are not alike".into())
     }

@@ -23,6 +23,12 @@ impl<D: Decoder> Engine<D> {
             ));
             settings.context = decoder.n_context();
         }
+        if settings.quality > 0.0 && settings.quality < 1.0 && decoder.slides() {
+            return Err(Failure::unsupported(format!(
+                "parameters: quality is {}, and the model has a sliding window, whose answers cannot be audited; must be lossless",
+                settings.quality
+            )));
+        }
         let name = |text: &str| CString::new(text).unwrap_or_default();
         let arena = settings.arena();
         let max_batch = settings.decode_rows();

@@ -57,6 +57,8 @@ pub(super) struct Leaver {
 
 impl<D: Decoder> Engine<D> {
     pub(super) fn window(&mut self) -> Result<(), Failure> {
+        // Those that waited for prompt rows, which may be gone without a window.
+        self.audit();
         self.ready()?;
         let mut most = Most {
             decode: self.max_batch,

@@ -320,50 +320,62 @@ bool                    drex_emits = false; // a window's tokens go out, and aud
 
 // At the end of a request. What ends elsewhere, as a request whose client has left, is not audited.
 bool drex_audits_later(const server_slot & slot) {
-    if (!drex_emits || slot.truncated || slot.prompt.n_tokens() < slot.task->n_tokens() || !drex->audits(slot.id)) {
+    if (!drex_emits || slot.prompt.n_tokens() <= slot.task->n_tokens() || !drex->audits(slot.id)) {
         return false;
     }
+    drex->answered(slot.id, slot.stop);
     drex_audits.push_back({ slot.id, slot.task->n_tokens(), slot.sampled, slot.stop });
     return true;
 }
 
+// Runs the answer again from the end of the prompt on; throws when that fails
+void drex_audit_answer(server_slot & slot, const drex_audit & audit) {
+    const int n_run = slot.prompt.n_tokens() - audit.n_prompt;
+    const int n_max = std::min<int>(llama_n_batch(ctx_tgt), server_drex::n_outputs_max(params_base));
+
+    llama_tokens answer;
+    for (int i = 0; i < n_run; ++i) {
+        answer.push_back(slot.prompt.tokens[audit.n_prompt + i]);
+    }
+    answer.push_back(audit.last);
+
+    int n_differing = 0;
+    slot.mem.seq_rm(slot.id, audit.n_prompt, -1);
+    for (int off = 0; off < n_run; off += n_max) {
+        const int n = std::min(n_max, n_run - off);
+        batch.clear();
+        for (int i = 0; i < n; ++i) {
+            batch.add(slot.id, answer[off + i], audit.n_prompt + off + i, true, false);
+        }
+        batch.render(0, n);
+        if (const int ret = llama_process(ctx_tgt, LLAMA_PROCESS_TYPE_DECODE, batch.view.get())) {
+            throw std::runtime_error(string_format("the pass failed, ret = %d", ret));
+        }
+        for (int i = 0; i < n; ++i) {
+            n_differing += drex->differs(slot.id, i, answer[off + i + 1]);
+        }
+    }
+    drex->audited(slot.id, n_run, n_differing);
+}
+
 void drex_audit_answers() {
-    for (const auto & audit : std::exchange(drex_audits, {})) {
+    while (!drex_audits.empty()) {
+        const auto audit = drex_audits.back();
+        drex_audits.pop_back();
+
         auto & slot = slots[audit.id_slot];
-
-        const int n_run = slot.prompt.n_tokens() - audit.n_prompt;
-        const int n_max = std::min<int>(llama_n_batch(ctx_tgt), server_drex::n_outputs_max(params_base));
-
-        llama_tokens answer;
-        for (int i = 0; i < n_run; ++i) {
-            answer.push_back(slot.prompt.tokens[audit.n_prompt + i]);
-        }
-        answer.push_back(audit.last);
-
-        int n_differing = 0;
-        bool ok = slot.mem.seq_rm(slot.id, audit.n_prompt, -1);
-        for (int off = 0; ok && off < n_run; off += n_max) {
-            const int n = std::min(n_max, n_run - off);
-            batch.clear();
-            for (int i = 0; i < n; ++i) {
-                batch.add(slot.id, answer[off + i], audit.n_prompt + off + i, true, false);
-            }
-            batch.render(0, n);
-            ok = llama_process(ctx_tgt, LLAMA_PROCESS_TYPE_DECODE, batch.view.get()) == 0;
-            for (int i = 0; ok && i < n; ++i) {
-                n_differing += drex->differs(slot.id, i, answer[off + i + 1]);
-            }
-        }
-        if (ok) {
-            drex->audited(slot.id, n_run, n_differing);
+        bool   ok   = false;
+        try {
+            drex_audit_answer(slot, audit);
+            ok = true;
+        } catch (const std::exception & e) {
+            SLT_WRN(slot, "early exit: no audit: %s\n", e.what()); // no room in a unified cache, say
         }
         drex->remove(slot.id, audit.stop);
         if (!ok) {
-            // no room, or the pass failed: the prompt is left
-            slot.mem.seq_rm(slot.id, audit.n_prompt, -1);
-            slot.prompt.tokens.keep_first(audit.n_prompt);
+            slot.prompt_clear();
         } else if (slot.prompt.tokens.n_exact >= (size_t) audit.n_prompt) {
-            slot.prompt.tokens.n_exact = SIZE_MAX;
+            slot.prompt.tokens.n_exact = SIZE_MAX; // the K/V that is left is the full model's
         }
     }
 }

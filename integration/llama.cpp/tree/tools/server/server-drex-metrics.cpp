@@ -27,8 +27,14 @@ void server_drex::add(int id_slot, const server_task & task, bool same_lora) {
 }
 
 int server_drex::remove(int id_slot, stop_type stop) {
-    const auto & slot = slots[id_slot];
-    if (slot.added && !slot.leaving) {
+    count_end(id_slot, stop);
+    return drop(id_slot);
+}
+
+void server_drex::count_end(int id_slot, stop_type stop) {
+    auto & slot = slots[id_slot];
+    if (slot.added && !slot.leaving && !slot.counted) {
+        slot.counted = true;
         // the answer to an empty prompt is empty, and has no reason to stop
         auto end = slot.empty ? SERVER_DREX_END_STOP : server_drex_end_of(stop);
         if (slot.end != SERVER_DREX_END_COUNT) {
@@ -39,7 +45,6 @@ int server_drex::remove(int id_slot, stop_type stop) {
             load.whole.observe(time_ns() - slot.t_arrived);
         }
     }
-    return drop(id_slot);
 }
 
 void server_drex::count_token(int id_slot) {

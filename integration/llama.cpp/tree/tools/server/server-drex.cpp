@@ -95,7 +95,10 @@ uint32_t server_drex::n_rows_max(const common_params & params) {
 }
 
 uint32_t server_drex::n_outputs_max(const common_params & params) {
-    return std::min<uint32_t>(std::min(params.n_ubatch, params.n_batch), n_rows_max(params) + params.n_parallel);
+    // audits run answers in passes of so many rows at least
+    const int32_t n_audit = params.drex.agrees() ? 64 : 0;
+
+    return std::min<uint32_t>(std::min(params.n_ubatch, params.n_batch), std::max<int32_t>(n_audit, n_rows_max(params) + params.n_parallel));
 }
 
 server_drex::server_drex(const common_params & params, llama_context * ctx, bool has_spec, bool is_resume, const server_drex_figures & past) :
@@ -113,6 +116,11 @@ server_drex::server_drex(const common_params & params, llama_context * ctx, bool
 
     if (p.lossless() && p.fill_name() != "verify") {
         throw std::runtime_error("--drex-quality lossless cannot be combined with --drex-fill " + p.fill + ", whose output is not the full model's");
+    }
+    slides = llama_model_n_swa(model) > 0 && !params.swa_full;
+    if (p.agrees() && slides) {
+        throw std::runtime_error(string_format("--drex-quality %g needs --swa-full with this model: audits read answers whose sliding window "
+                    "would be gone", p.quality));
     }
     if (p.agrees() && !p.thresholds.empty()) {
         throw std::runtime_error(string_format("--drex-quality %g cannot be combined with --drex-threshold, which follows from it", p.quality));
@@ -554,6 +562,9 @@ void server_drex::add_request(int id_slot, const server_task & task, bool same_l
     if (agrees && p.drex.quality > 0.0 && !std::isnan(p.drex.threshold)) {
         throw std::invalid_argument(string_format("Field 'drex_quality': %g cannot be combined with 'drex_threshold', which follows from it", share));
     }
+    if (agrees && slides) {
+        throw std::invalid_argument(string_format("Field 'drex_quality': %g needs a server with --swa-full for this model", share));
+    }
     if (agrees) {
         const drex_fill_mode its_fill = !p.drex.fill.empty() ? config.fill : options.fill.empty() ? DREX_FILL_PROPAGATE : fill;
         config.quality = greedy ? share    : 1.0;
@@ -594,8 +605,14 @@ bool server_drex::differs(int id_slot, int i, llama_token token) const {
     const float * logits = llama_get_logits_ith(ctx, i);
     const auto  & bans   = slots[id_slot].bans;
 
+    if (!logits) {
+        throw std::runtime_error("a row gave no logits");
+    }
     llama_token best = LLAMA_TOKEN_NULL;
     for (llama_token t = 0; t < n_vocab; ++t) {
+        if (std::isnan(logits[t])) {
+            throw std::runtime_error(string_format("the logit of token %d is NaN", t));
+        }
         if ((best == LLAMA_TOKEN_NULL || logits[t] > logits[best]) && std::find(bans.begin(), bans.end(), t) == bans.end()) {
             best = t;
         }

@@ -76,7 +76,11 @@ struct server_drex {
     // the answer of the slot's request is to be audited before remove()
     bool audits(int id_slot) const;
 
-    // after a pass of the full model: it would have chosen another token than this one at index i of the batch
+    // the client has the whole answer, and remove() comes later
+    void answered(int id_slot, stop_type stop) { count_end(id_slot, stop); }
+
+    // after a pass of the full model: it would have chosen another token than this one at index i of the batch; throws where
+    // there are no numbers
     bool differs(int id_slot, int i, llama_token token) const;
 
     // so many tokens of the slot's answer were audited
@@ -250,6 +254,7 @@ private:
         uint64_t id    = 0;
 
         server_drex_end end = SERVER_DREX_END_COUNT; // with which error the request ends; none yet
+        bool counted = false;                        // its end
 
         bool    empty     = false; // no prompt
         int64_t t_arrived = 0;     // ns
@@ -285,6 +290,7 @@ private:
     int32_t n_layer = 0;
     int32_t n_slots = 0; // arena rows of requests; those of prompt rows follow
     bool    has_lora = false;
+    bool    slides   = false; // K/V of layers with a sliding window is gone when it has passed
     bool    fetches = false; // ramps are scored on the host, from logits that are fetched from where they were computed
     int32_t n_vocab = 0;
 
@@ -364,6 +370,7 @@ private:
 
     void add_request(int id_slot, const server_task & task, bool same_lora);
     int  drop(int id_slot);
+    void count_end(int id_slot, stop_type stop);
     void count_token(int id_slot);
     uint64_t newly_held(int id_slot);
     void trace_ramp(size_t i);

@@ -207,3 +207,34 @@ fn audits_count_what_the_full_model_would_have_chosen_otherwise() {
         (tokens, differing)
     );
 }
+
+/// Clients that leave while an audit waits for prompt rows at a ramp: no slot is lost.
+#[test]
+fn audits_end_whoever_leaves() {
+    let mut settings = settings("hold", "copy");
+    (settings.quality, settings.learns, settings.slots) = (0.9, true, 4);
+    let mut bench = Bench::new(settings);
+    let mut answers = HashMap::new();
+    for id in 1..=900u64 {
+        bench.push(greedy(4 + id as u32 % 9));
+        for _ in 0..id % 7 {
+            bench.engine.step().unwrap();
+        }
+        if id % 3 == 0 {
+            bench.cancel((id - id % 4).max(1));
+        }
+        if id % 60 == 0 {
+            answers.extend(bench.run());
+        }
+    }
+    let stats = bench.engine.stats();
+    assert_eq!(answers.len(), 900);
+    assert!(
+        stats.audits > 20 && stats.requests == 0,
+        "{} audits",
+        stats.audits
+    );
+    for answer in answers.values() {
+        assert_eq!(answer.ends.len(), 1, "{:?}", answer.ends);
+    }
+}
