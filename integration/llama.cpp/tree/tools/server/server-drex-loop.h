@@ -12,6 +12,8 @@ struct drex_prompt {
 
     int64_t t_start = 0; // of the window in which the rows at the ramp began
 
+    std::vector<bool> rode; // slots whose row has run beside these prompt rows
+
     int n_left()    const { return (int) rows.size() - next; }
     int n_waiting() const { return n_left() - n_transit; }
 
@@ -34,6 +36,7 @@ static constexpr int64_t drex_yield_us = 20*1000;
 void decode_drex() {
     drex_prompt prompt;
     prompt.rows = batch.tokens;
+    prompt.rode.resize(slots.size());
 
     for (auto & slot : slots) {
         slot.i_batch = -1;
@@ -96,9 +99,11 @@ bool drex_refuses_lora(const server_task & task, const std::vector<common_adapte
     return true;
 }
 
-void drex_ready() {
+// Beside the prompt rows of one batch a slot runs one row, however many windows they take: in the unpatched server that is what
+// a batch has. With a row in each window, answers would go faster and prompts wait longer.
+void drex_ready(const drex_prompt & prompt) {
     for (const auto & slot : slots) {
-        if (slot.state != SLOT_STATE_GENERATING || drex->busy(slot.id)) {
+        if (slot.state != SLOT_STATE_GENERATING || drex->busy(slot.id) || (prompt.n_left() > 0 && prompt.rode[slot.id])) {
             continue;
         }
         const int n_drafts = drex->n_drafts(slot.id);
@@ -115,7 +120,7 @@ void drex_ready() {
 
 // one layer window over the rows that drex picks; false: there is nothing to run
 bool decode_drex_window(drex_prompt & prompt) {
-    drex_ready();
+    drex_ready(prompt);
 
     int n_rows_max   = batch.n_tokens_alloc;
     int n_prompt_max = prompt.n_waiting();
@@ -255,6 +260,7 @@ void finish_drex_window(drex_prompt & prompt, uint64_t n_kv) {
     if (drex->is_first()) {
         for (const auto & row : rows) {
             auto & slot = slots[row.id_slot];
+            prompt.rode[slot.id] = true;
             if (slot.state == SLOT_STATE_GENERATING && drex->ran(slot.id, slot.sampled)) {
                 slot.prompt.tokens.push_back(slot.sampled);
             }
