@@ -205,6 +205,7 @@ pub fn predict(
             fill,
             max_pending: if fill.keeps() { 8 } else { 0 },
             accept: heard.leaving(&all).1,
+            harm: 0.0,
         };
         let setup = Setup {
             profile: profile.clone(),
