@@ -779,9 +779,9 @@ typedef struct drex_config {
   // row exits when the chance that its draft and all its request's drafts before
   // it stand is at least what the rule of AUTO asks for (0.5 under another
   // policy). Thresholds count only for requests that name one, another metric, or
-  // another fill. Between 0 and 1: an agreement, the share of the tokens of such
-  // requests that are the full model's; see drex_request_audit(). Until audits
-  // show that more is allowed, and where that would not be faster, they are
+  // another fill. From 0.5 to 1: a target agreement, the least share of the tokens
+  // of such requests that are the full model's; see drex_request_audit(). Until
+  // audits show that more is allowed, and where that would not be faster, they are
   // lossless. Rows that exit beyond that fill their holes as `fill` says; VERIFY:
   // always lossless. 0.9, 0.95, 0.98, 0.99, 0.995, 0.998 and 0.999 are told
   // apart, what lies between counts as the next higher, and more as 1.
@@ -1048,28 +1048,30 @@ drex_status drex_request_settle(drex_engine *engine,
                                 uint32_t *pending);
 
 // Says how much of a request's answer the full model would have chosen otherwise:
-// an audit. A request with an agreement (drex_config.quality) needs one where
-// drex_request_info.audit_due is 1. drex chooses whom, at random: at first one in
-// four, later about one in twenty-four.
+// an audit. A request with a target agreement (drex_config.quality) needs one where
+// drex_request_info.audit_due is 1. drex chooses whom, at random: those that try
+// how much is allowed, and later one in four to one in twenty-four.
 //
-// When the request has its last token, or is cancelled, and before it is removed, the
-// host discards the K/V of its answer, runs prompt and answer through the full model
-// in passes without exits, and compares each token of the answer with the model's own
-// choice at its place, made as the request's tokens are made. For a request whose
-// tokens are drawn at random there is no such choice: the host gives it quality 1.
-// The K/V that the audit leaves is the full model's.
+// When the request has its last token, and before it is removed, the host discards
+// the K/V of its answer, runs the answer's tokens once more in passes without exits,
+// behind a prompt whose K/V is the full model's, and compares each with the model's
+// own choice at its place, made as the request's tokens are made. The first token
+// comes from the prompt and needs no comparison. For a request whose tokens are
+// drawn at random there is no such choice: the host gives it quality 1. The K/V that
+// the audit leaves is the full model's.
 //
 // id           of a request whose audit_due is 1
-// n_tokens     tokens of the answer that were compared
+// n_tokens     tokens of the answer that were compared, at least 1 and at most all
 // n_differing  of them, those that the full model would have chosen otherwise
 //
 // From audits follows the lowest threshold whose tokens agree well enough, with a
 // bound on what chance does to audits; and an account of what has differed, by
-// which all requests with that agreement are lossless while too much has. A request
-// that is removed without its audit counts as if nothing were known of it.
+// which all requests with that target are lossless while too much has. Answers that
+// are removed without their audit, such as cancelled ones, are taken to be like the
+// others; where most are, all requests are lossless.
 //
 // Errors: UNKNOWN_REQUEST; CALL_ORDER when audit_due is 0; INVALID_ARGUMENT when
-// n_differing is more than n_tokens.
+// n_tokens is 0 or more than the answer has, or n_differing is more than n_tokens.
 // Since 0.2.
 drex_status drex_request_audit(drex_engine *engine,
                                uint64_t id,
@@ -1778,12 +1780,12 @@ typedef struct drex_stats {
   // AUTO: most drafts of such a request; 0: no bound but max_pending.
   // Since 0.2.
   uint32_t rule_drafts;
-  // The agreement that agreement, its bounds, its threshold and its balance are
-  // about: the engine's, or what a request last asked for; NaN before the first.
+  // The target agreement that the next five are about: the engine's, or what a
+  // request last asked for; NaN before the first.
   // Since 0.2.
   double agreement_target;
-  // Estimated from audits: share of the tokens of requests with that agreement
-  // that are the full model's, of late; NaN before the first.
+  // Estimated from audits: share of the tokens of requests with that target that
+  // are the full model's, of late; NaN before the first.
   // Since 0.2.
   double agreement;
   // Its bounds, each of which chance breaks one time in fifty.
@@ -1792,13 +1794,13 @@ typedef struct drex_stats {
   // Since 0.2.
   double agreement_high;
   // The lowest threshold that audits have shown to be within it; NaN: none, and
-  // then such requests are lossless.
+  // then such requests are lossless but for those that try one.
   // Since 0.2.
   double agreement_threshold;
   // Tokens that may yet differ before such requests are lossless for a while.
   // Since 0.2.
   double agreement_balance;
-  // Answers that were audited, of all agreements.
+  // Answers that were audited, of all targets.
   // Since 0.2.
   uint64_t audits;
   // Their tokens.
