@@ -136,7 +136,12 @@ fn llama_server(bench: &Bench) -> Result<String> {
 }
 
 fn triton(bench: &Bench) -> Result<String> {
-    let server = bench.start_with(&[("policy", "auto"), ("slots", "4"), ("art_ratio", "0.1")])?;
+    let server = bench.start_with(&[
+        ("policy", "auto"),
+        ("slots", "4"),
+        ("art_ratio", "0.1"),
+        ("quality", "0.9"),
+    ])?;
     whole(&bench.stream(&server, &requests(24, 48))?, |_| 48)?;
     // Triton has no family before its first value, and the rule is known after a search.
     server.metrics_with("drex_searches_total", |searches| searches > 0.0)
