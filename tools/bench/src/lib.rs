@@ -90,7 +90,12 @@ fn show(out: &Path, json: bool, table: &str, report: &impl Serialize) -> Result<
 
 /// The command as it was typed, for the report.
 fn command_line() -> String {
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    // Where the report went is nobody else's.
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(at) = args.iter().position(|arg| arg == "--out") {
+        args.drain(at..(at + 2).min(args.len()));
+    }
+    args.retain(|arg| !arg.starts_with("--out="));
     format!("cargo xtask bench {}", args.join(" "))
 }
 
