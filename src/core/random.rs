@@ -2,11 +2,12 @@
 
 //! Random numbers that follow from a seed.
 
-/// splitmix64, from a seed.
+/// splitmix64, from a seed. Inlined: rollouts draw in their innermost loop.
 #[derive(Debug, Clone)]
 pub struct Rng(pub u64);
 
 impl Rng {
+    #[inline]
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -16,12 +17,14 @@ impl Rng {
     }
 
     /// A number from [0, 1).
+    #[inline]
     pub fn share(&mut self) -> f64 {
         (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Successes among `n` trials of chance `p`/1024: 64 at a time, each bit
     /// of p one word of coin flips. Beyond 256 trials, a normal variable.
+    #[inline]
     pub fn binomial(&mut self, n: u32, p: u32) -> u32 {
         if n == 0 || p == 0 {
             return 0;
