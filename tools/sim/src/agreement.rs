@@ -61,7 +61,6 @@ pub struct Options {
 
 fn go(
     class: Class,
-    fill: Fill,
     harm: f64,
     text: Confidence,
     policy: &str,
@@ -69,7 +68,7 @@ fn go(
     o: &Options,
 ) -> Result<Report> {
     let filling = Filling {
-        fill,
+        fill: Fill::Copy,
         max_pending: CHAIN,
         accept: 1.0,
         harm,
@@ -77,21 +76,11 @@ fn go(
     let mut workload = Workload::closed(REQUESTS, Vec::new(), o.seed);
     workload.confidence = text;
     workload.length = ANSWER;
+    let profile = class.profile(LAYERS, &[RAMP]);
     let setup = Setup {
-        profile: class.profile(LAYERS, &[RAMP]),
-        workload,
-        batch: filling.pass_rows(REQUESTS),
-        pass_rows: 0,
-        max_hold_ns: 0,
-        max_requests: REQUESTS,
-        thresholds: vec![0.7],
-        tokens: o.tokens,
         noise: o.noise,
-        outliers: 0.0,
-        gap_ns: 0.0,
-        start: None,
-        filling,
         quality,
+        ..Setup::in_one_batch(profile, workload, REQUESTS, filling, o.tokens)
     };
     run(&setup, &Contender::parse(policy)?)
 }
@@ -139,17 +128,7 @@ pub struct Promise {
 }
 
 pub fn speed(class: Class, harm: (&'static str, f64), target: f64, o: &Options) -> Result<Speed> {
-    let run = |policy, quality| {
-        go(
-            class,
-            Fill::Copy,
-            harm.1,
-            Confidence::Curve(BEFORE),
-            policy,
-            quality,
-            o,
-        )
-    };
+    let run = |policy, quality| go(class, harm.1, Confidence::Curve(BEFORE), policy, quality, o);
     Ok(Speed {
         class,
         harm: harm.0,
@@ -164,15 +143,7 @@ pub fn speed(class: Class, harm: (&'static str, f64), target: f64, o: &Options) 
 pub fn over_change(class: Class, target: f64, after: Curve, o: &Options) -> Result<(f64, u64)> {
     let answers = o.tokens / 2 / ((ANSWER.0 + ANSWER.1) / 2);
     let text = Confidence::Change(BEFORE, answers, after);
-    let r = go(
-        class,
-        Fill::Copy,
-        HARM[0].1,
-        text,
-        "auto",
-        quality(target),
-        o,
-    )?;
+    let r = go(class, HARM[0].1, text, "auto", quality(target), o)?;
     Ok((agreement_of(&r), r.audited))
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::grid::cells;
 use crate::profiles::{CLASSES, Class};
 use crate::report::table;
-use crate::run::{Contender, Filling, Report, Setup, run};
+use crate::run::{Contender, Filling, Report, Setup, USUAL, run};
 use crate::workload::{Confidence, Curve, Honesty, Workload};
 
 const REQUESTS: [u32; 4] = [1, 4, 16, 64];
@@ -27,8 +27,6 @@ const CHAIN: u32 = 8;
 /// What a user may fix.
 const THRESHOLDS: [f32; 8] = [0.0, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 1.01];
 const CHAINS: [u32; 3] = [1, 3, CHAIN];
-/// The threshold of those who fix none.
-const USUAL: f32 = 0.7;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Options {
@@ -100,21 +98,12 @@ pub fn cell(class: Class, requests: u32, depth: f64, curve: Curve, o: &Options) 
             accept: curve.right,
             harm: 0.0,
         };
+        let profile = class.profile(LAYERS, &[ramp]);
         let setup = Setup {
-            profile: class.profile(LAYERS, &[ramp]),
-            workload: workload.clone(),
-            batch: filling.pass_rows(requests),
-            pass_rows: 0,
-            max_hold_ns: 0,
-            max_requests: requests,
             thresholds: vec![threshold],
-            tokens: o.tokens,
             noise: o.noise,
-            outliers: 0.0,
-            gap_ns: 0.0,
-            start: None,
-            filling,
             quality,
+            ..Setup::in_one_batch(profile, workload.clone(), requests, filling, o.tokens)
         };
         run(&setup, &Contender::parse(policy)?)
     };

@@ -130,6 +130,37 @@ pub struct Setup {
     pub quality: Quality,
 }
 
+impl Setup {
+    /// All of `max_requests` fit into one batch, from a cold start, without prompts and on a host that takes no time.
+    pub fn in_one_batch(
+        profile: Profile,
+        workload: Workload,
+        max_requests: u32,
+        filling: Filling,
+        tokens: u64,
+    ) -> Self {
+        Setup {
+            batch: filling.pass_rows(max_requests),
+            pass_rows: 0,
+            max_hold_ns: 0,
+            max_requests,
+            thresholds: vec![USUAL; profile.ramp_layers.len()],
+            tokens,
+            noise: 0.0,
+            outliers: 0.0,
+            gap_ns: 0.0,
+            start: None,
+            filling,
+            quality: Quality::Given,
+            profile,
+            workload,
+        }
+    }
+}
+
+/// The threshold of those who fix none.
+pub const USUAL: f32 = 0.7;
+
 #[derive(Debug, Clone, Default)]
 pub struct Report {
     pub name: String,

@@ -199,10 +199,6 @@ impl Workload {
     /// 0.5, or as recorded (NaN: unknown).
     pub fn confidence(&self, id: u64, token: u64, ramp: usize, now_ns: f64) -> f32 {
         let u = uniform(self.seed, purpose::EXIT, id, token);
-        if let Some(curve) = self.curve(id) {
-            let text = token & ((1 << TURN_SHIFT) - 1);
-            return curve.at(u, text).0 as f32;
-        }
         let by = |chances: &mut dyn Iterator<Item = f64>| {
             1.0 - chances.take(ramp + 1).map(|p| 1.0 - p).product::<f64>()
         };
@@ -221,7 +217,11 @@ impl Workload {
                     .iter()
                     .map(|&p| (p * (1.0 + swing * phase)).clamp(0.0, 1.0)))
             }
-            Confidence::Curve(_) | Confidence::Change(..) => return f32::NAN,
+            Confidence::Curve(_) | Confidence::Change(..) => {
+                let text = token & ((1 << TURN_SHIFT) - 1);
+                let curve = self.curve(id);
+                return curve.map_or(f32::NAN, |c| c.at(u, text).0 as f32);
+            }
             Confidence::Recorded(all) => {
                 // Requests, and their tokens, go around.
                 let id = match self.lengths.len() as u64 {
